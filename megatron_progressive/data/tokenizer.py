@@ -1,0 +1,248 @@
+"""The tokenizer of a corpus: byte-level BPE trained on it, a local one, or a Hugging Face one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_progressive.config import ConfigError, DataSection
+from megatron_progressive.data.corpus import Corpus, one_line, split_documents
+
+if TYPE_CHECKING:
+    import numpy as np
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_BPE = 257
+"""Entries of byte-level BPE before any merge: the bytes and the end-of-document token."""
+
+SAMPLE_BYTES = 8_000_000
+"""Training text that BPE is trained on, at most."""
+
+ACCEPTED = (
+    "bpe, a tokenizer.json, a folder with tokenizer.json or with vocab.json and merges.txt, "
+    "or a Hugging Face name"
+)
+
+# Files of a tokenizer in a folder, the first that are there: vocabulary and merges, or all in one.
+_LAYOUTS = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("gpt2_vocab.json", "gpt2_merges.txt"),
+)
+
+
+@dataclass(frozen=True)
+class DocumentTokenizer:
+    """Turns documents into tokens that end with the end-of-document token."""
+
+    name: str
+    """As ``data.tokenizer`` gives it."""
+    backend: tokenizers.Tokenizer
+    end_of_document: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    """``tokenizer_config.json``, for those who load the stored tokenizer."""
+
+    @property
+    def entries(self) -> int:
+        """Size a vocabulary needs: one more than the greatest token (numbers can have gaps)."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Tokens of each document, int64 [length + 1], the last one the end of the document.
+
+        No other special token comes in: text that spells one is read as plain text.
+        """
+        import numpy as np
+
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array([*e.ids, self.end_of_document], dtype=np.int64) for e in encodings]
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``PreTrainedTokenizerFast.from_pretrained`` loads."""
+        folder.mkdir()
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {k: v for k, v in self.settings.items() if k not in ("auto_map", "backend")}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["eos_token"] = self.backend.id_to_token(self.end_of_document)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def identity(data: DataSection, vocab_size: int) -> list[Any]:
+    """What decides the tokens of a text, as JSON can hold it."""
+    if data.tokenizer == "bpe":
+        return ["bpe", vocab_size]
+    if local := _local_files(data.tokenizer):
+        files = [*local, local[0].parent / "tokenizer_config.json"]
+        return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    return ["hf", data.tokenizer]
+
+
+def load_tokenizer(data: DataSection, vocab_size: int) -> DocumentTokenizer | None:
+    """The tokenizer that ``data.tokenizer`` names; None for ``bpe``, which is to be trained.
+
+    Args:
+        data: where the tokenizer is.
+        vocab_size: entries that the model has.
+
+    Raises:
+        ConfigError: there is none, it has no end-of-document token, or the model is too small.
+    """
+    if data.tokenizer == "bpe":
+        if vocab_size < SMALLEST_BPE:
+            raise ConfigError(
+                f"data.vocab_size: got {vocab_size}; accepted: at least {SMALLEST_BPE}, the "
+                "bytes and the end-of-document token of tokenizer bpe"
+            )
+        return None
+    if files := _local_files(data.tokenizer):
+        tokenizer = _load_local(data.tokenizer, files)
+    else:
+        tokenizer = _load_hub(data.tokenizer)
+    check_vocabulary(vocab_size, tokenizer.entries, tokenizer.name)
+    return tokenizer
+
+
+def check_vocabulary(vocab_size: int, entries: int, name: str) -> None:
+    """Raise ConfigError where a model of ``vocab_size`` cannot hold a tokenizer's ``entries``."""
+    if entries > vocab_size:
+        raise ConfigError(
+            f"data.vocab_size: got {vocab_size}; accepted: at least {entries}, the entries of "
+            f"tokenizer {name}"
+        )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> DocumentTokenizer:
+    """Byte-level BPE with at most ``vocab_size`` entries; the same texts give the same one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(iter(texts), trainer)
+    return DocumentTokenizer("bpe", backend, backend.token_to_id(END_OF_TEXT))
+
+
+def training_sample(corpus: Corpus, fraction: float) -> list[str]:
+    """Documents of the training split to train a tokenizer on, :data:`SAMPLE_BYTES` at most.
+
+    They are spread over a local corpus, though at most its first 32 times as many bytes: a
+    sample must not cost a reading of terabytes. Of a hub's corpus they are the first ones.
+    """
+    size = corpus.size()
+    keep = 1.0 if size is None else max(SAMPLE_BYTES / max(size, 1), 1 / 32)
+    chosen: list[str] = []
+    total, due = 0, 0.0
+    for text, held_out in split_documents(corpus.documents(), fraction):
+        if held_out:
+            continue
+        due += keep
+        if due < 1:
+            continue
+        due -= min(1.0, due) if keep < 1 else 0.0
+        left = SAMPLE_BYTES - total
+        encoded = text.encode()[:left]
+        chosen.append(encoded.decode(errors="ignore"))
+        total += len(encoded)
+        if total >= SAMPLE_BYTES:
+            break
+    return chosen
+
+
+def _local_files(name: str) -> list[Path]:
+    """Files of a local tokenizer; none where ``name`` is not a path that exists.
+
+    Raises:
+        ConfigError: a folder without a tokenizer, or a path that does not exist.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        for layout in _LAYOUTS:
+            files = [path / part for part in layout]
+            if all(file.is_file() for file in files):
+                return files
+        raise ConfigError(
+            f"data.tokenizer: got {name!r}, a folder without a tokenizer; accepted: {ACCEPTED}"
+        )
+    # what cannot be a Hugging Face name (OWNER/NAME at most) must not wait for the network
+    if not name or name[0] in "./~" or name.endswith((".json", "/")) or name.count("/") > 1:
+        raise ConfigError(
+            f"data.tokenizer: got {name!r}, which does not exist; accepted: {ACCEPTED}"
+        )
+    return []
+
+
+def _load_local(name: str, files: list[Path]) -> DocumentTokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    settings: dict[str, Any] = {}
+    try:
+        if len(files) == 1:
+            backend = Tokenizer.from_file(str(files[0]))
+        else:
+            backend = Tokenizer(models.BPE.from_file(str(files[0]), str(files[1])))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = decoders.ByteLevel()
+            if backend.token_to_id(END_OF_TEXT) is not None:
+                backend.add_special_tokens([END_OF_TEXT])
+        beside = files[0].parent / "tokenizer_config.json"
+        if beside.is_file():
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception for a bad file
+        raise ConfigError(
+            f"data.tokenizer: got {name!r}, which cannot be read ({one_line(error)}); "
+            f"accepted: {ACCEPTED}"
+        ) from None
+    return _with_end(name, backend, settings)
+
+
+def _load_hub(name: str) -> DocumentTokenizer:
+    import transformers
+
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # network, missing files, wrong names: all the same to the user
+        raise ConfigError(
+            f"data.tokenizer: got {name!r}, which is no path and cannot be had from Hugging Face "
+            f"({one_line(error)}); accepted: {ACCEPTED}"
+        ) from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            f"data.tokenizer: got {name!r}, which has no tokenizer.json; accepted: {ACCEPTED}"
+        )
+    settings = {k: str(v) for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
+    return _with_end(name, backend, settings)
+
+
+def _with_end(name: str, backend: Any, settings: dict[str, Any]) -> DocumentTokenizer:
+    """The tokenizer, with its end-of-document token: ``eos_token``, or ``<|endoftext|>``."""
+    declared = settings.get("eos_token")
+    if isinstance(declared, dict):  # a serialised AddedToken
+        declared = declared.get("content")
+    for token in (declared, END_OF_TEXT):
+        number = backend.token_to_id(token) if isinstance(token, str) else None
+        if number is not None:
+            return DocumentTokenizer(name, backend, number, settings)
+    raise ConfigError(
+        f"data.tokenizer: got {name!r}, which has no end-of-document token; accepted: one with an "
+        f"eos_token in its tokenizer_config.json or a token {END_OF_TEXT}"
+    )

@@ -1,0 +1,70 @@
+"""What the training loop and the expansion hook need of an engine, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.state.boxes import ShardedState
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples of one optimizer step or one validation batch, over all ranks.
+
+    ``read(first, count)`` gives samples by number, int64 [count, sequence_length + 1]; each
+    rank reads just its own.
+    """
+
+    read: Callable[[int, int], torch.Tensor]
+    first: int
+    count: int
+
+    def micro_batches(self, size: int, rank: int, ranks: int) -> list[torch.Tensor]:
+        """This data-parallel rank's micro-batches: int64 [size, sequence_length + 1] each.
+
+        Micro-batch m of rank r holds samples first + (m * ranks + r) * size and on.
+        """
+        if self.count % (size * ranks):
+            raise ValueError(f"{self.count} samples in micro-batches of {size} on {ranks} ranks")
+        return [
+            self.read(self.first + (m * ranks + rank) * size, size)
+            for m in range(self.count // (size * ranks))
+        ]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Of one optimizer step, equal on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the global batch before the update, nats per token."""
+    grad_norm: float
+    """Norm of the global gradient, before clipping."""
+    stop: bool
+    """Whether any rank was asked to stop (a signal arrived)."""
+
+
+class Engine(Protocol):
+    layout: Layout
+    shape: ModelShape
+
+    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+        """One optimizer step. ``stop`` is this rank's wish to stop, shared in the metrics."""
+
+    def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
+        """Mean cross-entropy, nats per token, without an update."""
+
+    def state(self) -> ShardedState:
+        """This rank's boxes, as views."""
+
+    def activate(self) -> None:
+        """Make this engine's process groups the current ones (two engines live at once at τ)."""
+
+    def close(self) -> None:
+        """Release tensors and process groups. Collective over all ranks."""

@@ -1,0 +1,149 @@
+"""The Megatron engine: Megatron-core's model, schedules, DDP buffers and optimizers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.engines.base import GlobalBatch, StepMetrics
+from megatron_progressive.engines.megatron_model import (
+    TIED_HEAD,
+    build_model,
+    canonical_names,
+    transformer_config,
+)
+from megatron_progressive.engines.megatron_optimizer import build_optimizer
+from megatron_progressive.engines.megatron_state import sharded_state, table_with_tied_head
+from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.state.boxes import ShardedState
+
+# Megatron-core's notes on defaults that this engine sets on purpose.
+warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+
+
+class MegatronEngine:
+    """One model and optimizer in one layout. Making one is collective over all ranks.
+
+    Weights are uninitialised and optimizer state is zero until the caller fills the boxes of
+    :meth:`state`.
+    """
+
+    def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+        self.layout, self.shape, self.config = layout, shape, config
+        self.groups = ProcessGroups(layout)
+        bf16 = config.train.precision == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # No dropout and no random initialisation: Megatron-core only asks that its RNG
+        # tracker be set up.
+        model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
+        transformer = transformer_config(shape, self.groups, dtype)
+        core = build_model(shape, self.groups, transformer)
+        self._names = canonical_names(core)
+        table = tensor_table(shape)
+        self._table = table_with_tied_head(table) if shape.tie_embeddings else table
+        self.model = DistributedDataParallel(
+            transformer,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=config.optim.name == "adamw" and layout.zero_stage >= 1,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                overlap_param_gather=False,
+                check_for_nan_in_grad=False,
+            ),
+            Float16Module(transformer, core) if bf16 else core,
+        )
+        self.optimizer = build_optimizer(
+            self.model, self._names, self._table, config.optim, self.groups, bf16
+        )
+        transformer.grad_scale_func = None
+        transformer.finalize_model_grads_func = finalize_model_grads
+        self._forward_backward = get_forward_backward_func()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+
+    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run(batch, forward_only=False)
+        for group in self.optimizer.param_groups if self._names else ():
+            group["lr"] = lr
+        self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.clip_grad_norm(self.config.optim.clip_grad)
+        self.optimizer.step_with_ready_grads()
+        total, stops = self._sum_over_ranks(losses, float(stop))
+        return StepMetrics(total, float(grad_norm), stops > 0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
+        self.model.eval()
+        means = [self._sum_over_ranks(self._run(b, forward_only=True), 0.0)[0] for b in batches]
+        self.model.train()
+        return sum(means) / len(means)
+
+    def state(self) -> ShardedState:
+        return sharded_state(self._names, self._table, self.optimizer, self.groups)
+
+    def activate(self) -> None:
+        self.groups.activate()
+
+    def close(self) -> None:
+        # Buffers and parameters refer to each other; dropping the names frees them all.
+        del self.model, self.optimizer, self._names, self._forward_backward
+        self.groups.close()
+
+    def _run(self, batch: GlobalBatch, forward_only: bool) -> list[torch.Tensor]:
+        """The mean loss of each of this rank's micro-batches (none but on the last stage)."""
+        micro = self.config.train.micro_batch
+        samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
+        results = self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(samples),
+            model=[self.model],
+            num_microbatches=len(samples),
+            seq_length=self.shape.sequence_length,
+            micro_batch_size=micro,
+            forward_only=forward_only,
+        )
+        return [result["loss"] for result in results] if self.groups.last_stage else []
+
+    def _forward_step(self, samples: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
+        sample = next(samples).to(self._device, non_blocking=True)
+        positions = self._positions.expand(sample.size(0), -1)
+        output = model(sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous())
+        return output, partial(_mean_loss)
+
+    def _sum_over_ranks(self, losses: list[torch.Tensor], stop: float) -> tuple[float, float]:
+        """The global mean loss, and the sum of ``stop``, in one all-reduce over all ranks."""
+        share = sum(float(loss) for loss in losses) / len(losses) if losses else 0.0
+        if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
+            share = 0.0
+        values = torch.tensor([share / self.layout.data, stop], dtype=torch.float64)
+        values = values.to(self._device)
+        dist.all_reduce(values)
+        return float(values[0]), float(values[1])
+
+
+def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    mean = losses.float().mean()
+    # a clone: the schedule divides the loss in place by the number of micro-batches
+    return mean, {"loss": mean.detach().clone()}
+
+
+__all__ = ["MegatronEngine", "TIED_HEAD"]

@@ -1,0 +1,130 @@
+"""Optimizers of the Megatron engine: Megatron-core's wrappers around torch's and our own.
+
+Three wrappers, all Megatron-core's: the distributed optimizer (AdamW, ZeRO stage 1), the one
+with fp32 master weights (bf16) and the fp32 one. They are built directly, not through
+``get_megatron_optimizer``: that takes Transformer Engine's FusedAdam where it finds it, whose
+step count is one for a whole group, while layers that are new at τ start at step zero.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+
+from megatron_progressive.config import OptimSection
+from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.muon_nsgd import ADAMW, MuonNSGD, rule_of
+from megatron_progressive.runtime.groups import ProcessGroups
+
+
+def is_sharded(optim: OptimSection, zero_stage: int) -> bool:
+    """Whether optimizer state is divided over data-parallel ranks."""
+    return optim.name == ADAMW and zero_stage >= 1
+
+
+def parameter_groups(
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+) -> list[dict[str, Any]]:
+    """Parameter groups by update rule. Vectors have no weight decay."""
+    members: dict[tuple[Any, ...], list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        spec = table[name]
+        decay = optim.weight_decay if len(spec.shape) > 1 else 0.0
+        key = (rule_of(spec, optim), decay, spec.tp_axis, spec.row_blocks)
+        members[key].append(parameter)
+    return [
+        dict(params=params, rule=rule, weight_decay=decay, tp_axis=axis, row_blocks=blocks)
+        for (rule, decay, axis, blocks), params in members.items()
+    ]
+
+
+def build_optimizer(
+    model: DistributedDataParallel,
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+    groups: ProcessGroups,
+    bf16: bool,
+) -> MegatronOptimizer:
+    """The optimizer of one rank, with its state allocated and zero.
+
+    ``parameters`` may be empty: a pipeline stage between the first and the last has no
+    tensors while the model has no layers.
+    """
+    sharded = is_sharded(optim, groups.layout.zero_stage)
+    config = OptimizerConfig(
+        optimizer="adam",  # a label: the optimizer object is passed in
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=sharded,
+    )
+    members = parameter_groups(parameters, table, optim)
+    inner: torch.optim.Optimizer | None = None
+    if members and optim.name == ADAMW:
+        # one kernel for all tensors on CUDA; the CPU has none for every type
+        fused = torch.cuda.is_available()
+        inner = torch.optim.AdamW(
+            members, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused
+        )
+    elif members:
+        inner = MuonNSGD(members, optim, groups.tensor_group)
+    wrapper: MegatronOptimizer
+    if sharded:
+        wrapper = DistributedOptimizer(
+            inner,
+            config,
+            None,
+            lambda *_: None,
+            model_chunks=[model],
+            per_model_buffers={0: model.buffers},
+            data_parallel_group=groups.data_group,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=groups.pipeline_rank * groups.layout.tensor
+            + groups.tensor_rank,
+            distributed_optimizer_instance_id=0,
+        )
+        wrapper.grad_stats_parallel_group = (
+            parallel_state.get_intra_distributed_optimizer_instance_group()
+        )
+    else:
+        if bf16:
+            wrapper = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
+        else:
+            wrapper = FP32Optimizer(inner, config, lambda *_: None)
+        wrapper.grad_stats_parallel_group = groups.model_group
+    wrapper.tp_group = groups.tensor_group
+    wrapper.expert_tp_group = groups.tensor_group
+    if isinstance(inner, MuonNSGD):
+        inner.init_state()
+    elif inner is not None:
+        _init_adamw_state(inner)
+    return wrapper
+
+
+def _init_adamw_state(inner: torch.optim.Optimizer) -> None:
+    """Allocate torch AdamW's state as its first step would, without taking that step."""
+    fused = inner.defaults["fused"]
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            step_device = parameter.device if fused else torch.device("cpu")
+            inner.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -1,0 +1,128 @@
+"""The expansion hook: what the training loop calls at τ.
+
+Builds the target engine beside the old one, fills every box of it by the depth map, checks
+the loss on one batch before and after, and closes the old engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from megatron_progressive.config import ExpansionSection
+from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, depth_map
+from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.state.boxes import WEIGHT_SLOTS, ShardedState
+from megatron_progressive.state.init import initialise
+from megatron_progressive.state.transfer import Key, TransferStats, transfer
+
+
+@dataclass(frozen=True)
+class ExpansionEvent:
+    """What happened at τ, as ``metrics.jsonl`` has it."""
+
+    from_layers: int
+    to_layers: int
+    init: str
+    state_policy: str
+    layout_before: str
+    layout_after: str
+    seconds: float
+    """Pause of the training: building, moving and releasing; the two loss checks excluded."""
+    bytes_moved: int
+    """Bytes sent between ranks, over all ranks."""
+    peak_bytes: int
+    """Largest over ranks: the target's own state plus the bytes staged at once."""
+    loss_before: float
+    loss_after: float
+    """On the same batch as ``loss_before``."""
+
+
+def apply_rules(
+    source: ShardedState,
+    target: ShardedState,
+    rules: dict[str, TensorRule],
+    table: dict[str, TensorSpec],
+    seed: int,
+    generation: int,
+) -> TransferStats:
+    """Fill every target piece: copied boxes by :func:`transfer`, the rest in place.
+
+    Collective over all ranks. Slots that a rule copies come from the same slot of its source.
+    """
+    source_of: dict[Key, Key] = {}
+    for piece in target.pieces:
+        rule = rules[piece.name]
+        weight = piece.slot in WEIGHT_SLOTS
+        action = rule.weights if weight else rule.state
+        if action == INIT:
+            initialise(piece, table[piece.name], seed, generation)
+        elif action != COPY:
+            piece.data.zero_()
+    # Every rank needs the whole map, not just its own pieces', to derive the one schedule.
+    slots = sorted({p.slot for p in (*source.pieces, *target.pieces)})
+    gathered: list[list[str]] = [slots] * dist.get_world_size()
+    dist.all_gather_object(gathered, slots)
+    for slot in sorted(set().union(*gathered)):
+        for name, rule in rules.items():
+            action = rule.weights if slot in WEIGHT_SLOTS else rule.state
+            if action == COPY and rule.source is not None:
+                source_of[name, slot] = (rule.source, slot)
+    return transfer(source, target, source_of)
+
+
+def expand(
+    old: Engine,
+    expansion: ExpansionSection,
+    build: Callable[[], Engine],
+    probe: GlobalBatch,
+    seed: int,
+    generation: int,
+) -> tuple[Engine, ExpansionEvent]:
+    """Replace ``old`` by a deeper engine, in the running job. Collective over all ranks.
+
+    Args:
+        build: makes the target engine (its weights may be anything).
+        probe: the batch of ``loss_before`` and ``loss_after``.
+        seed, generation: of new layers' initial weights (:mod:`.state.init`).
+    """
+    loss_before = old.evaluate([probe])
+    started = time.perf_counter()
+    new = build()
+    table = tensor_table(new.shape)
+    rules = depth_map(
+        table,
+        old.shape.num_layers,
+        new.shape.num_layers,
+        expansion.init,
+        expansion.order,
+        expansion.insert,
+        expansion.optimizer_state,
+    )
+    target = new.state()
+    stats = apply_rules(old.state(), target, rules, table, seed, generation)
+    largest: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(largest, target.nbytes)
+    event = ExpansionEvent(
+        from_layers=old.shape.num_layers,
+        to_layers=new.shape.num_layers,
+        init=expansion.init,
+        state_policy=expansion.optimizer_state,
+        layout_before=str(old.layout),
+        layout_after=str(new.layout),
+        seconds=0.0,
+        bytes_moved=stats.bytes_moved,
+        peak_bytes=max(largest) + stats.peak_staging_bytes,
+        loss_before=loss_before,
+        loss_after=0.0,
+    )
+    old.close()
+    new.activate()
+    seconds = time.perf_counter() - started
+    loss_after = new.evaluate([probe])
+    return new, replace(event, seconds=seconds, loss_after=loss_after)

@@ -1,0 +1,189 @@
+"""All that makes Megatron-core 0.19.2 run without CUDA, over gloo.
+
+Megatron-core names CUDA in some hundred places (``torch.cuda.current_device()``,
+``device="cuda"``, streams, ``"torch.cuda.FloatTensor"``). :func:`install` rebinds the name
+``torch`` inside ``megatron.core`` modules to a stand-in whose CUDA parts answer for the CPU;
+the global ``torch`` module keeps its meaning for everyone else. It does nothing where CUDA is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import pkgutil
+import sys
+import types
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+# Modules that must be imported before the names are rebound: all that the engine reaches,
+# also late (Megatron-core imports some of its own inside functions).
+_MODULES = ("models.gpt.gpt_model", "models.gpt.gpt_layer_specs")
+_PACKAGES = (
+    "dist_checkpointing",
+    "dist_checkpointing.strategies",
+    "distributed",
+    "optimizer",
+    "pipeline_parallel",
+    "tensor_parallel",
+)
+_FACTORIES = (
+    "arange empty empty_like full full_like eye linspace ones ones_like rand randint randn "
+    "tensor zeros zeros_like"
+).split()
+_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+class _Stream:
+    """A stream or event on a device without any: everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _cuda_stand_in() -> types.ModuleType:
+    cuda = types.ModuleType("torch.cuda (CPU stand-in)")
+    cuda.__dict__.update({k: v for k, v in torch.cuda.__dict__.items() if k[:2] != "__"})
+    stream = _Stream()
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    overrides: dict[str, Any] = dict(
+        current_device=lambda: _CPU,
+        device_count=lambda: 1,
+        current_stream=lambda *a, **k: stream,
+        default_stream=lambda *a, **k: stream,
+        stream=lambda s: contextlib.nullcontext(),
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *a, **k: torch.get_rng_state(),
+        set_rng_state=lambda state, *a, **k: torch.set_rng_state(state),
+        Stream=_Stream,
+        Event=_Stream,
+        nvtx=types.SimpleNamespace(
+            range_push=nothing,
+            range_pop=nothing,
+            range=lambda *a, **k: contextlib.nullcontext(),
+        ),
+    )
+    for name in ("synchronize", "empty_cache", "set_device", "set_stream"):
+        overrides[name] = nothing
+    overrides["random"] = types.SimpleNamespace(
+        get_rng_state=overrides["get_rng_state"], set_rng_state=overrides["set_rng_state"]
+    )
+    for name, value in overrides.items():
+        setattr(cuda, name, value)
+    return cuda
+
+
+class _TorchStandIn(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:  # lazily loaded submodules
+        return getattr(torch, name)
+
+
+def _on_cpu(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _torch_stand_in() -> types.ModuleType:
+    stand_in = _TorchStandIn("torch (CPU stand-in)")
+    stand_in.__dict__.update({k: v for k, v in torch.__dict__.items() if k[:2] != "__"})
+    stand_in.__dict__["cuda"] = _cuda_stand_in()
+    for name in _FACTORIES:
+        stand_in.__dict__[name] = _on_cpu(getattr(torch, name))
+    return stand_in
+
+
+def install() -> None:
+    """Make Megatron-core run on the CPU. Call once, before building anything with it.
+
+    Has no effect where CUDA is available. Must come before Megatron-core is imported: the
+    environment variable that turns off its compiled fusions is read at import.
+    """
+    # Megatron-core's jit_fuser would compile for tens of seconds at every start on a CPU.
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    for name in _PACKAGES:
+        package = importlib.import_module(f"megatron.core.{name}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            with contextlib.suppress(ImportError):  # those that need an absent extra
+                importlib.import_module(module.name)
+    stand_in = _torch_stand_in()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = stand_in  # type: ignore[attr-defined]
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: (
+        torch.set_rng_state(state)
+    )
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    _patch_tensor_methods()
+
+
+def _patch_tensor_methods() -> None:
+    """``Tensor.type()`` and ``Tensor.cuda()`` answer for the CPU when Megatron-core asks.
+
+    Its optimizers compare ``param.type()`` with ``"torch.cuda.FloatTensor"`` (0.19.2:
+    optimizer/optimizer.py, optimizer/distrib_optimizer.py, optimizer/clip_grads.py).
+    """
+    if getattr(torch.Tensor.type, "_answers_for_megatron", False):
+        return
+    original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def asked_by_megatron() -> bool:
+        module = sys._getframe(2).f_globals.get("__name__", "")
+        return str(module).startswith("megatron.core")
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        if not args and not kwargs and asked_by_megatron():
+            return _TYPE_NAMES.get(answer, answer)
+        return answer
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if asked_by_megatron() else original_cuda(self, *args, **kwargs)
+
+    type_._answers_for_megatron = True  # type: ignore[attr-defined]
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]

@@ -1,0 +1,71 @@
+"""Process groups: Megatron-core's ``parallel_state``, made switchable and fully released.
+
+Megatron-core keeps one set of groups in module globals. At an expansion two engines with
+different layouts are alive at once, so each keeps its own set here and puts it into place
+with :meth:`ProcessGroups.activate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from megatron.core import parallel_state
+
+from megatron_progressive.runtime.layout import Layout
+
+
+def _parallel_state_globals() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and name.strip("_").isupper()
+    }
+
+
+class ProcessGroups:
+    """The process groups of one layout. Making one is collective over all ranks."""
+
+    def __init__(self, layout: Layout) -> None:
+        before = set(c10d._world.pg_map)
+        parallel_state.destroy_model_parallel()  # clears the globals; groups stay with their owner
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            create_gloo_process_groups=False,
+        )
+        self._globals = _parallel_state_globals()
+        self._created = [group for group in c10d._world.pg_map if group not in before]
+        self.layout = layout
+        self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
+        self.pipeline_rank: int = parallel_state.get_pipeline_model_parallel_rank()
+        self.data_rank: int = parallel_state.get_data_parallel_rank()
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.model_group = parallel_state.get_model_parallel_group()
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+    def activate(self) -> None:
+        """Make these the groups that Megatron-core uses."""
+        for name, value in self._globals.items():
+            setattr(parallel_state, name, value)
+
+    def close(self) -> None:
+        """Destroy the groups (Megatron-core only forgets them). Collective over all ranks."""
+        current = _parallel_state_globals()
+        if current.get("_MODEL_PARALLEL_GROUP") is self._globals["_MODEL_PARALLEL_GROUP"]:
+            parallel_state.destroy_model_parallel()
+        for group in self._created:
+            if group in c10d._world.pg_map:
+                dist.destroy_process_group(group)
+        self._created = []
+        self._globals = {}

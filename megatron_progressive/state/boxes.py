@@ -1,0 +1,152 @@
+"""Boxes of global tensors: the one description of "who holds what" that all else is built on.
+
+A *piece* is this rank's view of one box of one slot of one global tensor. Slots are
+``param`` (the weight that the model computes with), ``master`` (its fp32 copy, where the
+precision keeps one) and the optimizer's own (``momentum``, ``exp_avg``, ``exp_avg_sq``,
+``step``). A ZeRO partition, which cuts a flattened tensor anywhere, is a few boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+PARAM = "param"
+MASTER = "master"
+WEIGHT_SLOTS = (PARAM, MASTER)
+"""Slots that hold the weight itself; every other slot is optimizer state."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a global tensor: first element and extent along each axis."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common rectangle; None where there is none."""
+        offset, shape = [], []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            low, high = max(a, b), min(a + n, b + m)
+            if low >= high:
+                return None
+            offset.append(low)
+            shape.append(high - low)
+        return Box(tuple(offset), tuple(shape))
+
+    def slices_within(self, outer: Box) -> tuple[slice, ...]:
+        """Index of this box in a tensor that holds ``outer``."""
+        return tuple(
+            slice(a - b, a - b + n)
+            for a, n, b in zip(self.offset, self.shape, outer.offset, strict=True)
+        )
+
+    def split(self, most: int) -> Iterator[Box]:
+        """This box in parts of at most ``most`` elements, in row-major order."""
+        if self.numel <= most:
+            yield self
+            return
+        axis = next(i for i, n in enumerate(self.shape) if n > 1)
+        inner = math.prod(self.shape[axis + 1 :])
+        rows = max(1, most // inner)
+        for start in range(0, self.shape[axis], rows):
+            offset, shape = list(self.offset), list(self.shape)
+            offset[axis] += start
+            shape[axis] = min(rows, self.shape[axis] - start)
+            yield from Box(tuple(offset), tuple(shape)).split(most)
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is a whole tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def flat_range_boxes(box: Box, start: int, end: int) -> list[tuple[Box, int, int]]:
+    """The flat range [start, end) of a row-major tensor that holds ``box``, as boxes.
+
+    Returns: (box, first, last) with the flat range [first, last) that each box takes, in
+    order; at most 2 n - 1 boxes for n axes. Each box is contiguous in the flat tensor.
+    """
+    boxes: list[tuple[Box, int, int]] = []
+
+    def descend(offset: tuple[int, ...], axis: int, low: int, high: int, base: int) -> None:
+        """Cover the flat range [low, high) of the part of the box below ``offset``."""
+        inner = math.prod(box.shape[axis + 1 :])
+        first, last = low // inner, -(-high // inner)
+
+        def emit(row: int, rows: int) -> None:
+            place = tuple(o + d for o, d in zip(box.offset[: axis + 1], (*offset, row)))
+            extent = (1,) * axis + (rows,) + box.shape[axis + 1 :]
+            begin = base + row * inner
+            boxes.append(
+                (Box(place + box.offset[axis + 1 :], extent), begin, begin + rows * inner)
+            )
+
+        row = first
+        if low % inner:  # a partial first row
+            stop = min(high, (first + 1) * inner)
+            descend((*offset, row), axis + 1, low - row * inner, stop - row * inner,
+                    base + row * inner)  # fmt: skip
+            row += 1
+        full_end = high // inner
+        if full_end > row:
+            emit(row, full_end - row)
+            row = full_end
+        if row < last and high > row * inner and high % inner:  # a partial last row
+            descend((*offset, row), axis + 1, 0, high - row * inner, base + row * inner)
+
+    if start < end:
+        descend((), 0, start, end, 0)
+    return boxes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One box of one slot of a global tensor, as a view that this rank may read and write."""
+
+    name: str
+    slot: str
+    global_shape: tuple[int, ...]
+    box: Box
+    data: torch.Tensor = field(repr=False, compare=False)
+    replica: int = 0
+    """0 on exactly one of the ranks that hold this box; it is the one that saves it."""
+    tied_copy: bool = False
+    """The LM head's copy of a tied embedding on the last pipeline stage: written like any
+    piece, never read, since its optimizer may cut it at other places than the embedding's."""
+
+    def __post_init__(self) -> None:
+        if tuple(self.data.shape) != self.box.shape:
+            raise ValueError(f"{self.name}/{self.slot}: {tuple(self.data.shape)} is not {self.box}")
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.slot
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+@dataclass(frozen=True)
+class ShardedState:
+    """All pieces of one rank."""
+
+    pieces: list[Piece]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def scalar_piece(name: str, slot: str, value: torch.Tensor, replica: int, tied: bool) -> Piece:
+    """A number that belongs to a tensor (Adam's step), as a global tensor of shape (1,)."""
+    return Piece(name, slot, (1,), whole((1,)), value.view(1), replica, tied)

@@ -1,0 +1,162 @@
+"""Checkpoints: boxes of global tensors through Megatron-core's distributed checkpoint.
+
+Each slot of each global tensor is one entry, ``name/slot``, of ``torch_dist`` format, saved
+as the boxes that ranks hold and read back as the boxes that they will hold: loading on
+another layout is the same operation. ``progress.json`` is written last and lists the size of
+every file, so that a checkpoint without it, or whose files disagree, is not one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.files import fsync_path, write_json
+from megatron_progressive.state.boxes import ShardedState
+
+PROGRESS_FILE = "progress.json"
+_NAME = re.compile(r"step_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """Steps done."""
+    expansions: int
+    """Expansions done."""
+    num_layers: int
+    samples: int
+    """Training samples consumed: the position in the order of samples."""
+    flops: float
+    """Cumulative training FLOPs."""
+    train_wall_s: float
+    """Seconds spent in training steps."""
+    wall_s: float
+    """Seconds since the start of the run, evaluations, saves and expansions included."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """``checkpoints/step_0001200``."""
+    return folder / "checkpoints" / f"step_{step:07d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints of a run folder, oldest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (folder / "checkpoints").glob("step_*")
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The progress that a checkpoint holds, after checking that all its files are whole.
+
+    Raises:
+        ConfigError: a file is missing or truncated.
+    """
+    try:
+        values: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text())
+        sizes = values.pop("files")
+        progress = Progress(**values)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"checkpoint: {checkpoint} has no readable {PROGRESS_FILE}; accepted: a whole "
+            "checkpoint (remove this one to resume from the one before)"
+        ) from None
+    for name, size in sizes.items():
+        path = checkpoint / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            got = "missing" if actual is None else f"truncated to {actual} of {size} bytes"
+            raise ConfigError(
+                f"checkpoint: {path} is {got}; accepted: a whole checkpoint (remove "
+                f"{checkpoint.name} to resume from the one before)"
+            )
+    return progress
+
+
+def _sharded_tensors(state: ShardedState) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    return {
+        str(index): ShardedTensor(
+            key=f"{piece.name}/{piece.slot}",
+            data=piece.data,
+            dtype=piece.data.dtype,
+            local_shape=piece.box.shape,
+            global_shape=piece.global_shape,
+            global_offset=piece.box.offset,
+            axis_fragmentations=None,  # boxes need not lie on a regular grid
+            replica_id=(int(piece.tied_copy), piece.replica),
+        )
+        for index, piece in enumerate(state.pieces)
+    }
+
+
+def save(state: ShardedState, folder: Path, progress: Progress, keep: int) -> Path:
+    """Write a checkpoint of a run folder. Collective over all ranks.
+
+    The files go to a hidden folder that is renamed when all is on disk, so an interrupted
+    save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all).
+    """
+    from megatron.core import dist_checkpointing
+
+    final = checkpoint_path(folder, progress.step)
+    temporary = final.with_name(f".{final.name}.tmp")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    # Whole coverage is the engine's own invariant (tested); Megatron's check of it gathers
+    # every shard's metadata on rank 0.
+    dist_checkpointing.save(
+        _sharded_tensors(state), str(temporary), validate_access_integrity=False
+    )
+    dist.barrier()
+    if first:
+        files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
+        for path in files:
+            fsync_path(path)
+        sizes = {path.name: path.stat().st_size for path in files}
+        write_json(temporary / PROGRESS_FILE, {**asdict(progress), "files": sizes})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        fsync_path(final.parent)
+        for old in checkpoints(folder)[:-keep] if keep else ():
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def load(state: ShardedState, checkpoint: Path) -> None:
+    """Fill every piece from a checkpoint of any layout. Collective over all ranks.
+
+    Raises:
+        KeyError: the checkpoint lacks a tensor, or holds it in another shape.
+    """
+    from megatron.core import dist_checkpointing
+
+    wanted = _sharded_tensors(state)
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for tensor in wanted.values():
+        found = stored.get(tensor.key)
+        if found is None or tuple(found.global_shape) != tuple(tensor.global_shape):
+            shape = "nothing" if found is None else tuple(found.global_shape)
+            raise KeyError(f"{checkpoint}: {tensor.key} is {shape}, not {tensor.global_shape}")
+    loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    for index, piece in enumerate(state.pieces):
+        if loaded[str(index)].data_ptr() != piece.data.data_ptr():
+            piece.data.copy_(loaded[str(index)])
