@@ -161,7 +161,8 @@ class MuonNSGD(torch.optim.Optimizer):
         norms = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         for (group, param, update), norm in zip(updates, norms, strict=True):
             numel = param.numel() * (shards if group["tp_axis"] is not None else 1)
-            self._apply(group, param, update * (math.sqrt(numel) / norm))
+            # divided first: a zero tensor has a zero update, not 0 x infinity
+            self._apply(group, param, update.div(norm).mul_(math.sqrt(numel)))
 
     def _gathered(self, shard: torch.Tensor, axis: int | None) -> torch.Tensor:
         if self.tensor_group is None or axis is None:

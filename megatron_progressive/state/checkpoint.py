@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -112,7 +113,11 @@ def save(state: ShardedState, folder: Path, progress: Progress, keep: int) -> Pa
     save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all).
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # Saves are synchronous, in this process: a plain queue does for the results. By default
+    # Megatron-core starts a manager process on every rank (seconds) that outlives the save.
+    filesystem_async._results_queue = queue.SimpleQueue()
     final = checkpoint_path(folder, progress.step)
     temporary = final.with_name(f".{final.name}.tmp")
     first = dist.get_rank() == 0
