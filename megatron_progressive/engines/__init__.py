@@ -1,0 +1,15 @@
+"""Engines by name. Importing this package costs nothing; making an engine imports Megatron."""
+
+from __future__ import annotations
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.engines.base import Engine
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.runtime.layout import Layout
+
+
+def make_engine(config: RunConfig, shape: ModelShape, layout: Layout) -> Engine:
+    """A new engine of ``layout.engine``, with unset weights. Collective over all ranks."""
+    from megatron_progressive.engines.megatron import MegatronEngine
+
+    return MegatronEngine(config, shape, layout)

@@ -1,0 +1,97 @@
+"""``mprog``: parse, call, print; no logic."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_progressive import __version__
+from megatron_progressive.config import ConfigError, load
+
+
+def _train(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.train.job import run_job
+
+    return run_job(load(args.config, args.overrides), args.nproc, arguments)
+
+
+def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.study.plan import make_plan, render
+
+    print(render(make_plan(load(args.config, args.overrides), args.nproc)))
+    return 0
+
+
+def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive import data
+
+    config = load(args.config, args.overrides)
+    data.check(config)
+    print(data.prepare(config))
+    return 0
+
+
+def _report(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.study.report import make_report, terminal_table
+
+    report = make_report([Path(run) for run in args.runs], Path(args.out) if args.out else None)
+    terminal_table(report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mprog", description="Zero/one-layer progressive training on Megatron-core."
+    )
+    parser.add_argument("--version", action="version", version=f"mprog {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(parent: argparse._SubParsersAction, name: str, call: object, text: str):  # type: ignore[type-arg, no-untyped-def]
+        sub = parent.add_parser(name, help=text, description=text)
+        sub.set_defaults(call=call)
+        return sub
+
+    def takes_config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", metavar="CONFIG", help="a YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields of it")
+
+    train = command(commands, "train", _train, "train; resumes where a checkpoint is")
+    takes_config(train)
+    train.add_argument("--nproc", type=int, metavar="N", help="start N local workers")
+    plan = command(commands, "plan", _plan, "parameters, FLOPs, memory and saving; trains nothing")
+    takes_config(plan)
+    plan.add_argument("--nproc", type=int, metavar="N", help="ranks of the job")
+    data = commands.add_parser("data", help="corpora").add_subparsers(
+        dest="data_command", required=True, metavar="COMMAND"
+    )
+    takes_config(command(data, "prepare", _data_prepare, "corpus to Megatron's indexed dataset"))
+    report = command(commands, "report", _report, "report.html, figures and report.json of runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
+    report.add_argument("--out", metavar="FOLDER", help="where to write (default: beside the runs)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0, 1, 2 or 75)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse cannot put an option among a sub-command's open-ended words: options go first
+    args = _parser().parse_args(_options_first(words))
+    try:
+        return int(args.call(args, words))
+    except ConfigError as error:
+        print(f"mprog: {error}", file=sys.stderr)
+        return 2
+
+
+def _options_first(words: list[str]) -> list[str]:
+    if "--nproc" not in words or words[0] not in ("train", "plan"):
+        return words
+    at = words.index("--nproc")
+    option, rest = words[at : at + 2], words[:at] + words[at + 2 :]
+    return [rest[0], *option, *rest[1:]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

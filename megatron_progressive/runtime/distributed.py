@@ -1,0 +1,69 @@
+"""Joining the job: ranks from torchrun or Slurm, the device, the world process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from megatron_progressive.config import ConfigError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the job's."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Rank and world as torchrun or Slurm set them; None outside a job.
+
+    Raises:
+        ConfigError: some of the variables are set and others not, or not numbers.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    elif "RANK" not in environment:
+        return None
+    try:
+        return Place(*(int(environment[name]) for name in names))
+    except (KeyError, ValueError):
+        got = ", ".join(f"{name}={environment.get(name)}" for name in names)
+        raise ConfigError(f"environment: got {got}; accepted: all three, as numbers") from None
+
+
+@contextmanager
+def world_group(place: Place) -> Iterator[None]:
+    """The world process group (NCCL with CUDA, gloo without), destroyed at the end.
+
+    Alone (``world`` 1, outside a job) it needs no address.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megatron_progressive.runtime import cpu
+
+    cpu.install()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    alone = place.world == 1 and "MASTER_ADDR" not in os.environ
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        rank=place.rank,
+        world_size=place.world,
+        timeout=TIMEOUT,
+        store=dist.HashStore() if alone else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

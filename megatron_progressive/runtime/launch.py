@@ -1,0 +1,82 @@
+"""Local workers for ``mprog train --nproc N``.
+
+Not torchrun's agent: the exit codes 2 and 75 must reach the caller, and a signal must reach
+each worker once and leave it the time to save.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+GRACE_SECONDS = 30.0
+"""How long the others get to end by themselves once one worker has failed."""
+
+
+def run_workers(command: Sequence[str], nproc: int) -> int:
+    """Run ``command`` in ``nproc`` processes of one job; returns the job's exit code.
+
+    The ranks meet in a store that this process holds (no port is picked twice). The code is
+    that of the first worker that failed. SIGTERM, SIGINT and SIGUSR1 are passed on.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins our store, starts none
+        "WORLD_SIZE": str(nproc),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        for rank in range(nproc):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of its own: Ctrl-C reaches the workers through pass_on alone.
+            workers.append(subprocess.Popen(command, env=own, start_new_session=True))
+        return _wait(workers)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    failed_at: float | None = None
+    first_failure: tuple[int, int] | None = None
+    while True:
+        codes = [worker.poll() for worker in workers]
+        for rank, code in enumerate(codes):
+            if code and first_failure is None:
+                first_failure, failed_at = (rank, code), time.monotonic()
+        if all(code is not None for code in codes):
+            break
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+            break  # the others wait for a rank that is gone; the caller kills them
+        time.sleep(0.05)
+    if first_failure is None:
+        return 0
+    rank, code = first_failure
+    if code < 0:  # it could not say so itself
+        name = signal.Signals(-code).name
+        print(f"rank {rank}: killed by {name}", file=sys.stderr, flush=True)
+        return 1
+    return code

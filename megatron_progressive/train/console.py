@@ -1,0 +1,86 @@
+"""What a person sees of a running job: a live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from megatron_progressive.config import RunConfig
+
+
+def short_time(seconds: float) -> str:
+    """``1h05m``, ``4m10s`` or ``12s``."""
+    whole = max(0, round(seconds))
+    hours, minutes, seconds = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class Monitor:
+    """Progress with the time left, estimated from the FLOPs that remain.
+
+    Steps before and after τ cost very differently, so the time left is the FLOPs left over
+    the rate of the current phase, not steps.
+    """
+
+    def __init__(self, config: RunConfig, step_flops: list[float], first_step: int, shows: bool):
+        """``step_flops[i]`` is the cost of step i + 1."""
+        self._config, self._shows = config, shows
+        self._remaining = [0.0] * (len(step_flops) + 1)
+        for i in range(len(step_flops) - 1, -1, -1):
+            self._remaining[i] = self._remaining[i + 1] + step_flops[i]
+        self._step_flops = step_flops
+        self._rate: float | None = None
+        self._last = time.monotonic()
+        self._live: Progress | None = None
+        if shows and sys.stderr.isatty():
+            self._live = Progress(
+                TextColumn(config.run.name),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=Console(stderr=True),
+            )
+            self._live.start()
+            self._task = self._live.add_task(
+                "", total=config.train.steps, completed=first_step, line=""
+            )
+
+    def note(self, text: str) -> None:
+        """One line that stays: an expansion, a warning, a save."""
+        if self._live is not None:
+            self._live.console.print(text, highlight=False)
+        elif self._shows:
+            print(f"{self._config.run.name}: {text}", file=sys.stderr, flush=True)
+
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
+        """A training step is done."""
+        now = time.monotonic()
+        rate = self._step_flops[step - 1] / max(1e-9, now - self._last)
+        self._last = now
+        self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
+        every, total = self._config.train.log_every, self._config.train.steps
+        if not self._shows or (self._live is None and step % every and step != total):
+            return
+        left = short_time(self._remaining[step] / self._rate)
+        line = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s / 1e3:.1f}k tok/s  left {left}"
+        if self._live is not None:
+            self._live.update(self._task, completed=step, line=f"{step}/{total}  {line}")
+        else:
+            self.note(f"step {step}/{total}  {line}")
+
+    def phase(self) -> None:
+        """The next step costs something else: forget the rate."""
+        self._rate = None
+        self._last = time.monotonic()
+
+    def resume_clock(self) -> None:
+        """Time spent outside of steps does not count into the rate."""
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()

@@ -1,0 +1,67 @@
+"""``mprog train``: check everything, then join the job or start local workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from megatron_progressive import data
+from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.runtime.distributed import Place, place_from_environment, world_group
+from megatron_progressive.runtime.launch import run_workers
+from megatron_progressive.study.preflight import check_run
+from megatron_progressive.train.run_folder import check_folder, is_finished
+
+
+def run_job(config: RunConfig, nproc: int | None, arguments: list[str]) -> int:
+    """Train; returns the exit code.
+
+    Under torchrun or Slurm this process is one rank of the job. Otherwise ``nproc`` local
+    workers are started with ``arguments`` (those of ``mprog``), or, for one, none.
+
+    Raises:
+        ConfigError: before any process group or file is created.
+    """
+    place = place_from_environment()
+    if place is not None and nproc is not None and place.world != nproc:
+        raise ConfigError(
+            f"--nproc: got {nproc} in a job of {place.world} ranks; accepted: no --nproc here"
+        )
+    world = place.world if place else nproc or 1
+    if world < 1:
+        raise ConfigError(f"--nproc: got {nproc}; accepted: from 1")
+    warnings = check_run(config, world)
+    progress = check_folder(config)
+    if is_finished(config.folder):
+        if place is None or place.rank == 0:
+            print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
+        return 0
+    data.check(config)
+    if place is None or place.rank == 0:
+        for warning in warnings if progress is None else ():
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        data.prepare(config)
+    if place is None and world > 1:
+        return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
+    return _rank(config, place or Place(0, 0, 1), warnings)
+
+
+def _rank(config: RunConfig, place: Place, warnings: list[str]) -> int:
+    import torch
+
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        with world_group(place):
+            from megatron_progressive.train.loop import train
+
+            # Read again: rank 0 may have joined before the others looked.
+            return train(config, check_folder(config), warnings)
+    except ConfigError:
+        raise
+    except Exception as error:  # the last line names the rank and the cause
+        traceback.print_exc()
+        cause = " ".join(str(error).split()) or "no message"
+        print(f"rank {place.rank}: {type(error).__name__}: {cause}", file=sys.stderr, flush=True)
+        return 1

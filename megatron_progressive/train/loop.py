@@ -1,0 +1,227 @@
+"""The training loop: batch, step, log, hook, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.data import TrainingData
+from megatron_progressive.engines import make_engine
+from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.expansion.hook import expand
+from megatron_progressive.models import model_shape, parameter_count, tensor_table
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.optim.schedule import learning_rate
+from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.runtime.signals import StopFlag
+from megatron_progressive.state import checkpoint
+from megatron_progressive.state.checkpoint import Progress
+from megatron_progressive.state.init import initialise_all
+from megatron_progressive.study.flops import step_flops
+from megatron_progressive.train import signatures
+from megatron_progressive.train.console import Monitor, short_time
+from megatron_progressive.train.run_folder import Recorder
+
+DONE, STOPPED = 0, 75
+"""Exit codes of a run: finished, or stopped by a signal after saving."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+class _Run:
+    """One run on this rank: what the loop needs behind names."""
+
+    def __init__(self, config: RunConfig, resumed: Progress | None, warnings: list[str]) -> None:
+        self.config, self.resumed = config, resumed is not None
+        self.world, first = dist.get_world_size(), dist.get_rank() == 0
+        self.taus = config.expansion_steps()
+        depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
+        self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
+        self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
+        self.data = TrainingData.open(config)
+        self.recorder = Recorder(config, resumed, writes=first)
+        plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.train.steps + 1)]
+        self.monitor = Monitor(config, plan, self.progress.step, shows=first)
+        self.started = time.perf_counter() - self.progress.wall_s
+        self.train_wall = self.progress.train_wall_s
+        self.eval_loss = float("nan")
+        self.engine = self._first_engine()
+        if self.resumed:
+            self.recorder.event(
+                "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
+            )
+            self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
+        else:
+            for warning in warnings:
+                self.warn(0, warning)
+
+    def shape(self, expansions: int) -> ModelShape:
+        if expansions == 0:
+            return model_shape(self.config)
+        return model_shape(self.config, self.config.expansion[expansions - 1].to_layers)
+
+    def build(self, expansions: int) -> Engine:
+        """A new engine for the phase after that many expansions, with unset weights."""
+        layout = make_layout(self.config.parallel_after(expansions), self.world)
+        return make_engine(self.config, self.shape(expansions), layout)
+
+    def _first_engine(self) -> Engine:
+        engine = self.build(self.progress.expansions)
+        state = engine.state()
+        if self.resumed:
+            path = checkpoint.checkpoint_path(self.config.folder, self.progress.step)
+            checkpoint.load(state, path)
+        else:
+            initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
+        return engine
+
+    def warn(self, step: int, cause: str) -> None:
+        self.recorder.event("warning", step=step, message=cause)
+        self.monitor.note(f"warning: {cause}")
+
+    def train_step(self, step: int, wants_stop: bool) -> bool:
+        """One optimizer step, recorded; returns whether any rank wants to stop."""
+        config, size = self.config, self.config.train.global_batch
+        batch = GlobalBatch(self.data.train_batch, (step - 1) * size, size)
+        lr = learning_rate(config, step)
+        start = time.perf_counter()
+        metrics = self.engine.train_step(batch, lr, wants_stop)
+        seconds = time.perf_counter() - start
+        self.train_wall += seconds
+        expansions = self.progress.expansions
+        tokens = size * self.engine.shape.sequence_length
+        self.progress = Progress(
+            step=step,
+            expansions=expansions,
+            num_layers=self.engine.shape.num_layers,
+            samples=step * size,
+            flops=self.progress.flops + self.costs[expansions],
+            train_wall_s=self.train_wall,
+            wall_s=time.perf_counter() - self.started,
+        )
+        self.recorder.event(
+            "train",
+            step=step,
+            tokens=step * tokens,
+            flops=self.progress.flops,
+            loss=metrics.loss,
+            lr=lr,
+            grad_norm=metrics.grad_norm,
+            step_time_s=seconds,
+            tokens_per_s=tokens / seconds,
+            num_layers=self.engine.shape.num_layers,
+        )
+        self.monitor.step(step, metrics.loss, lr, tokens / seconds)
+        failure = signatures.after_step(metrics.loss, metrics.grad_norm)
+        if failure:
+            self.warn(step, failure)
+            raise TrainingFailed(f"step {step}: {failure}")
+        return metrics.stop
+
+    def expand_if_due(self, step: int) -> None:
+        """The hook: replace the engine by a deeper one after step τ."""
+        done = self.progress.expansions
+        if done >= len(self.taus) or step != self.taus[done]:
+            return
+        config, expansion = self.config, self.config.expansion[done]
+        probe = GlobalBatch(self.data.validation_batch, 0, config.train.global_batch)
+        self.engine, event = expand(
+            self.engine, expansion, lambda: self.build(done + 1), probe, config.run.seed, done + 1
+        )
+        self.progress = Progress(
+            **{**asdict(self.progress), "expansions": done + 1, "num_layers": event.to_layers}
+        )
+        self.recorder.event("expansion", step=step, **asdict(event))
+        self.monitor.note(
+            f"expanded {event.from_layers} → {event.to_layers} layers after step {step} "
+            f"({event.layout_before} → {event.layout_after}) in {event.seconds:.2f} s, loss "
+            f"{event.loss_before:.4f} → {event.loss_after:.4f}"
+        )
+        warning = signatures.after_expansion(config, step, event)
+        if warning:
+            self.warn(step, warning)
+        self.monitor.phase()
+
+    def evaluate_if_due(self, step: int) -> None:
+        train = self.config.train
+        if step % train.eval_every and step != train.steps:
+            return
+        size = train.global_batch
+        batches = [
+            GlobalBatch(self.data.validation_batch, first, size)
+            for first in range(0, train.eval_samples, size)
+        ]
+        self.eval_loss = self.engine.evaluate(batches)
+        tokens = step * size * self.engine.shape.sequence_length
+        self.recorder.event(
+            "eval", step=step, tokens=tokens, flops=self.progress.flops, loss=self.eval_loss
+        )
+        self.monitor.note(f"step {step}/{train.steps}  validation loss {self.eval_loss:.4f}")
+        self.monitor.resume_clock()
+
+    def save_if_due(self, step: int, stop: bool) -> None:
+        train = self.config.train
+        due = step == train.steps or (train.save_every and step % train.save_every == 0)
+        if not (due or stop):
+            return
+        self.recorder.sync()
+        wall = time.perf_counter() - self.started
+        self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
+        start = time.perf_counter()
+        path = checkpoint.save(
+            self.engine.state(), self.config.folder, self.progress, train.keep_checkpoints
+        )
+        seconds = time.perf_counter() - start
+        self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
+        self.monitor.resume_clock()
+
+    def finish(self) -> None:
+        wall = time.perf_counter() - self.started
+        self.recorder.summary(
+            final_eval_loss=self.eval_loss,
+            total_flops=self.progress.flops,
+            total_tokens=self.progress.samples * self.engine.shape.sequence_length,
+            wall_s=wall,
+            train_wall_s=self.train_wall,
+            steps=self.progress.step,
+            resumed=self.resumed,
+            num_layers=self.engine.shape.num_layers,
+            params=parameter_count(self.engine.shape),
+        )
+        self.monitor.note(f"done in {short_time(wall)}, validation loss {self.eval_loss:.4f}")
+
+    def close(self) -> None:
+        self.monitor.close()
+        self.recorder.close()
+
+
+def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> int:
+    """Run or continue a run, inside the world process group; returns the exit code.
+
+    Args:
+        resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
+        warnings: what preflight found, recorded at the start of a fresh run.
+
+    Raises:
+        TrainingFailed: the loss is not finite.
+    """
+    run = _Run(config, resumed, warnings)
+    try:
+        with StopFlag() as flag:
+            for step in range(run.progress.step + 1, config.train.steps + 1):
+                stop = run.train_step(step, flag.raised)
+                run.expand_if_due(step)
+                run.evaluate_if_due(step)
+                run.save_if_due(step, stop)
+                if stop and step < config.train.steps:
+                    run.monitor.note(f"stopped by a signal after saving step {step}")
+                    return STOPPED
+        run.finish()
+        return DONE
+    finally:
+        run.close()

@@ -1,0 +1,122 @@
+"""The run folder: configuration, metrics and summary, and what resuming does to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_progressive.config import ConfigError, RunConfig, load, to_yaml
+from megatron_progressive.runtime.files import write_atomically, write_json
+from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
+
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+
+# What may differ between a run and its continuation: how it is laid out and watched, never
+# what is computed.
+_FREE = {"run.dir", "train.micro_batch", "train.save_every", "train.keep_checkpoints",
+         "train.log_every", "data.prepared"}  # fmt: skip
+
+
+def _decisive(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything that decides the run's numbers."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in items:
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if name == "parallel" or name.endswith(".parallel") or name in _FREE:
+            continue
+        if isinstance(value, dict) or (isinstance(value, list) and value):
+            yield from _decisive(value, name)
+        else:
+            yield name, value
+
+
+def check_folder(config: RunConfig) -> Progress | None:
+    """Where a run would start: the progress to resume from, or None for a fresh start.
+
+    Creates nothing.
+
+    Raises:
+        ConfigError: the folder holds something else, another configuration, or a newest
+            checkpoint that is not whole.
+    """
+    folder = config.folder
+    if not folder.exists():
+        return None
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
+        raise ConfigError(f"run.name: {folder} is there and is no run folder; accepted: a new name")
+    if not any(folder.iterdir()):
+        return None
+    present = dict(_decisive(asdict(load(folder / CONFIG_FILE))))
+    wanted = dict(_decisive(asdict(config)))
+    for key in sorted({*present, *wanted}):
+        if present.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"run.name: {folder} holds a run with {key}={present.get(key)!r}, got "
+                f"{wanted.get(key)!r}; accepted: the same configuration, or a new run.name"
+            )
+    saved = checkpoints(folder)
+    return read_progress(saved[-1]) if saved else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run ended (its summary is written last)."""
+    return (folder / SUMMARY_FILE).is_file()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Events of a run so far; a last line cut by a kill is left out."""
+    path = folder / METRICS_FILE
+    events = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            break
+    return events
+
+
+class Recorder:
+    """Writes the run folder. Only rank 0 has one that writes; the others' do nothing."""
+
+    def __init__(self, config: RunConfig, progress: Progress | None, writes: bool) -> None:
+        self.folder = config.folder
+        self._file: TextIO | None = None
+        if not writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / CONFIG_FILE, to_yaml(config))
+        # Steps after the checkpoint are going to be done again: no step twice.
+        last = progress.step if progress else -1
+        kept = [e for e in read_metrics(self.folder) if progress and e.get("step", 0) <= last]
+        text = "".join(json.dumps(event) + "\n" for event in kept)
+        write_atomically(self.folder / METRICS_FILE, text)
+        self._file = open(self.folder / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one event to ``metrics.jsonl``."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": kind, **values}) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to disk: called before a checkpoint, which must not be ahead of the metrics."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def summary(self, **values: Any) -> None:
+        """Write ``summary.json``: the run is finished."""
+        if self._file is not None:
+            self.sync()
+            write_json(self.folder / SUMMARY_FILE, values)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+__all__ = ["Recorder", "check_folder", "is_finished", "read_metrics"]

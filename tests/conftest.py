@@ -1,0 +1,35 @@
+"""Shared fixtures: one pool of gloo ranks and one small prepared corpus for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from tests.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(4, tmp_path_factory.mktemp("stores"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder prepared from a part of the standard library, vocabulary 512."""
+    from megatron_progressive import config, data
+
+    folder = tmp_path_factory.mktemp("corpus")
+    values = {
+        "run": {"dir": str(folder)},
+        "model": {"family": "gpt2"},
+        "data": {"vocab_size": 512, "sequence_length": 32, "max_bytes": 400_000},
+    }
+    return data.prepare(config.from_dict(values))

@@ -1,0 +1,95 @@
+"""A pool of worker processes for distributed tests: real ranks over gloo, started once.
+
+A fresh interpreter with Megatron-core costs seconds; a test costs its own work. The function
+given to :meth:`Pool.run` is imported by name in each worker and called as
+``function(*arguments)`` inside a world group of the ranks asked for.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+def _worker(connection: Connection, rank: int) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    from megatron_progressive.runtime import cpu
+
+    cpu.install()
+    while True:
+        message = connection.recv()
+        if message is None:
+            return
+        module, name, arguments, world, store_path = message
+        try:
+            dist.init_process_group(
+                "gloo", rank=rank, world_size=world, store=dist.FileStore(store_path, world)
+            )
+            try:
+                function = getattr(__import__(module, fromlist=[name]), name)
+                connection.send((True, function(*arguments)))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class Pool:
+    """Up to ``size`` ranks. A failed call replaces the workers, whose groups may hang."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self._size, self._folder, self._calls = size, folder, 0
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _start(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(len(self._workers), world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, rank), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call ``function(*arguments)`` on ranks 0..world-1; returns their results.
+
+        Raises:
+            AssertionError: with the traceback of the first rank that failed.
+        """
+        assert world <= self._size
+        self._start(world)
+        self._calls += 1
+        store = str(self._folder / f"store_{self._calls}")
+        for _, connection in self._workers[:world]:
+            connection.send((function.__module__, function.__name__, arguments, world, store))
+        results = []
+        for rank, (_, connection) in enumerate(self._workers[:world]):
+            if not connection.poll(TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"rank {rank} did not answer in {TIMEOUT_S} s")
+            ok, value = connection.recv()
+            if not ok:
+                self.close()
+                raise AssertionError(f"rank {rank}:\n{value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
