@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -26,7 +27,7 @@ from megatron_progressive.engines.megatron_model import (
     canonical_names,
     transformer_config,
 )
-from megatron_progressive.engines.megatron_optimizer import build_optimizer
+from megatron_progressive.engines.megatron_optimizer import build_optimizer, is_sharded
 from megatron_progressive.engines.megatron_state import sharded_state, table_with_tied_head
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape
@@ -34,8 +35,8 @@ from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.state.boxes import ShardedState
 
-# Megatron-core's notes on defaults that this engine sets on purpose.
-warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+# Megatron-core 0.19.2 calls collectives by names that torch 2.13 renames.
+warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
 
 
 class MegatronEngine:
@@ -58,16 +59,23 @@ class MegatronEngine:
         self._names = canonical_names(core)
         table = tensor_table(shape)
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
+        sharded = is_sharded(config.optim, layout.zero_stage)
+        buffers = DistributedDataParallelConfig(
+            use_distributed_optimizer=sharded,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            overlap_param_gather=False,
+            check_for_nan_in_grad=False,
+        )
         self.model = DistributedDataParallel(
             transformer,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=config.optim.name == "adamw" and layout.zero_stage >= 1,
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
-                overlap_param_gather=False,
-                check_for_nan_in_grad=False,
-            ),
+            buffers,
             Float16Module(transformer, core) if bf16 else core,
+            full_param_layout=DistributedOptimizer.compute_full_param_layout(
+                list(self._names.values()), None, layout.data, buffers
+            )
+            if sharded
+            else None,
         )
         self.optimizer = build_optimizer(
             self.model, self._names, self._table, config.optim, self.groups, bf16

@@ -15,6 +15,7 @@ import os
 import pkgutil
 import sys
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -128,6 +129,16 @@ def _torch_stand_in() -> types.ModuleType:
     return stand_in
 
 
+def _import_all() -> None:
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    for name in _PACKAGES:
+        package = importlib.import_module(f"megatron.core.{name}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            with contextlib.suppress(ImportError):  # those that need an absent extra
+                importlib.import_module(module.name)
+
+
 def install() -> None:
     """Make Megatron-core run on the CPU. Call once, before building anything with it.
 
@@ -138,13 +149,9 @@ def install() -> None:
     if torch.cuda.is_available():
         return
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    for name in _MODULES:
-        importlib.import_module(f"megatron.core.{name}")
-    for name in _PACKAGES:
-        package = importlib.import_module(f"megatron.core.{name}")
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            with contextlib.suppress(ImportError):  # those that need an absent extra
-                importlib.import_module(module.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which accelerated libraries it does not find
+        _import_all()
     stand_in = _torch_stand_in()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:

@@ -1,0 +1,131 @@
+"""What ranks do in the distributed tests: build, step, expand, gather."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_progressive import config as configuration
+from megatron_progressive.config import RunConfig
+from megatron_progressive.engines import make_engine
+from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.expansion.hook import expand
+from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.state.boxes import ShardedState
+from megatron_progressive.state.init import initialise_all
+
+SMALL = {
+    "model": {"family": "gpt2", "hidden_size": 32, "num_attention_heads": 4},
+    "data": {"vocab_size": 250, "sequence_length": 16},
+    "train": {"global_batch": 8, "micro_batch": 2, "steps": 20},
+}
+
+
+def small_config(words: list[str], expansion: dict[str, Any] | None = None) -> RunConfig:
+    values: dict[str, Any] = {**SMALL, "expansion": [expansion] if expansion else []}
+    return configuration.from_dict(values, words)
+
+
+def tokens(first: int, count: int) -> torch.Tensor:
+    """Random but learnable: each sample repeats a short motif."""
+    samples = []
+    for number in range(first, first + count):
+        generator = torch.Generator().manual_seed(number)
+        samples.append(torch.randint(0, 250, (5,), generator=generator).repeat(4)[:17])
+    return torch.stack(samples)
+
+
+def start(config: RunConfig, layers: int | None = None) -> Engine:
+    shape = model_shape(config, layers)
+    engine = make_engine(config, shape, make_layout(config.parallel, dist.get_world_size()))
+    initialise_all(engine.state(), tensor_table(shape), config.run.seed)
+    return engine
+
+
+def step(engine: Engine, number: int, lr: float = 0.01) -> float:
+    return engine.train_step(GlobalBatch(tokens, 8 * number, 8), lr).loss
+
+
+Full = dict[tuple[str, str], torch.Tensor]
+
+
+def gather(state: ShardedState) -> Full:
+    """Whole tensors from all ranks' pieces; replicas must agree bit for bit."""
+    mine = [(p.key, p.global_shape, p.box, p.data.clone()) for p in state.pieces]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    full: Full = {}
+    counts: Full = {}
+    for key, shape, box, data in (piece for pieces in everyone for piece in pieces):
+        if key not in full:
+            full[key] = torch.zeros(shape, dtype=data.dtype)
+            counts[key] = torch.zeros(shape, dtype=torch.int)
+        index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+        seen = counts[key][index] > 0
+        assert torch.equal(full[key][index][seen], data[seen]), f"replicas of {key} differ"
+        full[key][index] = data
+        counts[key][index] += 1
+    for key, count in counts.items():
+        assert bool((count > 0).all()), f"{key}: elements that no rank holds"
+    return full
+
+
+def expand_and_gather(config: RunConfig, steps: int = 2) -> tuple[Full, Full, Any, list[float]]:
+    """Whole state before and after an expansion, its event, and the next two losses."""
+    engine = start(config)
+    for number in range(steps):
+        step(engine, number)
+    before = gather(engine.state())
+    engine, event = _expand(engine, config)
+    after = gather(engine.state())
+    losses = [step(engine, steps), step(engine, steps + 1)]
+    engine.close()
+    return before, after, event, losses
+
+
+def _expand(engine: Engine, config: RunConfig) -> tuple[Engine, Any]:
+    def build() -> Engine:
+        layout = make_layout(config.parallel_after(1), dist.get_world_size())
+        return make_engine(config, model_shape(config, config.expansion[0].to_layers), layout)
+
+    probe = GlobalBatch(tokens, 10_000, 8)
+    return expand(engine, config.expansion[0], build, probe, config.run.seed, 1)
+
+
+def trainable_after_expansion(config: RunConfig) -> list[str]:
+    """Names of weights that the step after an expansion left unchanged."""
+    engine = start(config)
+    step(engine, 0)
+    engine, _ = _expand(engine, config)
+    before = gather(engine.state())
+    step(engine, 1)
+    after = gather(engine.state())
+    engine.close()
+    return [k[0] for k in before if k[1] == "param" and torch.equal(before[k], after[k])]
+
+
+def losses_and_norms(config: RunConfig, layers: int, steps: int) -> list[tuple[float, float]]:
+    engine = start(config, layers)
+    out = []
+    for number in range(steps):
+        metrics = engine.train_step(GlobalBatch(tokens, 8 * number, 8), 0.01)
+        out.append((metrics.loss, metrics.grad_norm))
+    engine.close()
+    return out
+
+
+def groups_after_expansions(config: RunConfig, cycles: int) -> list[int]:
+    """Process groups alive after each of several engines in a row."""
+    import torch.distributed.distributed_c10d as c10d
+
+    counts = []
+    for _ in range(cycles):
+        engine = start(config)
+        step(engine, 0)
+        engine, _ = _expand(engine, config)
+        engine.close()
+        counts.append(len(c10d._world.pg_map))
+    return counts

@@ -1,0 +1,130 @@
+"""The Megatron engine and its expansion, on real gloo ranks."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape
+from tests.engines import cases, reference
+from tests.pool import Pool
+
+LAYOUTS = [
+    (1, {}),
+    (2, {}),
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2}),
+    (4, {}),
+    (4, {"tensor": 2}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (4, {"pipeline": 4}),
+]
+
+
+def words(parallel: dict[str, int]) -> list[str]:
+    return [f"parallel.{key}={value}" for key, value in parallel.items()]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+@pytest.mark.parametrize("layers", [0, 1, 4])
+def test_same_losses_on_every_layout(pool: Pool, optimizer: str, layers: int) -> None:
+    base = [f"optim.name={optimizer}", "train.micro_batch=1"]
+    expected = pool.run(1, cases.losses_and_norms, cases.small_config(base), layers, 6)[0]
+    assert len({round(loss, 4) for loss, _ in expected}) == 6
+    for world, parallel in LAYOUTS[1:]:
+        config = cases.small_config([*base, *words(parallel)])
+        for result in pool.run(world, cases.losses_and_norms, config, layers, 6):
+            for (loss, norm), (loss_1, norm_1) in zip(result, expected, strict=True):
+                assert loss == pytest.approx(loss_1, rel=2e-5), (world, parallel)
+                assert norm == pytest.approx(norm_1, rel=2e-4), (world, parallel)
+
+
+def check_expansion(pool: Pool, world: int, config: RunConfig) -> Any:
+    """Run one expansion and compare every slot with the reference, bit for bit."""
+    expansion = config.expansion[0]
+    results = pool.run(world, cases.expand_and_gather, config)
+    before, after, event, losses = results[0]
+    shape = model_shape(config, expansion.to_layers)
+    expected = reference.expanded(
+        before, shape, model_shape(config).num_layers, expansion.init, expansion.order,
+        expansion.insert, expansion.optimizer_state, config.run.seed,
+        lambda name: config.optim.name == "adamw" or (
+            config.optim.embeddings == "adamw" and ("embedding" in name or "output" in name)
+        ),
+    )  # fmt: skip
+    assert set(after) == set(expected)
+    different = [key for key in expected if not torch.equal(after[key], expected[key])]
+    assert not different
+    assert all(torch.isfinite(torch.tensor(losses)))
+    return event
+
+
+def random_case(rng: random.Random) -> tuple[int, RunConfig]:
+    world, before = rng.choice(LAYOUTS)
+    after = rng.choice([p for w, p in LAYOUTS if w == world])
+    source = rng.randint(0, 3)
+    if source > before.get("pipeline", 1) and source % before.get("pipeline", 1):
+        source = 0
+    target = rng.choice([4, 8])
+    init = rng.choice(["random", "zero"] + (["copying", "copying_zeroL", "copying_zeroN"] if source else []))
+    expansion = {
+        "at": 2,
+        "to_layers": target,
+        "init": init,
+        "order": rng.choice(["stack", "inter", "last"]),
+        "insert": rng.choice(["bottom", "top"]),
+        "optimizer_state": rng.choice(["inherit", "copy", "reset"]),
+        "parallel": {"tensor": 1, "pipeline": 1, "zero_stage": rng.randint(0, 1), **after},
+    }
+    config = cases.small_config(
+        [
+            f"model.num_layers={source}",
+            f"model.tie_embeddings={rng.choice(['true', 'false'])}",
+            f"model.linear_bias={rng.choice(['true', 'false'])}",
+            f"optim.name={rng.choice(['adamw', 'muon_nsgd'])}",
+            f"optim.embeddings={rng.choice(['muon', 'adamw'])}",
+            f"train.precision={rng.choice(['fp32', 'bf16'])}",
+            f"parallel.zero_stage={rng.randint(0, 1)}",
+            "train.micro_batch=1",
+            *words(before),
+        ],
+        expansion,
+    )
+    return world, config
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_expansion_equals_the_reference_bit_for_bit(pool: Pool, seed: int) -> None:
+    world, config = random_case(random.Random(seed))
+    check_expansion(pool, world, config)
+
+
+@pytest.mark.parametrize(("source", "init"), [(1, "copying_zeroL"), (0, "zero")])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+def test_lossless_expansion_onto_another_layout(
+    pool: Pool, source: int, init: str, optimizer: str
+) -> None:
+    expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": {"tensor": 2, "pipeline": 2}}
+    config = cases.small_config([f"model.num_layers={source}", f"optim.name={optimizer}"], expansion)
+    event = check_expansion(pool, 4, config)
+    assert event.layout_before == "DP=4"
+    assert event.layout_after == "DP=1 x TP=2 x PP=2"
+    assert abs(event.loss_before - event.loss_after) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+def test_every_weight_moves_in_the_step_after_an_expansion(pool: Pool, optimizer: str) -> None:
+    expansion = {"at": 2, "to_layers": 4, "init": "random", "parallel": {"tensor": 2}}
+    config = cases.small_config([f"optim.name={optimizer}", "model.num_layers=0"], expansion)
+    assert pool.run(2, cases.trainable_after_expansion, config)[0] == []
+
+
+def test_process_groups_are_released(pool: Pool) -> None:
+    expansion = {"at": 2, "to_layers": 2, "parallel": {"tensor": 2}}
+    config = cases.small_config(["model.num_layers=0"], expansion)
+    counts = pool.run(2, cases.groups_after_expansions, config, 3)[0]
+    assert counts == [1, 1, 1]  # the world's own
