@@ -15,8 +15,8 @@ from tests.pool import Pool
 
 
 @pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(4, tmp_path_factory.mktemp("stores"))
+def pool() -> Iterator[Pool]:
+    pool = Pool(4)
     yield pool
     pool.close()
 

@@ -34,11 +34,10 @@ def _worker(connection: Connection, rank: int) -> None:
         message = connection.recv()
         if message is None:
             return
-        module, name, arguments, world, store_path = message
+        module, name, arguments, world, port = message
         try:
-            dist.init_process_group(
-                "gloo", rank=rank, world_size=world, store=dist.FileStore(store_path, world)
-            )
+            store = dist.TCPStore("127.0.0.1", port)
+            dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
             try:
                 function = getattr(__import__(module, fromlist=[name]), name)
                 connection.send((True, function(*arguments)))
@@ -51,8 +50,8 @@ def _worker(connection: Connection, rank: int) -> None:
 class Pool:
     """Up to ``size`` ranks. A failed call replaces the workers, whose groups may hang."""
 
-    def __init__(self, size: int, folder: Path) -> None:
-        self._size, self._folder, self._calls = size, folder, 0
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._workers: list[tuple[Any, Connection]] = []
 
     def _start(self, world: int) -> None:
@@ -71,10 +70,11 @@ class Pool:
         """
         assert world <= self._size
         self._start(world)
-        self._calls += 1
-        store = str(self._folder / f"store_{self._calls}")
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for _, connection in self._workers[:world]:
-            connection.send((function.__module__, function.__name__, arguments, world, store))
+            connection.send((function.__module__, function.__name__, arguments, world, store.port))
         results = []
         for rank, (_, connection) in enumerate(self._workers[:world]):
             if not connection.poll(TIMEOUT_S):
