@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -34,10 +33,6 @@ from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.state.boxes import ShardedState
-
-# Megatron-core 0.19.2 calls collectives by names that torch 2.13 renames.
-warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
-
 
 class MegatronEngine:
     """One model and optimizer in one layout. Making one is collective over all ranks.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,12 +42,25 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
         raise ConfigError(f"environment: got {got}; accepted: all three, as numbers") from None
 
 
+def quiet_libraries() -> None:
+    """Leave out the notes of Megatron-core and torch that no user of this program can act on.
+
+    Deprecations of names they call themselves, missing optional accelerators, CUDA tuning
+    advice. Errors stay.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+
+
 @contextmanager
 def world_group(place: Place) -> Iterator[None]:
     """The world process group (NCCL with CUDA, gloo without), destroyed at the end.
 
     Alone (``world`` 1, outside a job) it needs no address.
     """
+    quiet_libraries()
     import torch
     import torch.distributed as dist
 
