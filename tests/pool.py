@@ -8,6 +8,7 @@ given to :meth:`Pool.run` is imported by name in each worker and called as
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import traceback
@@ -75,17 +76,21 @@ class Pool:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for _, connection in self._workers[:world]:
             connection.send((function.__module__, function.__name__, arguments, world, store.port))
-        results = []
-        for rank, (_, connection) in enumerate(self._workers[:world]):
-            if not connection.poll(TIMEOUT_S):
+        ranks = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world])}
+        results: dict[int, Any] = {}
+        while len(results) < world:  # in the order of arrival: a failed rank leaves others hanging
+            waiting = [c for c, rank in ranks.items() if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, TIMEOUT_S)
+            if not ready:
                 self.close()
-                raise AssertionError(f"rank {rank} did not answer in {TIMEOUT_S} s")
-            ok, value = connection.recv()
-            if not ok:
-                self.close()
-                raise AssertionError(f"rank {rank}:\n{value}")
-            results.append(value)
-        return results
+                raise AssertionError(f"of {world} ranks {sorted(results)} answered in {TIMEOUT_S} s")
+            for connection in ready:
+                rank = ranks[connection]  # type: ignore[index]
+                ok, results[rank] = connection.recv()  # type: ignore[union-attr]
+                if not ok:
+                    self.close()
+                    raise AssertionError(f"rank {rank}:\n{results[rank]}")
+        return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
         for process, connection in self._workers:

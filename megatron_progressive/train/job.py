@@ -10,6 +10,7 @@ from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.runtime.distributed import Place, place_from_environment, world_group
 from megatron_progressive.runtime.launch import run_workers
+from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.run_folder import check_folder, is_finished
 
@@ -44,10 +45,12 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str]) -> int:
         data.prepare(config)
     if place is None and world > 1:
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
-    return _rank(config, place or Place(0, 0, 1), warnings)
+    return _rank(config, place or Place(0, 0, 1), progress, warnings)
 
 
-def _rank(config: RunConfig, place: Place, warnings: list[str]) -> int:
+def _rank(
+    config: RunConfig, place: Place, progress: Progress | None, warnings: list[str]
+) -> int:
     import torch
 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
@@ -56,8 +59,8 @@ def _rank(config: RunConfig, place: Place, warnings: list[str]) -> int:
         with world_group(place):
             from megatron_progressive.train.loop import train
 
-            # Read again: rank 0 may have joined before the others looked.
-            return train(config, check_folder(config), warnings)
+            # The folder was read before joining, when no rank could have begun to write it.
+            return train(config, progress, warnings)
     except ConfigError:
         raise
     except Exception as error:  # the last line names the rank and the cause

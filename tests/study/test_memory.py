@@ -1,0 +1,59 @@
+"""Predicted memory against the state of real engines."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_progressive.models import model_shape, parameter_count
+from megatron_progressive.runtime.layout import Layout, make_layout
+from megatron_progressive.study.memory import MASTER, MOMENTS, MOMENTUM, largest_rank, stage_tensors
+from tests.engines.cases import small_config
+from tests.pool import Pool
+from tests.study import ranks
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (4, ["parallel.tensor=2", "parallel.pipeline=2", "train.precision=bf16"]),
+        (4, ["parallel.pipeline=2", "parallel.tensor=2", "optim.embeddings=adamw"]),
+        (0, ["parallel.pipeline=4", "train.precision=bf16", "model.tie_embeddings=false"]),
+        (2, ["parallel.pipeline=4"]),
+        (4, ["optim.name=adamw", "train.precision=bf16", "parallel.zero_stage=0"]),
+        (4, ["optim.name=adamw", "train.precision=bf16", "parallel.tensor=2"]),
+        (4, ["optim.name=adamw", "parallel.pipeline=2"]),
+    ],
+)
+def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
+    pool: Pool, layers: int, words: list[str]
+) -> None:
+    config = small_config([*words, f"model.num_layers={layers}", "train.micro_batch=1"])
+    predicted = largest_rank(model_shape(config), config, make_layout(config.parallel, 4))
+    held = pool.run(4, ranks.state_bytes, config)
+    fullest = max(held, key=lambda sizes: sum(v for k, v in sizes.items() if k != "elements"))
+    assert predicted.parameters == fullest["param"]
+    assert predicted.gradients == 4 * fullest["elements"]
+    slots = {
+        MASTER: fullest.get("master", 0),
+        MOMENTUM: fullest.get("momentum", 0),
+        MOMENTS: fullest.get("exp_avg", 0) + fullest.get("exp_avg_sq", 0),
+    }
+    # the distributed optimizer pads and cuts a flat buffer: its shares are not quite equal
+    sharded = config.optim.name == "adamw" and config.parallel.zero_stage == 1
+    for kind, size in slots.items():
+        assert predicted.optimizer.get(kind, 0) == pytest.approx(size, rel=0.05 if sharded else 0)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3, 4, 12])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+@pytest.mark.parametrize("tie", [True, False])
+def test_stages_hold_the_model_and_one_copy_of_a_tied_embedding(
+    layers: int, pipeline: int, tie: bool
+) -> None:
+    if layers >= pipeline and layers % pipeline:
+        pytest.skip("not a layout")
+    config = small_config([f"model.tie_embeddings={tie}"])
+    shape = model_shape(config, layers)
+    stages = stage_tensors(shape, Layout(world=pipeline, pipeline=pipeline))
+    copy = shape.padded_vocab_size * shape.hidden_size if tie and pipeline > 1 else 0
+    assert sum(s.numel for stage in stages for s in stage) == parameter_count(shape) + copy

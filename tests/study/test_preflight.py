@@ -1,0 +1,150 @@
+"""Preflight: every error names its field, every warning its failure signature."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_progressive.config import ConfigError, RunConfig, from_dict
+from megatron_progressive.study.preflight import check_run, smallest_world
+
+
+def config(
+    expansion: list[dict[str, Any]] | None = None, layers: int = 0, **sections: Any
+) -> RunConfig:
+    """The tiny preset (4 heads, ffn 256, vocabulary 2048), 100 steps, zero to six layers."""
+    values = {
+        "model": {"family": "gpt2", "num_layers": layers},
+        "train": {"steps": 100, "global_batch": 16, "micro_batch": 4},
+        "expansion": [{"at": 0.5, "to_layers": 6}] if expansion is None else expansion,
+    }
+    return from_dict({**values, **sections})
+
+
+def growth(**more: Any) -> list[dict[str, Any]]:
+    return [{"at": 0.5, "to_layers": 6, **more}]
+
+
+def test_a_sound_run_passes_without_a_word() -> None:
+    assert check_run(config(), 1) == []
+    assert check_run(config(expansion=[]), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "world", "field", "value"),
+    [
+        (config(parallel={"tensor": 3}), 4, "parallel", "tensor 3"),
+        (config(growth(parallel={"pipeline": 3})), 4, "expansion[0].parallel", "pipeline 3"),
+        (config(parallel={"tensor": 8}), 8, "parallel.tensor", "got 8"),
+        (config(growth(parallel={"tensor": 8})), 8, "expansion[0].parallel.tensor", "got 8"),
+        (
+            config(model={"family": "gpt2", "num_layers": 0, "ffn_hidden_size": 250}, parallel={"tensor": 4}),
+            4, "parallel.tensor", "ffn_hidden_size 250",
+        ),
+        (
+            config(
+                model={"family": "gpt2", "num_layers": 0, "hidden_size": 192,
+                       "num_attention_heads": 96}, parallel={"tensor": 3},
+            ), 3, "parallel.tensor", "vocabulary 2048",
+        ),
+        (config(growth(parallel={"pipeline": 4})), 4, "expansion[0].parallel.pipeline", "got 4"),
+        (config(), 3, "train.global_batch", "multiple of 12"),
+        (config(parallel={"pipeline": 8}, expansion=growth(parallel={"pipeline": 1})), 8,
+         "train.global_batch", "multiple of 32"),
+        (config(growth(at=math.nan)), 1, "expansion[0].at", "got nan"),
+        (config(growth(at=math.inf)), 1, "expansion[0].at", "got inf"),
+        (config(growth(at=3.5)), 1, "expansion[0].at", "got 3.5"),
+        (config(growth(at=0.0)), 1, "expansion[0].at", "step 0"),
+        (config(growth(at=-0.2)), 1, "expansion[0].at", "step -20"),
+        (config(growth(at=100)), 1, "expansion[0].at", "got 100"),
+        (config(growth(at=0.999)), 1, "expansion[0].at", "step 100"),
+        (
+            config([{"at": 0.5, "to_layers": 2}, {"at": 0.5, "to_layers": 6}]), 1,
+            "expansion[1].at", "step 50",
+        ),
+        (
+            config([{"at": 60, "to_layers": 2}, {"at": 0.5, "to_layers": 6}]), 1,
+            "expansion[1].at", "step 60",
+        ),
+        (config(layers=6), 1, "expansion[0].to_layers", "got 6"),
+        (
+            config([{"at": 0.2, "to_layers": 4}, {"at": 0.5, "to_layers": 3}]), 1,
+            "expansion[1].to_layers", "got 3",
+        ),
+        (config(growth(init="copying")), 1, "expansion[0].init", "'copying'"),
+        (config(growth(init="copying_zeroL")), 1, "expansion[0].init", "'copying_zeroL'"),
+        (config(schedule={"warmup": 0.5, "decay": 0.6}), 1, "schedule.decay", "got 0.6"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_that_names_field_value_and_fix(
+    bad: RunConfig, world: int, field: str, value: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_run(bad, world)
+    message = str(caught.value)
+    assert message.startswith(f"{field}: "), message
+    assert value in message
+    assert "accepted: " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("good", "world"),
+    [
+        (config(parallel={"pipeline": 4}, expansion=growth(parallel={"pipeline": 2})), 4),
+        (config(layers=1, expansion=growth(init="copying_zeroN")), 1),
+        (config(growth(at=50)), 1),
+        (config(growth(at=1)), 1),
+        (config(schedule={"warmup": 0.3, "decay": 0.1}, expansion=growth(at=0.6)), 1),
+        (config(expansion=[], schedule={"warmup": 0.7, "decay": 0.3}), 1),
+        (config(expansion=[], schedule={"name": "cosine", "warmup": 0.95}), 1),
+    ],
+)
+def test_sound_corner_cases_pass(good: RunConfig, world: int) -> None:
+    assert check_run(good, world) == []
+
+
+@pytest.mark.parametrize(
+    ("risky", "signatures"),
+    [
+        # 20 % decay after 0.8 T: the first step after the expansion already decays
+        (
+            config(growth(at=0.8), schedule={"decay": 0.2}),
+            ["loss spike > 2x at expansion; likely cause: expansion during decay"],
+        ),
+        (
+            config(growth(at=0.85)),
+            ["final loss >= 5 % worse than fixed-size; likely cause: tau > 0.8 T"],
+        ),
+        (config(growth(at=0.95)), ["expansion during decay", "tau > 0.8 T"]),
+        (
+            config(schedule={"name": "cosine"}),
+            ["final loss >= 5 % worse than fixed-size; likely cause: cosine schedule"],
+        ),
+        (config(schedule={"name": "linear"}), ["likely cause: linear schedule"]),
+        (config(growth(init="zero")), ["kills the gradient"]),
+        (
+            config(growth(insert="top"), layers=1),
+            ["instability after expansion; likely cause: random layers at the top"],
+        ),
+        (config(growth(insert="top", init="copying"), layers=1), []),
+        (config(growth(insert="top")), []),  # no trained layer: top and bottom are the same
+        (config(growth(at=0.49), schedule={"name": "cosine"}), []),
+        (config(growth(at=0.8)), []),
+        (config(growth(at=0.8), train={"steps": 1003}), []),  # 0.8 T rounds up
+    ],
+)
+def test_warnings_name_the_failure_signature(risky: RunConfig, signatures: list[str]) -> None:
+    warnings = check_run(risky, 1)
+    assert len(warnings) == len(signatures), warnings
+    for warning, signature in zip(warnings, signatures, strict=True):
+        assert signature in warning
+        assert warning.startswith("expansion[0].")
+        assert "\n" not in warning
+
+
+def test_smallest_world_fits_every_phase() -> None:
+    run = config(parallel={"tensor": 2}, expansion=growth(parallel={"tensor": 1, "pipeline": 3}))
+    assert smallest_world(run) == 6

@@ -1,0 +1,242 @@
+"""Whole runs on real text: same curve on every layout, saving, resuming, being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_progressive.config import to_yaml
+from megatron_progressive.state.checkpoint import checkpoints
+from megatron_progressive.train.run_folder import read_metrics
+from tests.pool import Pool
+from tests.train.cases import run_config, run_values, train_here
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step; each step must be there once."""
+    events = [e for e in read_metrics(folder) if e["event"] == "train"]
+    assert len({e["step"] for e in events}) == len(events), "a step twice in the metrics"
+    return {e["step"]: e["loss"] for e in events}
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_metrics(folder) if e["event"] == kind]
+
+
+def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
+    assert a.keys() == b.keys()
+    return max(abs(a[step] - b[step]) / a[step] for step in a)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+def test_same_curve_on_every_layout(
+    pool: Pool, corpus: Path, tmp_path: Path, optimizer: str
+) -> None:
+    layouts = {
+        "one": (1, "train.micro_batch=8"),
+        "dp2": (2, "train.micro_batch=4"),
+        "tp2": (2, "parallel.tensor=2"),
+        "pp2": (2, "parallel.pipeline=2"),
+        "dp2_tp2": (4, "parallel.tensor=2"),
+        "dp2_pp2": (4, "parallel.pipeline=2", "train.micro_batch=2"),  # 2 micro-batches a rank
+        "dp4_to_tp2_pp2": (
+            4,
+            "train.micro_batch=2",
+            "expansion.0.parallel.tensor=2",
+            "expansion.0.parallel.pipeline=2",
+        ),
+    }
+    curves = {}
+    for name, (world, *words) in layouts.items():
+        config = run_config(tmp_path, corpus, name, f"optim.name={optimizer}", "train.save_every=0",
+                            *words)  # fmt: skip
+        assert set(pool.run(world, train_here, config)) == {0}
+        curves[name] = losses(config.folder)
+    assert len(curves["one"]) == 60
+    assert curves["one"][40] < 0.95 * curves["one"][1]
+    differences = {name: largest_difference(curves["one"], curve) for name, curve in curves.items()}
+    print(optimizer, differences)
+    assert max(differences.values()) < 2e-4, differences
+
+
+def test_same_layout_is_bitwise_the_same_run(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        config = run_config(tmp_path, corpus, name, "expansion.0.parallel.tensor=2",
+                            "train.micro_batch=2")  # fmt: skip
+        pool.run(2, train_here, config)
+    keys = ("event", "step", "loss", "grad_norm", "lr", "flops", "tokens", "loss_before",
+            "loss_after")  # fmt: skip
+    first, second = (
+        [{k: e[k] for k in keys if k in e} for e in read_metrics(tmp_path / name)]
+        for name in ("first", "second")
+    )
+    assert first == second
+    assert sum(e["event"] == "train" for e in first) == 60
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, before: bool) -> None:
+    """Saved on DP=4 before τ (or after it), resumed on TP=2 x PP=2."""
+    words = ["train.micro_batch=2", "expansion.0.parallel.tensor=2",
+             "expansion.0.parallel.pipeline=2"]  # fmt: skip
+    whole = run_config(tmp_path, corpus, "whole", *words, "train.keep_checkpoints=0")
+    pool.run(4, train_here, whole)
+    part = run_config(tmp_path, corpus, "part", *words)
+    part.folder.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        text = (whole.folder / name).read_text().replace("name: whole", "name: part")
+        (part.folder / name).write_text(text)
+    saved = "step_0000020" if before else "step_0000040"
+    shutil.copytree(whole.folder / "checkpoints" / saved, part.folder / "checkpoints" / saved)
+    resumed = run_config(tmp_path, corpus, "part", "parallel.tensor=2", "parallel.pipeline=2")
+    pool.run(4, train_here, resumed)
+    assert largest_difference(losses(whole.folder), losses(part.folder)) < 2e-4
+    (resume,) = events(part.folder, "resume")
+    assert resume["layout"] == "DP=1 x TP=2 x PP=2"
+    assert resume["step"] == (20 if before else 40)
+    assert json.loads((part.folder / "summary.json").read_text())["resumed"] is True
+
+
+def test_multi_stage_expansion_and_summary(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    stages = [{"at": 10, "to_layers": 2}, {"at": 0.5, "to_layers": 4, "init": "copying",
+                                         "order": "inter"}]  # fmt: skip
+    config = run_config(tmp_path, corpus, "multi", "model.num_layers=0", expansion=stages)
+    pool.run(1, train_here, config)
+    depths = [e["num_layers"] for e in events(config.folder, "train")]
+    assert depths == [0] * 10 + [2] * 20 + [4] * 30
+    assert [(e["step"], e["from_layers"], e["to_layers"]) for e in events(config.folder, "expansion")
+            ] == [(10, 0, 2), (30, 2, 4)]  # fmt: skip
+    summary = json.loads((config.folder / "summary.json").read_text())
+    last = events(config.folder, "train")[-1]
+    assert summary["total_flops"] == last["flops"]
+    assert summary["total_tokens"] == last["tokens"] == 60 * 8 * 32
+    assert summary["final_eval_loss"] == events(config.folder, "eval")[-1]["loss"]
+    assert summary["num_layers"] == 4
+    assert yaml.safe_load((config.folder / "config.yaml").read_text())["train"]["steps"] == 60
+
+
+def failing_save(config: Any) -> str:
+    """Train until a save fails in its last moment; returns the error."""
+    from megatron_progressive.state import checkpoint
+
+    rename, calls = checkpoint.os.replace, []
+
+    def fail_on_the_second_checkpoint(source: Any, target: Any) -> None:
+        if Path(target).name.startswith("step_"):
+            calls.append(target)
+            if len(calls) == 2:
+                raise OSError("disk full")
+        rename(source, target)
+
+    checkpoint.os.replace = fail_on_the_second_checkpoint  # type: ignore[assignment]
+    try:
+        train_here(config)
+    except OSError as error:
+        return str(error)
+    finally:
+        checkpoint.os.replace = rename
+    return "no error"
+
+
+def test_an_interrupted_save_leaves_the_one_before(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path, corpus, "broken", "train.keep_checkpoints=1")
+    assert pool.run(1, failing_save, config) == ["disk full"]
+    assert [path.name for path in checkpoints(config.folder)] == ["step_0000020"]
+    whole = run_config(tmp_path, corpus, "whole")
+    pool.run(1, train_here, whole)
+    pool.run(1, train_here, config)
+    assert losses(config.folder) == losses(whole.folder)
+    assert not list(config.folder.glob("checkpoints/.*"))
+
+
+def start_job(config_file: Path, nproc: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "megatron_progressive", "train", str(config_file),
+               "--nproc", str(nproc)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+
+def wait_for_step(folder: Path, step: int, job: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and job.poll() is None:
+        if any(e.get("step", 0) >= step for e in read_metrics(folder)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came (exit code {job.poll()})")
+
+
+def kill_everything(job: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the job's workers and then itself, as a lost node would."""
+    import psutil
+
+    children = psutil.Process(job.pid).children(recursive=True)
+    random.Random(0).shuffle(children)
+    for process in (*children, psutil.Process(job.pid)):
+        process.kill()
+    psutil.wait_procs(children)
+    job.wait()
+
+
+@pytest.fixture(scope="module")
+def unbroken(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = run_config(folder, corpus, "run", "train.micro_batch=2")
+    pool.run(2, train_here, config)
+    return config.folder
+
+
+@pytest.mark.parametrize("at_step", [27, 47])
+def test_killed_between_saves_and_started_again(
+    unbroken: Path, corpus: Path, tmp_path: Path, at_step: int
+) -> None:
+    config = run_config(tmp_path, corpus, "run", "train.micro_batch=2")
+    file = tmp_path / "config_in.yaml"
+    file.write_text(to_yaml(config))
+    job = start_job(file, 2)
+    wait_for_step(config.folder, at_step, job)
+    kill_everything(job)
+    assert not (config.folder / "summary.json").exists()
+    assert start_job(file, 2).wait(120) == 0
+    assert losses(config.folder) == losses(unbroken)
+    saved = at_step // 20 * 20
+    assert [e["step"] for e in events(config.folder, "resume")] == [saved]
+    assert [e["loss"] for e in events(config.folder, "eval")] == [
+        e["loss"] for e in events(unbroken, "eval")
+    ]
+    assert len(events(config.folder, "expansion")) == 1
+
+
+def test_sigterm_saves_and_exits_75_then_resumes(
+    unbroken: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, corpus, "run", "train.micro_batch=2")
+    file = tmp_path / "config_in.yaml"
+    file.write_text(to_yaml(config))
+    job = start_job(file, 2)
+    wait_for_step(config.folder, 5, job)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(120) == 75
+    (stopped,) = (path.name for path in checkpoints(config.folder))
+    assert 5 <= int(stopped.removeprefix("step_")) < 60
+    assert start_job(file, 2).wait(120) == 0
+    assert losses(config.folder) == losses(unbroken)
+
+
+def test_config_written_is_the_one_that_ran(unbroken: Path, corpus: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((unbroken / "config.yaml").read_text())
+    wanted = run_values(unbroken.parent, corpus, "run")
+    assert values["expansion"][0]["to_layers"] == wanted["expansion"][0]["to_layers"]
+    assert values["optim"]["name"] == "muon_nsgd"
