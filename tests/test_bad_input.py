@@ -1,0 +1,194 @@
+"""Every bad input: one line that names field, value and what is accepted; exit code 2; nothing
+created, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_progressive import cli
+from tests.pool import Pool
+from tests.train.cases import run_config, run_values, train_here
+
+Case = tuple[str, list[str], int, list[str]]
+
+# name, key=value words, ranks, what the line must hold
+TABLE: list[Case] = [
+    ("unknown key", ["optim.lrr=0.1"], 1, ["optim.lrr: unknown key", "did you mean optim.lr?"]),
+    ("unknown key in a list", ["expansion.0.ini=zero"], 1,
+     ["expansion[0].ini: unknown key", "did you mean expansion.init?"]),
+    ("not a word", ["optim.lr"], 1, ["optim.lr", "key=value"]),
+    ("wrong type", ["train.steps=many"], 1, ["train.steps", "'many'", "an integer"]),
+    ("no steps", ["train.steps=0"], 1, ["train.steps", "got 0", "from 1"]),
+    ("unknown choice", ["optim.name=sgd"], 1, ["optim.name", "'sgd'", "muon_nsgd, adamw"]),
+    ("unknown family", ["model.family=bert"], 1, ["model.family", "'bert'", "gpt2"]),
+    ("unknown preset", ["model.preset=9b"], 1, ["model.preset", "'9b'", "tiny, 124m, 7b"]),
+    ("τ after the run", ["expansion.0.at=61"], 1, ["expansion[0].at", "61", "from 1 to 59"]),
+    ("τ at the last step", ["expansion.0.at=60"], 1, ["expansion[0].at", "60", "from 1 to 59"]),
+    ("τ below zero", ["expansion.0.at=-0.5"], 1, ["expansion[0].at", "-0.5"]),
+    ("tensor x pipeline over ranks", ["parallel.tensor=2"], 1,
+     ["tensor 2 x pipeline 1 = 2", "1 rank"]),
+    ("layout after τ over ranks", ["expansion.0.parallel.pipeline=3"], 2,
+     ["expansion[0].parallel", "pipeline 3", "2 ranks"]),
+    ("heads over tensor", ["parallel.tensor=8", "train.micro_batch=1"], 8,
+     ["parallel.tensor: got 8", "num_attention_heads 4"]),
+    ("layers over pipeline", ["train.global_batch=12", "expansion.0.parallel.pipeline=3"], 3,
+     ["expansion[0].parallel.pipeline: got 3", "4 layers"]),
+    ("batch over ranks", ["train.micro_batch=3"], 1, ["train.global_batch: got 8", "3"]),
+    ("heads over width", ["model.num_attention_heads=5"], 1, ["num_attention_heads: got 5", "64"]),
+    ("shallower target", ["expansion.0.to_layers=1"], 1, ["expansion[0].to_layers: got 1", "1 layer"]),
+    ("copying from nothing", ["model.num_layers=0"], 1,
+     ["expansion[0].init: got 'copying'", "random"]),
+    ("corpus missing", ["data.prepared=null", "data.corpus=/no/such/corpus"], 1,
+     ["data.corpus", "/no/such/corpus"]),
+    ("prepared folder missing", ["data.prepared=/no/such/folder"], 1,
+     ["data.prepared", "/no/such/folder"]),
+    ("sequence longer than the validation text", ["data.sequence_length=90000"], 1,
+     ["data.sequence_length", "90000"]),
+    ("tokenizer larger than the vocabulary", ["data.vocab_size=300"], 1,
+     ["data.vocab_size: got 300", "512"]),
+    ("tokenizer missing", ["data.prepared=null", "data.tokenizer=/no/tokenizer"], 1,
+     ["data.tokenizer", "/no/tokenizer"]),
+]  # fmt: skip
+
+
+def mprog(
+    values: dict[str, Any], folder: Path, words: list[str], ranks: int, capfd: Any
+) -> tuple[int, list[str]]:
+    """Exit code and standard error's lines of ``mprog train``, in this process."""
+    file = folder / "in.yaml"
+    file.write_text(yaml.safe_dump(values))
+    code = cli.main(["train", str(file), "--nproc", str(ranks), *words])
+    return code, capfd.readouterr().err.strip().splitlines()
+
+
+def assert_refused(code: int, lines: list[str], needed: list[str]) -> None:
+    assert code == 2, lines
+    assert len(lines) == 1, lines
+    for text in needed:
+        assert text in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=[case[0] for case in TABLE])
+def test_refused_in_one_line(case: Case, corpus: Path, tmp_path: Path, capfd: Any) -> None:
+    _, words, ranks, needed = case
+    runs = tmp_path / "runs"
+    code, lines = mprog(run_values(runs, corpus, "run"), tmp_path, words, ranks, capfd)
+    assert_refused(code, lines, needed)
+    assert not runs.exists()
+
+
+def test_empty_and_short_corpora(tmp_path: Path, capfd: Any) -> None:
+    texts = {"empty.txt": "", "short.txt": "too short"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        values = run_values(tmp_path / "runs", tmp_path, "run")
+        values["data"] = {"corpus": str(tmp_path / name), "vocab_size": 512}
+        code, lines = mprog(values, tmp_path, [], 1, capfd)
+        assert_refused(code, lines, ["data."])
+        assert not (tmp_path / "runs").exists()
+
+
+def test_missing_config_file_and_family(tmp_path: Path, capfd: Any) -> None:
+    assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capfd.readouterr().err
+    code, lines = mprog({"model": {"num_layers": 0}}, tmp_path, [], 1, capfd)
+    assert_refused(code, lines, ["model.family: missing"])
+
+
+def test_tau_in_the_decay_is_a_warning_that_names_the_failure(
+    corpus: Path, tmp_path: Path, capfd: Any
+) -> None:
+    words = ["expansion.0.at=57", "train.steps=60", "train.save_every=0"]
+    code, lines = mprog(run_values(tmp_path, corpus, "late"), tmp_path, words, 1, capfd)
+    assert code == 0
+    assert any(line.startswith("warning:") and "decay" in line for line in lines)
+    first = json.loads((tmp_path / "late" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["event"] == "warning"
+    assert "loss spike > 2x" in first["message"]
+
+
+@pytest.fixture(scope="module")
+def finished(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    pool.run(1, train_here, run_config(folder, corpus, "run", "train.steps=45"))
+    return folder / "run"
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in folder.rglob("*")
+    }
+
+
+def test_run_folder_of_another_configuration(
+    finished: Path, corpus: Path, tmp_path: Path, capfd: Any
+) -> None:
+    before = contents(finished)
+    values = run_values(finished.parent, corpus, "run")
+    words = ["train.steps=45", "optim.lr=0.02"]
+    code, lines = mprog(values, tmp_path, words, 1, capfd)
+    assert_refused(code, lines, ["run.name", "optim.lr=0.01", "0.02"])
+    assert contents(finished) == before
+
+
+def test_folder_that_is_no_run_folder(corpus: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    code, lines = mprog(run_values(tmp_path, corpus, "run"), tmp_path, [], 1, capfd)
+    assert_refused(code, lines, ["run.name", "no run folder"])
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def _truncate(folder: Path) -> str:
+    victim = max(folder.glob("checkpoints/*/*.distcp"), key=lambda p: p.parent.name)
+    os.truncate(victim, victim.stat().st_size // 2)
+    return "truncated"
+
+
+def _lose(folder: Path) -> str:
+    max(folder.glob("checkpoints/*/*.distcp"), key=lambda p: p.parent.name).unlink()
+    return "missing"
+
+
+def _no_progress(folder: Path) -> str:
+    max(folder.glob("checkpoints/*/progress.json"), key=lambda p: p.parent.name).write_text("{")
+    return "progress.json"
+
+
+@pytest.mark.parametrize("damage", [_truncate, _lose, _no_progress])
+def test_damaged_checkpoint(
+    finished: Path, corpus: Path, tmp_path: Path, capfd: Any, damage: Callable[[Path], str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    words = ["train.steps=45"]
+    # the folder moved: only run.dir differs, which is free
+    needed = ["checkpoint:", damage(tmp_path / "run")]
+    before = contents(tmp_path / "run")
+    code, lines = mprog(run_values(tmp_path, corpus, "run"), tmp_path, words, 1, capfd)
+    assert_refused(code, lines, needed)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_failing_rank_ends_the_job_with_its_cause(corpus: Path, tmp_path: Path) -> None:
+    """A learning rate that diverges: exit code 1, rank and cause on the last line."""
+    file = tmp_path / "in.yaml"
+    values = run_values(tmp_path, corpus, "run", optim={"name": "adamw", "lr": 1e30})
+    file.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "megatron_progressive", "train", str(file), "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("rank ")
+    assert "diverged" in last
