@@ -36,7 +36,7 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
 def _report(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study.report import make_report, terminal_table
 
-    report = make_report([Path(run) for run in args.runs], Path(args.out) if args.out else None)
+    report = make_report([Path(run) for run in args.runs], Path(args.out))
     terminal_table(report)
     return 0
 
@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(command(data, "prepare", _data_prepare, "corpus to Megatron's indexed dataset"))
     report = command(commands, "report", _report, "report.html, figures and report.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
-    report.add_argument("--out", metavar="FOLDER", help="where to write (default: beside the runs)")
+    report.add_argument(
+        "--out", metavar="FOLDER", default="report", help="where to write (default: ./report)"
+    )
     return parser
 
 

@@ -197,9 +197,7 @@ class RunConfig:
 
     def expansion_steps(self) -> list[int]:
         """Step after which each expansion happens (1-based, in order)."""
-        return [
-            int(e.at) if e.at >= 1 else round(e.at * self.train.steps) for e in self.expansion
-        ]
+        return [int(e.at) if e.at >= 1 else round(e.at * self.train.steps) for e in self.expansion]
 
     def parallel_after(self, index: int) -> ParallelSection:
         """``parallel`` after ``index`` expansions (0: at the start)."""
@@ -280,9 +278,7 @@ def _field_kinds(cls: type) -> list[tuple[str, Any, bool]]:
     kinds = []
     for f in fields(cls):
         kind, is_list = hints[f.name], typing.get_origin(hints[f.name]) is list
-        if is_list:
-            kind = typing.get_args(kind)[0]
-        elif typing.get_origin(kind) is typing.Union:  # Optional[X] -> X
+        if is_list or typing.get_origin(kind) is typing.Union:
             kind = typing.get_args(kind)[0]
         kinds.append((f.name, kind, is_list))
     return kinds

@@ -83,7 +83,9 @@ class Pool:
             ready = multiprocessing.connection.wait(waiting, TIMEOUT_S)
             if not ready:
                 self.close()
-                raise AssertionError(f"of {world} ranks {sorted(results)} answered in {TIMEOUT_S} s")
+                raise AssertionError(
+                    f"of {world} ranks {sorted(results)} answered in {TIMEOUT_S} s"
+                )
             for connection in ready:
                 rank = ranks[connection]  # type: ignore[index]
                 ok, results[rank] = connection.recv()  # type: ignore[union-attr]

@@ -156,9 +156,7 @@ def open_corpus(data: DataSection) -> Corpus:
         return Corpus(data, local if local.is_dir() else None)
     root = Path(spec).expanduser()
     if not spec or not root.exists():
-        raise ConfigError(
-            f"data.corpus: got {spec!r}, which does not exist; accepted: {ACCEPTED}"
-        )
+        raise ConfigError(f"data.corpus: got {spec!r}, which does not exist; accepted: {ACCEPTED}")
     return Corpus(data, root)
 
 
@@ -173,7 +171,8 @@ def split_documents(texts: Iterable[str], fraction: float) -> Iterator[tuple[str
 
     A document is held out when its hash is in the lowest ``fraction``, so equal documents are
     on one side, wherever they stand. Where that takes none (small corpora), the document with
-    the lowest hash is held out; it comes last then.
+    the lowest hash is held out; it comes last. To know that in one pass, the lowest one so far
+    waits, which is the only change of order.
     """
     threshold = int(fraction * 2**64)
     lowest: int | None = None
@@ -285,7 +284,8 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
     number = 0
     try:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if not line.isspace():
                     yield _text_of(json.loads(line), field, path)
     except json.JSONDecodeError:

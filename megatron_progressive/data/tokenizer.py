@@ -136,7 +136,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> DocumentTokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(iter(texts), trainer)
-    return DocumentTokenizer("bpe", backend, backend.token_to_id(END_OF_TEXT))
+    end_of_document = backend.token_to_id(END_OF_TEXT)
+    assert end_of_document is not None, "the trainer adds its special tokens"
+    return DocumentTokenizer("bpe", backend, end_of_document)
 
 
 def training_sample(corpus: Corpus, fraction: float) -> list[str]:
@@ -146,7 +148,7 @@ def training_sample(corpus: Corpus, fraction: float) -> list[str]:
     sample must not cost a reading of terabytes. Of a hub's corpus they are the first ones.
     """
     size = corpus.size()
-    keep = 1.0 if size is None else max(SAMPLE_BYTES / max(size, 1), 1 / 32)
+    keep = 1.0 if size is None else min(1.0, max(SAMPLE_BYTES / max(size, 1), 1 / 32))
     chosen: list[str] = []
     total, due = 0, 0.0
     for text, held_out in split_documents(corpus.documents(), fraction):
@@ -155,7 +157,7 @@ def training_sample(corpus: Corpus, fraction: float) -> list[str]:
         due += keep
         if due < 1:
             continue
-        due -= min(1.0, due) if keep < 1 else 0.0
+        due -= 1
         left = SAMPLE_BYTES - total
         encoded = text.encode()[:left]
         chosen.append(encoded.decode(errors="ignore"))

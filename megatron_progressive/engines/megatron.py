@@ -34,6 +34,7 @@ from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.state.boxes import ShardedState
 
+
 class MegatronEngine:
     """One model and optimizer in one layout. Making one is collective over all ranks.
 
@@ -129,7 +130,9 @@ class MegatronEngine:
     def _forward_step(self, samples: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
         sample = next(samples).to(self._device, non_blocking=True)
         positions = self._positions.expand(sample.size(0), -1)
-        output = model(sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous())
+        output = model(
+            sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
+        )
         return output, partial(_mean_loss)
 
     def _sum_over_ranks(self, losses: list[torch.Tensor], stop: float) -> tuple[float, float]:
@@ -149,4 +152,4 @@ def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tens
     return mean, {"loss": mean.detach().clone()}
 
 
-__all__ = ["MegatronEngine", "TIED_HEAD"]
+__all__ = ["TIED_HEAD", "MegatronEngine"]

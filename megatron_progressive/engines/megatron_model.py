@@ -34,7 +34,7 @@ _FUSED_NORMS = {
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
-class CausalAttention(MegatronModule):
+class CausalAttention(MegatronModule):  # type: ignore[misc]
     """Causal core attention on torch's ``scaled_dot_product_attention``.
 
     Used with the local spec, in place of Megatron-core's unfused attention (its causal mask

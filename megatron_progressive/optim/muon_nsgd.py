@@ -58,7 +58,9 @@ def matrices_of(tensor: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch
     if not row_blocks:
         return [tensor]
     grouped = tensor.view(-1, sum(row_blocks), tensor.size(1))
-    return [part.reshape(-1, tensor.size(1)) for part in grouped.split(list(row_blocks), dim=1)]
+    return [
+        part.reshape(-1, tensor.size(1)) for part in torch.split(grouped, list(row_blocks), dim=1)
+    ]
 
 
 def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.Tensor:
@@ -128,7 +130,9 @@ class MuonNSGD(torch.optim.Optimizer):
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update.to(param.dtype), alpha=-group["lr"])
 
-    def _orthogonalise(self, updates: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> None:
+    def _orthogonalise(
+        self, updates: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]
+    ) -> None:
         whole = [self._gathered(update, group["tp_axis"]) for group, _, update in updates]
         # Newton-Schulz on one batch a shape: small matrices are bound by launches.
         by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
@@ -140,7 +144,9 @@ class MuonNSGD(torch.optim.Optimizer):
             for j, matrix in enumerate(matrices):
                 by_shape[matrix.shape].append((i, j))
         for shape, places in by_shape.items():
-            batch = orthogonalise(torch.stack([parts[i][j] for i, j in places]), self.optim.ns_steps)
+            batch = orthogonalise(
+                torch.stack([parts[i][j] for i, j in places]), self.optim.ns_steps
+            )
             batch *= update_scale(shape[0], shape[1], self.optim.scale)
             for (i, j), matrix in zip(places, batch, strict=True):
                 parts[i][j] = matrix
@@ -154,7 +160,9 @@ class MuonNSGD(torch.optim.Optimizer):
         squares = torch.stack([update.square().sum() for _, _, update in updates])
         if self.tensor_group is not None:
             # Cut tensors add their shards' squares; replicated ones count on one rank only.
-            counts = [g["tp_axis"] is not None or self.tensor_group.rank() == 0 for g, _, _ in updates]
+            counts = [
+                g["tp_axis"] is not None or self.tensor_group.rank() == 0 for g, _, _ in updates
+            ]
             squares *= torch.tensor(counts, dtype=squares.dtype, device=squares.device)
             dist.all_reduce(squares, group=self.tensor_group)
         shards = self.tensor_group.size() if self.tensor_group is not None else 1

@@ -20,7 +20,7 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> 
     Returns: a new tensor of the same shape.
     """
     a, b, c = JORDAN
-    x = matrices
+    x: torch.Tensor = matrices
     tall = x.size(-2) > x.size(-1)
     if tall:  # A = X X^T on the shorter side
         x = x.mT

@@ -33,10 +33,23 @@ _PACKAGES = (
     "pipeline_parallel",
     "tensor_parallel",
 )
-_FACTORIES = (
-    "arange empty empty_like full full_like eye linspace ones ones_like rand randint randn "
-    "tensor zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "eye",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 _TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",

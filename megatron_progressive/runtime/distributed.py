@@ -63,6 +63,7 @@ def world_group(place: Place) -> Iterator[None]:
     quiet_libraries()
     import torch
     import torch.distributed as dist
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     from megatron_progressive.runtime import cpu
 
@@ -76,7 +77,7 @@ def world_group(place: Place) -> Iterator[None]:
         rank=place.rank,
         world_size=place.world,
         timeout=TIMEOUT,
-        store=dist.HashStore() if alone else None,
+        store=HashStore() if alone else None,
     )
     try:
         yield

@@ -24,7 +24,7 @@ def run_workers(command: Sequence[str], nproc: int) -> int:
     The ranks meet in a store that this process holds (no port is picked twice). The code is
     that of the first worker that failed. SIGTERM, SIGINT and SIGUSR1 are passed on.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {

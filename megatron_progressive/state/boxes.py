@@ -83,12 +83,12 @@ def flat_range_boxes(box: Box, start: int, end: int) -> list[tuple[Box, int, int
         first, last = low // inner, -(-high // inner)
 
         def emit(row: int, rows: int) -> None:
-            place = tuple(o + d for o, d in zip(box.offset[: axis + 1], (*offset, row)))
+            place = tuple(
+                o + d for o, d in zip(box.offset[: axis + 1], (*offset, row), strict=True)
+            )
             extent = (1,) * axis + (rows,) + box.shape[axis + 1 :]
             begin = base + row * inner
-            boxes.append(
-                (Box(place + box.offset[axis + 1 :], extent), begin, begin + rows * inner)
-            )
+            boxes.append((Box(place + box.offset[axis + 1 :], extent), begin, begin + rows * inner))
 
         row = first
         if low % inner:  # a partial first row

@@ -37,7 +37,9 @@ def _normal(key: int, start: int, count: int) -> np.ndarray:
     One word an element, through the inverse of the normal distribution: rejection methods
     would make an element depend on how many came before it.
     """
-    uniform = ((_uniform_words(key, start, count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    uniform = (
+        (_uniform_words(key, start, count) >> np.uint64(11)).astype(np.float64) + 0.5
+    ) * 2.0**-53
     normal: np.ndarray = ndtri(uniform)
     return normal
 

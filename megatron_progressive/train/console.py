@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -27,7 +28,9 @@ class Monitor:
     the rate of the current phase, not steps.
     """
 
-    def __init__(self, config: RunConfig, step_flops: list[float], first_step: int, shows: bool):
+    def __init__(
+        self, config: RunConfig, step_flops: Sequence[float], first_step: int, shows: bool
+    ):
         """``step_flops[i]`` is the cost of step i + 1."""
         self._config, self._shows = config, shows
         self._remaining = [0.0] * (len(step_flops) + 1)

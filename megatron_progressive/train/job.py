@@ -48,9 +48,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str]) -> int:
     return _rank(config, place or Place(0, 0, 1), progress, warnings)
 
 
-def _rank(
-    config: RunConfig, place: Place, progress: Progress | None, warnings: list[str]
-) -> int:
+def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: list[str]) -> int:
     import torch
 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:

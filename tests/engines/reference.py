@@ -14,6 +14,11 @@ from megatron_progressive.state.init import initial_values
 Full = dict[tuple[str, str], torch.Tensor]
 
 
+def in_layer(name: str, number: int) -> str:
+    parts = name.split(".")
+    return ".".join([*parts[:2], str(number), *parts[3:]])
+
+
 def expanded(
     old: Full, shape: ModelShape, old_layers: int, init: str, order: str, insert: str,
     policy: str, seed: int, adam: Callable[[str], bool],
@@ -48,16 +53,13 @@ def expanded(
             dtype = old[next(iter(old))[0], slot].dtype if weight else torch.float32
             size = (1,) if slot == "step" else spec.shape
 
-            def from_layer(number: int) -> str:
-                return ".".join([*parts[:2], str(number), *parts[3:]])
-
             source: str | None
             if layer is None:
                 source = name
             elif layer in keeps:
-                source = from_layer(keeps[layer])
+                source = in_layer(name, keeps[layer])
             else:
-                source = from_layer(origin[layer]) if copying else None
+                source = in_layer(name, origin[layer]) if copying else None
             survivor = layer is None or layer in keeps
             if weight and source is not None:
                 value = old[source, slot]

@@ -70,7 +70,9 @@ def random_case(rng: random.Random) -> tuple[int, RunConfig]:
     if source > before.get("pipeline", 1) and source % before.get("pipeline", 1):
         source = 0
     target = rng.choice([4, 8])
-    init = rng.choice(["random", "zero"] + (["copying", "copying_zeroL", "copying_zeroN"] if source else []))
+    init = rng.choice(
+        ["random", "zero"] + (["copying", "copying_zeroL", "copying_zeroN"] if source else [])
+    )
     expansion = {
         "at": 2,
         "to_layers": target,
@@ -109,7 +111,9 @@ def test_lossless_expansion_onto_another_layout(
     pool: Pool, source: int, init: str, optimizer: str
 ) -> None:
     expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": {"tensor": 2, "pipeline": 2}}
-    config = cases.small_config([f"model.num_layers={source}", f"optim.name={optimizer}"], expansion)
+    config = cases.small_config(
+        [f"model.num_layers={source}", f"optim.name={optimizer}"], expansion
+    )
     event = check_expansion(pool, 4, config)
     assert event.layout_before == "DP=4"
     assert event.layout_after == "DP=1 x TP=2 x PP=2"

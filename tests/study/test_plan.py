@@ -59,7 +59,7 @@ def test_numbers_are_those_of_the_parts(path: Path) -> None:
     rates = [learning_rate(config, step) for step in range(1, config.train.steps + 1)]
     assert plan.expansions[0].lr_share == pytest.approx(sum(rates[:tau]) / sum(rates))
     # stable steps: those after τ whose rate is the peak
-    assert plan.expansions[0].stable_steps == sum(r == max(rates) for r in rates[tau:])
+    assert plan.expansions[0].stable_steps == rates[tau:].count(max(rates))
     tokens = config.train.steps * config.train.global_batch * 1024
     assert sum(p.tokens for p in plan.phases) == tokens
     assert f"{tokens:,}" in render(plan)

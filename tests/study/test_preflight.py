@@ -38,9 +38,11 @@ def test_a_sound_run_passes_without_a_word() -> None:
         (config(parallel={"tensor": 3}), 4, "parallel", "tensor 3"),
         (config(growth(parallel={"pipeline": 3})), 4, "expansion[0].parallel", "pipeline 3"),
         (config(parallel={"tensor": 8}), 8, "parallel.tensor", "got 8"),
-        (config(growth(parallel={"tensor": 8})), 8, "expansion[0].parallel.tensor", "got 8"),
+        (config(growth(parallel={"tensor": 8}), train={"global_batch": 32}), 8,
+         "expansion[0].parallel.tensor", "got 8"),
         (
-            config(model={"family": "gpt2", "num_layers": 0, "ffn_hidden_size": 250}, parallel={"tensor": 4}),
+            config(model={"family": "gpt2", "num_layers": 0, "ffn_hidden_size": 250},
+                   parallel={"tensor": 4}),
             4, "parallel.tensor", "ffn_hidden_size 250",
         ),
         (

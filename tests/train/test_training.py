@@ -117,8 +117,9 @@ def test_multi_stage_expansion_and_summary(pool: Pool, corpus: Path, tmp_path: P
     pool.run(1, train_here, config)
     depths = [e["num_layers"] for e in events(config.folder, "train")]
     assert depths == [0] * 10 + [2] * 20 + [4] * 30
-    assert [(e["step"], e["from_layers"], e["to_layers"]) for e in events(config.folder, "expansion")
-            ] == [(10, 0, 2), (30, 2, 4)]  # fmt: skip
+    expansions = events(config.folder, "expansion")
+    depths = [(e["step"], e["from_layers"], e["to_layers"]) for e in expansions]
+    assert depths == [(10, 0, 2), (30, 2, 4)]
     summary = json.loads((config.folder / "summary.json").read_text())
     last = events(config.folder, "train")[-1]
     assert summary["total_flops"] == last["flops"]
@@ -151,7 +152,9 @@ def failing_save(config: Any) -> str:
     return "no error"
 
 
-def test_an_interrupted_save_leaves_the_one_before(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+def test_an_interrupted_save_leaves_the_one_before(
+    pool: Pool, corpus: Path, tmp_path: Path
+) -> None:
     config = run_config(tmp_path, corpus, "broken", "train.keep_checkpoints=1")
     assert pool.run(1, failing_save, config) == ["disk full"]
     assert [path.name for path in checkpoints(config.folder)] == ["step_0000020"]

@@ -1,0 +1,154 @@
+"""What a prepared corpus is, and whether one on disk is whole and fits the model.
+
+A prepared corpus is a folder with ``train.bin/.idx`` and ``validation.bin/.idx`` (Megatron's
+indexed dataset), ``tokenizer/`` and ``manifest.json``, which is what makes it one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.data.corpus import open_corpus
+from megatron_progressive.data.tokenizer import check_vocabulary, identity
+from megatron_progressive.models import model_shape
+
+FORMAT = 1
+"""Raise it when the same configuration would give other files."""
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """One split of a prepared corpus."""
+
+    documents: int
+    tokens: int
+    """Tokens, with the one that ends each document."""
+    text_bytes: int
+    """Bytes of UTF-8 text before tokenization."""
+    sha256: str
+    """Of the ``.bin`` file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``."""
+
+    format: int
+    fingerprint: str
+    """Hash of everything that decides the content; see :func:`fingerprint`."""
+    corpus: str
+    """``data.corpus`` it was made from."""
+    tokenizer: str
+    """``data.tokenizer`` it was made with."""
+    vocab_size: int
+    """Entries of the tokenizer."""
+    end_of_document: int
+    """Token that ends each document."""
+    dtype: str
+    """NumPy name of the type of a token on disk."""
+    splits: dict[str, SplitCounts]
+    files: dict[str, int]
+    """Bytes of each ``.bin`` and ``.idx`` file."""
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Hash (40 hex digits) of all that decides a prepared corpus; not the sequence length.
+
+    Raises:
+        ConfigError: the corpus or the tokenizer is missing.
+    """
+    data = config.data
+    decides = {
+        "format": FORMAT,
+        "corpus": open_corpus(data).identity(),
+        "tokenizer": identity(data, model_shape(config).vocab_size),
+        "text_field": data.text_field,
+        "validation_fraction": data.validation_fraction,
+        "max_bytes": data.max_bytes,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def prepared_folder(config: RunConfig) -> Path:
+    """Where the prepared corpus is, or is to be: ``data.prepared``, or a folder in
+    ``run.dir/data`` whose name tells the corpus and its fingerprint.
+
+    Raises:
+        ConfigError: where ``data.prepared`` is not set, the corpus or the tokenizer is missing,
+            or ``run.dir`` is inside the corpus.
+    """
+    if config.data.prepared is not None:
+        return Path(config.data.prepared).expanduser()
+    corpus, parent = open_corpus(config.data), Path(config.run.dir) / "data"
+    if corpus.root is not None and parent.resolve().is_relative_to(corpus.root.resolve()):
+        raise ConfigError(  # what the run writes would change the corpus
+            f"run.dir: got {config.run.dir}, inside corpus {config.data.corpus}; accepted: a "
+            "folder outside of it"
+        )
+    return parent / f"{corpus.name}-{fingerprint(config)[:10]}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared corpus, after a look at its files' sizes.
+
+    Raises:
+        ConfigError: no manifest, one of another format, or a file that is missing or cut short.
+    """
+
+    def error(why: str) -> ConfigError:
+        return ConfigError(
+            f"data.prepared: got {folder}, {why}; accepted: a folder that `mprog data prepare` "
+            "made (delete this one to make it again)"
+        )
+
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise error(f"which has no {MANIFEST}" if folder.exists() else "which does not exist")
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise error(f"of format {values['format']} (this version reads {FORMAT})")
+        values["splits"] = {name: SplitCounts(**values["splits"][name]) for name in SPLITS}
+        manifest = Manifest(**values)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        raise error(f"whose {MANIFEST} is damaged") from None
+    for name, size in manifest.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            raise error(f"which lacks {name}")
+        if found != size:
+            raise error(f"whose {name} has {found} bytes instead of {size}")
+    return manifest
+
+
+def check_fit(config: RunConfig, manifest: Manifest) -> None:
+    """Raise ConfigError where the model cannot be trained on a prepared corpus: its vocabulary
+    is smaller than the tokenizer's, or a split is shorter than one sample."""
+    shape = model_shape(config)
+    check_vocabulary(shape.vocab_size, manifest.vocab_size, manifest.tokenizer)
+    for split in SPLITS:
+        tokens = manifest.splits[split].tokens
+        check_length(split, tokens, shape.sequence_length, manifest.corpus)
+
+
+def check_length(split: str, tokens: int, sequence_length: int, corpus: str) -> None:
+    """Raise ConfigError where ``tokens`` are fewer than a sample takes (one more than
+    ``sequence_length``: the last one is only a target)."""
+    if tokens <= sequence_length:
+        more = ", or a larger data.validation_fraction" if split == "validation" else ""
+        raise ConfigError(
+            f"data.sequence_length: got {sequence_length}; accepted: at most {tokens - 1} (the "
+            f"{split} split of {corpus} has {tokens} tokens), a longer corpus{more}"
+        )

@@ -1,0 +1,269 @@
+"""From a corpus to Megatron's indexed dataset on disk, all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.data.corpus import Corpus, open_corpus, split_documents
+from megatron_progressive.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    SplitCounts,
+    check_fit,
+    check_length,
+    fingerprint,
+    prepared_folder,
+    read_manifest,
+)
+from megatron_progressive.data.megatron import indexed_dataset
+from megatron_progressive.data.progress import Progress, show_progress
+from megatron_progressive.data.tokenizer import (
+    DocumentTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    train_bpe,
+    training_sample,
+)
+from megatron_progressive.models import model_shape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BATCH_BYTES = 1 << 20
+"""Text that is tokenized at once."""
+
+STALE_SECONDS = 3600.0
+"""A temporary folder that nobody wrote to for so long was left by a killed preparation."""
+
+SMALL_BYTES = 2_000_000
+"""A corpus up to this size is tokenized to check it, exactly."""
+
+BOUNDED_BYTES = 16_000_000
+"""A local corpus up to this size is read to check it, with bounds."""
+
+
+def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
+    """The folder of the prepared corpus, made now where it is not there yet.
+
+    A folder that is there is used as it is. A new one appears under its name only when it is
+    complete and on disk; a preparation that is killed leaves at most a hidden folder beside
+    it, which a later one removes. Of several at once, the first to finish is kept.
+
+    Args:
+        config: the run.
+        progress: told how far it is (default: shown on standard error).
+
+    Raises:
+        ConfigError: the corpus or the tokenizer is missing or unfit, all documents are in one
+            split, or the folder is there but is not a whole prepared corpus.
+    """
+    folder = prepared_folder(config)
+    if _is_occupied(folder):
+        manifest = read_manifest(folder)
+        check_vocabulary(model_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer)
+        return folder
+    corpus = open_corpus(config.data)
+    # before anything is written: fails fast on a tokenizer that is missing or too large
+    tokenizer = load_tokenizer(config.data, model_shape(config).vocab_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
+    temporary.mkdir()
+    try:
+        with contextlib.ExitStack() as stack:
+            tell = progress or stack.enter_context(show_progress())
+            _write(config, corpus, tokenizer, temporary, tell)
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check(config: RunConfig) -> None:
+    """Whether the corpus can be trained on, without writing anything.
+
+    A corpus of up to :data:`SMALL_BYTES` is tokenized for it; of a larger one only what is
+    certain from its bytes is checked here, and the rest by ``TrainingData.open``.
+
+    Raises:
+        ConfigError: corpus or tokenizer missing, unreadable or larger than the model's
+            vocabulary; a split shorter than one sample; a prepared corpus that is not whole.
+    """
+    folder = prepared_folder(config)
+    if config.data.prepared is not None or _is_occupied(folder):
+        check_fit(config, read_manifest(folder))
+        return
+    shape, data = model_shape(config), config.data
+    corpus = open_corpus(data)
+    tokenizer = load_tokenizer(data, shape.vocab_size)
+    kept: list[tuple[str, bool]] = []
+    most = dict.fromkeys(SPLITS, 0)
+    read, read_at_most = 0, SMALL_BYTES if corpus.is_hub else BOUNDED_BYTES
+    for text, held_out in split_documents(corpus.documents(), data.validation_fraction):
+        size = len(text.encode())
+        read += size
+        # a token is a byte at least, but for those that some tokenizers put before a text
+        most[SPLITS[held_out]] += size + 2
+        if read <= SMALL_BYTES:
+            kept.append((text, held_out))
+        elif read > read_at_most:
+            return
+    _check_splits(config, {split: most[split] > 0 for split in SPLITS})
+    if read <= SMALL_BYTES:
+        if tokenizer is None:
+            sample = (text for text, held_out in kept if not held_out)
+            tokenizer = train_bpe(sample, shape.vocab_size)
+        for number, split in enumerate(SPLITS):
+            tokens = tokenizer.encode([text for text, held_out in kept if held_out == number])
+            most[split] = sum(len(document) for document in tokens)
+    for split in SPLITS:
+        check_length(split, most[split], shape.sequence_length, data.corpus)
+
+
+def _is_occupied(folder: Path) -> bool:
+    """Whether something is there that a rename would not replace: all but an empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _check_splits(config: RunConfig, has_documents: dict[str, bool]) -> None:
+    for split in SPLITS:
+        if not has_documents[split]:
+            raise ConfigError(
+                f"data.validation_fraction: got {config.data.validation_fraction}, which leaves "
+                f"no {split} document; accepted: a corpus of more, different documents, or "
+                f"another fraction (corpus {config.data.corpus})"
+            )
+
+
+def _write(
+    config: RunConfig,
+    corpus: Corpus,
+    tokenizer: DocumentTokenizer | None,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Fill ``folder``; the manifest comes last."""
+    name, fraction = corpus.name, config.data.validation_fraction
+    identity = fingerprint(config)  # before reading: files that change meanwhile make a new one
+    if tokenizer is None:
+        progress(f"training a tokenizer on {name}", 0, None)
+        sample = training_sample(corpus, fraction)
+        tokenizer = train_bpe(sample, model_shape(config).vocab_size)
+        del sample
+    tokenizer.save(folder / "tokenizer")
+    entries = tokenizer.entries
+    dtype = indexed_dataset().DType.optimal_dtype(entries)
+    documents = dict.fromkeys(SPLITS, 0)
+    tokens = dict.fromkeys(SPLITS, 0)
+    text_bytes = dict.fromkeys(SPLITS, 0)
+    with contextlib.ExitStack() as stack:
+        builders: dict[str, Any] = {}
+        for split in SPLITS:
+            path = str(folder / f"{split}.bin")
+            builders[split] = indexed_dataset().IndexedDatasetBuilder(path, dtype=dtype)
+            stack.callback(builders[split].data_file.close)
+        total = corpus.size()
+        stage = f"tokenizing {name}"
+        progress(stage, 0, total)
+        for split, row, size in _tokenized(corpus, tokenizer, fraction):
+            builders[split].add_document(row, [len(row)])
+            documents[split] += 1
+            tokens[split] += len(row)
+            text_bytes[split] += size
+            done = sum(text_bytes.values())  # more than the size on disk where compressed
+            progress(stage, done, total if total and done <= total else None)
+        _check_splits(config, {split: documents[split] > 0 for split in SPLITS})
+        for split in SPLITS:
+            builders[split].finalize(str(folder / f"{split}.idx"))
+    files = [folder / f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")]
+    manifest = Manifest(
+        format=FORMAT,
+        fingerprint=identity,
+        corpus=config.data.corpus,
+        tokenizer=config.data.tokenizer,
+        vocab_size=entries,
+        end_of_document=tokenizer.end_of_document,
+        dtype=dtype.__name__,
+        splits={
+            split: SplitCounts(
+                documents[split], tokens[split], text_bytes[split], _sha256(folder / f"{split}.bin")
+            )
+            for split in SPLITS
+        },
+        files={path.name: path.stat().st_size for path in files},
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _tokenized(
+    corpus: Corpus, tokenizer: DocumentTokenizer, fraction: float
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Split, tokens and bytes of each document, in the order of the corpus."""
+    batch: list[tuple[str, bool]] = []
+    sizes: list[int] = []
+    waiting = 0
+
+    def flush() -> Iterator[tuple[str, np.ndarray, int]]:
+        rows = tokenizer.encode([text for text, _ in batch])
+        for (_, held_out), row, size in zip(batch, rows, sizes, strict=True):
+            yield SPLITS[held_out], row, size
+        batch.clear()
+        sizes.clear()
+
+    for text, held_out in split_documents(corpus.documents(), fraction):
+        batch.append((text, held_out))
+        sizes.append(len(text.encode()))
+        waiting += sizes[-1]
+        if waiting >= BATCH_BYTES:
+            yield from flush()
+            waiting = 0
+    yield from flush()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Give a complete folder its name, durably; where another has it already, keep that one."""
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        read_manifest(folder)
+        return
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed preparations of ``folder`` left. A live one writes all the time."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in [left, *left.rglob("*")])
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""Which run is which arm of a comparison, recognised from the configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.study import controls
+from megatron_progressive.study.flops import step_flops
+from megatron_progressive.study.runs import CONFIG_FILE, Run
+
+PROGRESSIVE, FIXED, SHORT, OTHER = "progressive", "fixed-size", "short control", "other"
+
+_EQUAL_FLOPS = 0.02
+"""Relative difference of total FLOPs up to which two runs count as equal in compute."""
+
+_DATA = ("corpus", "tokenizer", "text_field", "validation_fraction", "max_bytes")
+"""What the validation loss depends on: runs that differ here cannot be compared."""
+
+# Keys that do not change what is computed.
+_FREE = {
+    "run.name", "run.dir", "run.seed", "data.prepared", "train.micro_batch", "train.eval_every",
+    "train.eval_samples", "train.save_every", "train.keep_checkpoints", "train.log_every",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A control that the report lacks."""
+
+    run: str
+    """Name of the progressive run."""
+    arm: str
+    reason: str
+    command: str
+    """What makes it, or continues it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One progressive run and its controls, finished ones only."""
+
+    progressive: Run
+    fixed: Run | None
+    short: Run | None
+    notes: list[str] = field(default_factory=list)
+    """Where a control is not the exact counterpart."""
+    missing: list[Missing] = field(default_factory=list)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(config: RunConfig, wanted: RunConfig) -> list[str]:
+    """``key value (instead of value)`` of settings that change the numbers; layouts do not."""
+    mine, theirs = _flat(asdict(config)), _flat(asdict(wanted))
+    return [
+        f"{key} {value} (instead of {theirs[key]})"
+        for key, value in mine.items()
+        if key not in _FREE and not key.startswith(("parallel.", "model.")) and value != theirs[key]
+    ]
+
+
+def _comparable(control: Run, progressive: Run) -> bool:
+    data, other = control.config.data, progressive.config.data
+    return (
+        not control.config.expansion
+        and control.target == progressive.target
+        and all(getattr(data, key) == getattr(other, key) for key in _DATA)
+    )
+
+
+def is_fixed(control: Run, progressive: Run) -> bool:
+    """Whether ``control`` is the fixed-size run of ``progressive``."""
+    mine, theirs = control.config.train, progressive.config.train
+    return (
+        _comparable(control, progressive)
+        and mine.steps == theirs.steps
+        and mine.global_batch == theirs.global_batch
+    )
+
+
+def is_short(control: Run, progressive: Run) -> bool:
+    """Whether ``control`` is the equal-FLOPs run of ``progressive``: fewer steps, total FLOPs
+    within 2 % (or within one step, in very short runs)."""
+    if not _comparable(control, progressive):
+        return False
+    if control.config.train.steps >= progressive.config.train.steps:
+        return False
+    one_step = step_flops(control.target, control.config)
+    apart = abs(control.planned_flops - progressive.planned_flops)
+    return apart <= max(_EQUAL_FLOPS * progressive.planned_flops, one_step)
+
+
+def _closest(candidates: list[Run], progressive: Run, wanted: RunConfig) -> Run | None:
+    """The finished one if any, of the same seed if any, with the fewest other differences."""
+
+    def rank(run: Run) -> tuple[bool, bool, int]:
+        other_seed = run.config.run.seed != progressive.config.run.seed
+        return not run.finished, other_seed, len(differences(run.config, wanted))
+
+    return min(candidates, key=rank, default=None)
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """The comparison of each progressive run among ``runs``, in their order."""
+    return [_compare_one(run, runs) for run in runs if run.config.expansion]
+
+
+def _compare_one(progressive: Run, runs: Sequence[Run]) -> Comparison:
+    notes: list[str] = []
+    missing: list[Missing] = []
+    found: dict[str, Run | None] = {}
+    for arm, matches, make in (
+        (FIXED, is_fixed, controls.fixed_size),
+        (SHORT, is_short, controls.short_control),
+    ):
+        wanted, reason = make(progressive.config), "not among the runs"
+        control = _closest([r for r in runs if matches(r, progressive)], progressive, wanted)
+        if control is not None and not control.finished:
+            reason = f"{control.name} is unfinished"
+        finished = control if control is not None and control.finished else None
+        found[arm] = finished
+        if finished is None:
+            missing.append(_missing(progressive, arm, reason, wanted, control))
+        else:
+            notes += _notes(progressive, finished, arm, wanted)
+    return Comparison(progressive, found[FIXED], found[SHORT], notes, missing)
+
+
+def _missing(
+    progressive: Run, arm: str, reason: str, wanted: RunConfig, unfinished: Run | None
+) -> Missing:
+    if unfinished is not None:
+        # training resumes from the newest checkpoint
+        command = f"mprog train {unfinished.folder / CONFIG_FILE}"
+    else:
+        path = str(progressive.folder / CONFIG_FILE)
+        command = controls.control_command(path, progressive.config, wanted)
+    return Missing(progressive.name, arm, reason, command)
+
+
+def _notes(progressive: Run, control: Run, arm: str, wanted: RunConfig) -> list[str]:
+    # A short control within the tolerance need not have exactly the steps we would choose.
+    apart = [d for d in differences(control.config, wanted) if not d.startswith("train.steps ")]
+    if control.config.run.seed != progressive.config.run.seed:
+        apart.append(
+            f"run.seed {control.config.run.seed} (instead of {progressive.config.run.seed})"
+        )
+    if not apart:
+        return []
+    return [f"{control.name}, the {arm} run of {progressive.name}, has {', '.join(apart)}"]
+
+
+def arm_of(run: Run, comparisons: Sequence[Comparison]) -> str:
+    """The arm of a run; ``other`` where no progressive run has it as a control."""
+    if run.config.expansion:
+        return PROGRESSIVE
+    if any(is_fixed(run, c.progressive) for c in comparisons):
+        return FIXED
+    if any(is_short(run, c.progressive) for c in comparisons):
+        return SHORT
+    return OTHER

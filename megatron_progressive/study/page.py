@@ -1,0 +1,103 @@
+"""The report as one HTML page that needs nothing outside itself."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_progressive.study.rows import HEADER, table_cells
+
+if TYPE_CHECKING:
+    from megatron_progressive.study.report import Report
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.3; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+img { width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
+.missing { border-left: 4px solid #D55E00; padding-left: 1rem; }
+"""
+
+
+def render(report: Report, pictures: Sequence[Path]) -> str:
+    """The page: finding, verdicts, pictures, table, and what is missing or was noted."""
+    parts = [f"<h1>{escape(report.title)}</h1>"]
+    if report.missing:
+        parts.append(_missing(report))
+    for verdict in report.verdicts:
+        parts.append(f"<h2>{escape(verdict.run)}, seed {verdict.seed}</h2>")
+        parts.append(_items(verdict.sentences))
+    parts += [_picture(path) for path in pictures]
+    parts += ["<h2>Runs</h2>", _table(report), _expansions(report)]
+    warnings = [f"{row.name}: {text}" for row in report.rows for text in row.warnings]
+    for title, texts in (("Warnings of the runs", warnings), ("Notes", report.notes)):
+        if texts:
+            parts += [f"<h2>{title}</h2>", _items(texts)]
+    parts.append(
+        "<p>FLOPs count embedding, head, attention (full square), every linear, forward and "
+        "backward, and the optimizer's Newton-Schulz; validation is left out. The FLOPs speed-up "
+        "is the fixed-size run's total over the progressive run's, to be read beside the loss "
+        "gap. Losses are in nats per token. Training time is of the steps and expansion pauses, "
+        "and compares only between runs on the same machines.</p>"
+    )
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n'
+        f"<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _items(texts: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
+
+
+def _missing(report: Report) -> str:
+    items = []
+    for missing in report.missing:
+        text = f"{missing.run}: no {missing.arm} run ({missing.reason})."
+        command = f"<code>{escape(missing.command)}</code>"
+        items.append(f"<li>{escape(text)} Make it: {command}</li>")
+    return f'<div class="missing"><strong>Incomplete.</strong><ul>{"".join(items)}</ul></div>'
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _table(report: Report) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+    rows = [
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in table_cells(row)) + "</tr>"
+        for row in report.rows
+    ]
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _expansions(report: Report) -> str:
+    texts = []
+    for row in report.rows:
+        for event in row.expansions:
+            texts.append(
+                f"{row.name}: after step {event.get('step')} from {event.get('from_layers')} to "
+                f"{event.get('to_layers')} layers, init {event.get('init')}, optimizer state "
+                f"{event.get('state_policy')}, {event.get('layout_before')} to "
+                f"{event.get('layout_after')}, {_value(event.get('seconds'))} s pause; validation "
+                f"loss {_value(event.get('loss_before'))} to {_value(event.get('loss_after'))}"
+            )
+    return "<h2>Expansions</h2>" + _items(texts) if texts else ""
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "?"

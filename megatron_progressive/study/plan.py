@@ -1,0 +1,165 @@
+"""The plan of a run, before any of it runs: parameters, memory, steps, FLOPs, saving.
+
+Nothing is allocated and neither torch nor Megatron-core is imported: planning a 7B run takes
+about a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape, parameter_count, tensor_table
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.runtime.layout import Layout, make_layout
+from megatron_progressive.study import controls, flops, preflight
+from megatron_progressive.study.memory import RankMemory, largest_rank
+from megatron_progressive.study.plan_text import render
+
+__all__ = ["LrPhase", "Plan", "PlannedExpansion", "PlannedPhase", "make_plan", "render"]
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """One phase and what it asks of the ranks."""
+
+    phase: flops.Phase
+    params_without_positions: int
+    """As nanoGPT counts; with it the paper's 39M, 124M, 0.15B and 7B come out."""
+    layout: Layout
+    memory: RankMemory
+    """Of the fullest rank."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PlannedExpansion:
+    """One expansion of the run."""
+
+    step: int
+    fraction: float
+    """``step`` over the run's steps."""
+    stable_steps: int
+    """Steps at the peak learning rate that follow; the mixing time must fit."""
+    lr_share: float
+    """Sum of the learning rate up to the expansion over its whole sum: the first factor of the
+    paper's bound on the gap (METHOD.md, "Theory"); disputed, a guide."""
+
+
+@dataclass(frozen=True)
+class LrPhase:
+    """A stretch of the learning-rate schedule."""
+
+    name: str
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that ``mprog plan`` says."""
+
+    config: RunConfig
+    world: int
+    shape: ModelShape
+    """The target's."""
+    phases: list[PlannedPhase]
+    expansions: list[PlannedExpansion]
+    lr_phases: list[LrPhase]
+    step_tokens: int
+    total_flops: int
+    optimizer_flops_share: float
+    """Newton-Schulz, of the total."""
+    fixed_flops: int | None
+    """Of the fixed-size control; None without an expansion."""
+    short_steps: int | None
+    """Steps of the short control; None without an expansion."""
+    controls: list[list[str]]
+    """``key=value`` words that make the fixed-size and the short control of this config."""
+    warnings: list[str]
+
+    @property
+    def saving_percent(self) -> float | None:
+        """FLOPs saved against fixed-size training, predicted, %."""
+        if self.fixed_flops is None:
+            return None
+        return 100 * (1 - self.total_flops / self.fixed_flops)
+
+
+def make_plan(config: RunConfig, world: int | None = None) -> Plan:
+    """Plan ``config`` on ``world`` ranks (default: the fewest that fit every phase's layout).
+
+    Raises:
+        ConfigError: a phase cannot run (see :func:`.preflight.check_run`).
+    """
+    world = world if world is not None else preflight.smallest_world(config)
+    warnings = preflight.check_run(config, world)
+    planned, optimizer = [], 0
+    for index, phase in enumerate(flops.phases(config)):
+        shape = model_shape(config, phase.num_layers)
+        layout = make_layout(config.parallel_after(index), world)
+        positions = sum(s.numel for s in tensor_table(shape).values() if s.role == "position")
+        planned.append(
+            PlannedPhase(
+                phase=phase,
+                params_without_positions=parameter_count(shape) - positions,
+                layout=layout,
+                memory=largest_rank(shape, config, layout),
+                tokens=phase.steps * flops.step_tokens(shape, config),
+            )
+        )
+        optimizer += phase.steps * flops.optimizer_flops(shape, config.optim)
+    total = sum(p.phase.flops for p in planned)
+    fixed = controls.fixed_size(config) if config.expansion else None
+    short = controls.short_control(config) if config.expansion else None
+    return Plan(
+        config=config,
+        world=world,
+        shape=shape,
+        phases=planned,
+        expansions=_expansions(config),
+        lr_phases=_lr_phases(config),
+        step_tokens=flops.step_tokens(shape, config),
+        total_flops=total,
+        optimizer_flops_share=optimizer / total,
+        fixed_flops=flops.total_flops(fixed) if fixed else None,
+        short_steps=short.train.steps if short else None,
+        controls=[controls.control_words(config, c) for c in (fixed, short) if c is not None],
+        warnings=warnings,
+    )
+
+
+def _lr_phases(config: RunConfig) -> list[LrPhase]:
+    from megatron_progressive.optim.schedule import decay_steps, warmup_steps
+
+    warmup, end, total = warmup_steps(config), decay_steps(config), config.train.steps
+    wsd = config.schedule.name == "wsd"
+    found = [
+        LrPhase("warmup", 1, warmup),
+        LrPhase("stable" if wsd else config.schedule.name, warmup + 1, total - end),
+        LrPhase("decay", total - end + 1, total),
+    ]
+    return [phase for phase in found if phase.last_step >= phase.first_step]
+
+
+def _expansions(config: RunConfig) -> list[PlannedExpansion]:
+    from megatron_progressive.optim.schedule import decay_steps, learning_rate
+
+    steps = config.expansion_steps()
+    if not steps:
+        return []
+    sums, running, marks = [], 0.0, set(steps)
+    for step in range(1, config.train.steps + 1):
+        running += learning_rate(config, step)
+        if step in marks:
+            sums.append(running)
+    last_stable = config.train.steps - decay_steps(config) if config.schedule.name == "wsd" else 0
+    return [
+        PlannedExpansion(
+            step=step,
+            fraction=step / config.train.steps,
+            stable_steps=max(0, last_stable - step),
+            lr_share=before / running if running else 0.0,
+        )
+        for step, before in zip(steps, sums, strict=True)
+    ]

@@ -1,0 +1,199 @@
+"""A plan as plain text of at most 100 columns."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # plan.py offers render() beside make_plan()
+    from megatron_progressive.study.plan import Plan
+
+_WIDTH = 100
+_LABEL = 16
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"), (1.0, ""))
+_GIB = 2**30
+
+
+def short_counts(counts: list[int]) -> list[str]:
+    """Counts in the unit of the largest one, two significant digits and up: 0.15B, 7.0B, 124M."""
+    factor, unit = next((f, u) for f, u in _UNITS if max(counts) >= f or f == 1.0)
+    return [_digits(count / factor) + unit for count in counts]
+
+
+def _digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    decimals = 2 if value < 0.995 else 1 if value < 9.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def flops_text(flops: float) -> str:
+    """FLOPs as ``1.23e+21``."""
+    return f"{flops:.3g}" if flops < 1e4 else f"{flops:.2e}"
+
+
+def _line(label: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(text, _WIDTH - 2 - _LABEL, break_on_hyphens=False) or [""]
+    return [
+        f"  {label if i == 0 else '':<{_LABEL}}{part}".rstrip() for i, part in enumerate(wrapped)
+    ]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns aligned to the right, but the first."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "   ".join(cells).rstrip())
+    return lines
+
+
+def render(plan: Plan) -> str:
+    """The plan as text, without a last newline."""
+    parts = [_head(plan), _phase_table(plan), _memory_table(plan), _compute(plan)]
+    if plan.warnings:
+        lines = ["Warnings"]
+        for warning in plan.warnings:
+            lines += textwrap.wrap(
+                warning,
+                _WIDTH,
+                initial_indent="  - ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            )
+        parts.append(lines)
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _head(plan: Plan) -> list[str]:
+    config, shape, train = plan.config, plan.shape, plan.config.train
+    phases = [p.phase for p in plan.phases]
+    arrow = " → ".join
+    ties = "tied" if shape.tie_embeddings else "untied"
+    short = short_counts([p.params_without_positions for p in plan.phases])
+    tokens = train.steps * plan.step_tokens
+    lines = [f"Plan of {config.run.name} ({config.model.family}, preset {config.model.preset})"]
+    lines += _line("layers", arrow(str(p.num_layers) for p in phases))
+    lines += _line("parameters", arrow(short) + "  (position embedding apart, as nanoGPT counts)")
+    lines += _line("", arrow(f"{p.params:,}" for p in phases) + "  (all)")
+    lines += _line(
+        "model",
+        f"hidden {shape.hidden_size}, {shape.num_attention_heads} heads, ffn "
+        f"{shape.ffn_hidden_size}, {ties} embedding, {train.precision}, {config.optim.name}",
+    )
+    lines += _line("vocabulary", f"{shape.vocab_size:,}, padded to {shape.padded_vocab_size:,}")
+    per_param = tokens / phases[-1].params
+    lines += _line(
+        "tokens",
+        f"{tokens:,} = {train.steps:,} steps x {train.global_batch} samples x "
+        f"{shape.sequence_length} tokens; {_digits(per_param)} a parameter",
+    )
+    for expansion in plan.expansions:
+        mixing = short_counts([expansion.stable_steps * plan.step_tokens])[0]
+        follow = f"; {expansion.stable_steps:,} stable steps ({mixing} tokens) follow"
+        lines += _line(
+            "τ",
+            f"after step {expansion.step:,} ({expansion.fraction:.3f} of the run)"
+            + (follow if config.schedule.name == "wsd" else ""),
+        )
+    rates = ", ".join(f"{p.name} {p.first_step:,}-{p.last_step:,}" for p in plan.lr_phases)
+    lines += _line("learning rate", f"{config.schedule.name}, peak {config.optim.lr:g}: {rates}")
+    ranks = f"{plan.world} rank{'s' * (plan.world != 1)}"
+    lines += _line("layout", f"{ranks}: " + arrow(str(p.layout) for p in plan.phases))
+    return lines
+
+
+def _phase_table(plan: Plan) -> list[str]:
+    rows = [["Phase", "steps", "layers", "layout", "tokens", "FLOPs", "share"]]
+    for index, planned in enumerate(plan.phases):
+        phase = planned.phase
+        rows.append(
+            [
+                str(index + 1),
+                f"{phase.first_step:,}-{phase.last_step:,}",
+                str(phase.num_layers),
+                str(planned.layout),
+                short_counts([planned.tokens])[0],
+                flops_text(phase.flops),
+                f"{100 * phase.flops / plan.total_flops:.1f} %",
+            ]
+        )
+    return _table(rows)
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    kinds = list(dict.fromkeys(kind for p in plan.phases for kind in p.memory.optimizer))
+    rows = [["Phase", "stage", "parameters", "gradients", *kinds, "total"]]
+    for index, planned in enumerate(plan.phases):
+        memory = planned.memory
+        sizes = [memory.parameters, memory.gradients]
+        sizes += [memory.optimizer.get(kind, 0) for kind in kinds] + [memory.total]
+        stage = f"{memory.stage + 1} of {planned.layout.pipeline}"
+        rows.append([str(index + 1), stage, *(_gib(size) for size in sizes)])
+    lines = ["Memory of the fullest rank, GiB; activations and temporary buffers are NOT counted"]
+    lines += _table(rows)
+    stores = "parameters " + plan.config.train.precision + ", everything else fp32"
+    if plan.config.optim.name == "adamw":
+        by = {0: "on every data-parallel rank", 1: "divided over data-parallel ranks"}
+        stages = " → ".join(dict.fromkeys(by[p.layout.zero_stage] for p in plan.phases))
+        lines += textwrap.wrap(
+            f"{stores}; optimizer state {stages}", _WIDTH - 2, break_on_hyphens=False
+        )
+    else:
+        lines.append(f"{stores}; optimizer state is held on every data-parallel rank")
+    if len(plan.phases) > 1:
+        peaks = [
+            before.memory.total + after.memory.total
+            for before, after in zip(plan.phases, plan.phases[1:], strict=False)
+        ]
+        lines.append(f"at τ the old and the new state are held at once: at most {_gib(max(peaks))}")
+    return [lines[0]] + [line if line.startswith("  ") else f"  {line}" for line in lines[1:]]
+
+
+def _gib(size: int) -> str:
+    gib = size / _GIB
+    return f"{gib:.2f}" if gib >= 0.1 else f"{gib:.4f}"
+
+
+def _compute(plan: Plan) -> list[str]:
+    lines = ["Compute"]
+    newton_schulz = f"{100 * plan.optimizer_flops_share:.1f} %"
+    lines += _line(
+        "this run", f"{flops_text(plan.total_flops)} FLOPs, {newton_schulz} of it Newton-Schulz"
+    )
+    if plan.fixed_flops is None or plan.saving_percent is None or plan.short_steps is None:
+        return lines + _line("saving", "none: the run has no expansion")
+    ratio = plan.fixed_flops / plan.total_flops
+    lines += _line("fixed-size", f"{flops_text(plan.fixed_flops)} FLOPs at equal steps")
+    lines += _line("saving", f"{plan.saving_percent:.1f} % predicted ({ratio:.2f}x fewer FLOPs)")
+    steps = f"{plan.short_steps:,} step{'s' * (plan.short_steps != 1)}"
+    lines += _line(
+        "short control",
+        f"{steps} of the target from scratch for as many FLOPs: progressive training wins only "
+        f"where it ends below that run",
+    )
+    for expansion in plan.expansions:
+        lines += _line(
+            "theory",
+            f"{expansion.lr_share:.3f} of the summed learning rate falls up to step "
+            f"{expansion.step:,}: the gap grows with it (a guide, not a guarantee)",
+        )
+    lines += ["", "Controls"]
+    for words in plan.controls:
+        wrapped = _wrapped_command("mprog train CONFIG " + shlex.join(words))
+        lines += [f"{part} \\" for part in wrapped[:-1]] + wrapped[-1:]
+    return lines
+
+
+def _wrapped_command(command: str) -> list[str]:
+    return textwrap.wrap(
+        command,
+        _WIDTH - 2,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,164 @@
+"""Checks of a whole run, every phase of it, before anything is created.
+
+Errors name the field; warnings name the failure signature (METHOD.md, "Failure signatures")
+that the configuration is likely to show.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
+from megatron_progressive.models import model_shape
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.runtime.layout import make_layout
+
+_LATEST_WSD = 0.8
+"""Fraction of the steps after which WSD runs no longer catch up (METHOD.md, recipe 3)."""
+_LATEST_OTHER = 0.5
+"""The same for GPT under cosine; linear has no stable phase either."""
+
+
+def check_run(config: RunConfig, world: int) -> list[str]:
+    """Check that each phase of ``config`` can run on ``world`` ranks.
+
+    Returns: warnings, one line each.
+
+    Raises:
+        ConfigError: a phase cannot run; one line that names the field, its value and the fix.
+    """
+    _check_schedule(config)
+    _check_expansions(config)
+    for index in range(len(config.expansion) + 1):
+        _check_phase(config, index, world)
+    return _warnings(config)
+
+
+def smallest_world(config: RunConfig) -> int:
+    """Fewest ranks that every phase's tensor x pipeline divides."""
+    sections = [config.parallel_after(i) for i in range(len(config.expansion) + 1)]
+    return math.lcm(*(section.tensor * section.pipeline for section in sections))
+
+
+def _check_schedule(config: RunConfig) -> None:
+    warmup, decay = config.schedule.warmup, config.schedule.decay
+    if config.schedule.name == "wsd" and warmup + decay > 1 + 1e-9:  # 0.7 + 0.3 is not quite 1
+        raise ConfigError(
+            f"schedule.decay: got {decay} after warmup {warmup}; accepted: warmup + decay up to 1"
+        )
+
+
+def _check_expansions(config: RunConfig) -> None:
+    steps, depth, before = config.train.steps, model_shape(config).num_layers, 0
+    for index, expansion in enumerate(config.expansion):
+        field = f"expansion[{index}]"
+        step = _expansion_step(f"{field}.at", expansion.at, steps)
+        if step <= before and index:
+            raise ConfigError(
+                f"{field}.at: got {expansion.at} (step {step}) after one at step {before}; "
+                f"accepted: expansions in increasing order of step"
+            )
+        if expansion.to_layers <= depth:
+            raise ConfigError(
+                f"{field}.to_layers: got {expansion.to_layers}; accepted: more than the {depth} "
+                f"layer{'s' * (depth != 1)} before it"
+            )
+        if depth == 0 and expansion.init.startswith("copying"):
+            raise ConfigError(
+                f"{field}.init: got {expansion.init!r} from 0 layers, where nothing can be copied; "
+                f"accepted: random, zero"
+            )
+        before, depth = step, expansion.to_layers
+
+
+def _expansion_step(field: str, at: float, steps: int) -> int:
+    """``at`` as a step that at least one other step follows."""
+    accepted = f"accepted: a fraction below 1, or a step from 1 to {steps - 1}"
+    if not math.isfinite(at) or (at > 1 and at != int(at)):
+        raise ConfigError(f"{field}: got {at}; {accepted}")
+    step = int(at) if at >= 1 else round(at * steps)
+    if not 1 <= step < steps:
+        raise ConfigError(f"{field}: got {at}, which is step {step} of {steps}; {accepted}")
+    return step
+
+
+def _check_phase(config: RunConfig, index: int, world: int) -> None:
+    """Phase ``index``: that many expansions have happened."""
+    parallel = config.parallel_after(index)
+    prefix = f"expansion[{index - 1}]." if index else ""
+    depth = config.expansion[index - 1].to_layers if index else None
+    shape = model_shape(config, depth)
+    try:
+        layout = make_layout(parallel, world)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+    _check_tensor(shape, parallel, prefix)
+    if shape.num_layers >= parallel.pipeline and shape.num_layers % parallel.pipeline:
+        raise ConfigError(
+            f"{prefix}parallel.pipeline: got {parallel.pipeline}; accepted: a divisor of the "
+            f"{shape.num_layers} layers, or more stages than layers"
+        )
+    train, ranks = config.train, layout.data
+    if train.global_batch % (train.micro_batch * ranks):
+        where = f"after expansion[{index - 1}]" if index else "at the start"
+        raise ConfigError(
+            f"train.global_batch: got {train.global_batch}; accepted: a multiple of "
+            f"{train.micro_batch * ranks} (micro_batch {train.micro_batch} x {ranks} data-parallel "
+            f"ranks {where}, {layout})"
+        )
+
+
+def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> None:
+    cuts = {
+        "num_attention_heads": shape.num_attention_heads,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "the padded vocabulary": shape.padded_vocab_size,
+    }
+    for name, size in cuts.items():
+        if size % parallel.tensor:
+            raise ConfigError(
+                f"{prefix}parallel.tensor: got {parallel.tensor}; accepted: a divisor of "
+                f"{name} {size}"
+            )
+
+
+def _warnings(config: RunConfig) -> list[str]:
+    from megatron_progressive.optim.schedule import decay_steps
+
+    total, depth, found = config.train.steps, model_shape(config).num_layers, []
+    wsd = config.schedule.name == "wsd"
+    last_stable = total - decay_steps(config)
+    for index, (step, expansion) in enumerate(
+        zip(config.expansion_steps(), config.expansion, strict=True)
+    ):
+        field = f"expansion[{index}]"
+        if wsd and step >= last_stable:
+            found.append(
+                f"{field}.at: step {step} leaves no stable step before the decay from step "
+                f"{last_stable + 1}: loss spike > 2x at expansion; "
+                f"likely cause: expansion during decay"
+            )
+        # half a step of slack: a fraction becomes a step by rounding
+        if wsd and step > _LATEST_WSD * total + 0.5:
+            found.append(
+                f"{field}.at: step {step} is {step / total:.2f} of the run: final loss >= 5 % "
+                f"worse than fixed-size; likely cause: tau > {_LATEST_WSD} T"
+            )
+        if not wsd and step + 0.5 >= _LATEST_OTHER * total:
+            found.append(
+                f"{field}.at: step {step} is {step / total:.2f} of the run under "
+                f"{config.schedule.name}: final loss >= 5 % worse than fixed-size; likely cause: "
+                f"{config.schedule.name} schedule with tau >= {_LATEST_OTHER} T"
+            )
+        if expansion.init == "zero":
+            found.append(
+                f"{field}.init: zero kills the gradient of the new layers: "
+                f"loss spike > 2x at expansion; likely cause: zero init"
+            )
+        if expansion.init == "random" and expansion.insert == "top" and depth > 0:
+            found.append(
+                f"{field}.insert: top with init random: instability after expansion; "
+                f"likely cause: random layers at the top"
+            )
+        depth = expansion.to_layers
+    return found

@@ -1,0 +1,168 @@
+"""The report of a set of runs: ``report.json``, pictures and one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.files import write_atomically
+from megatron_progressive.study import figures, page
+from megatron_progressive.study.arms import Comparison, Missing, arm_of, compare
+from megatron_progressive.study.plan_text import flops_text
+from megatron_progressive.study.rows import HEADER, Row, make_row, table_cells
+from megatron_progressive.study.runs import Run, read_run
+from megatron_progressive.study.verdict import Verdict, mixing_title, verdicts
+
+_PAGE_ONLY = ("params", "tokens")  # columns that 80 characters have no room for
+VERDICT_KEYS = ("speedup_flops", "speedup_wall", "loss_gap_percent", "verdict")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report.json`` holds."""
+
+    title: str
+    complete: bool
+    """Whether each progressive run has both its controls, all finished."""
+    rows: list[Row]
+    verdicts: list[Verdict]
+    missing: list[Missing]
+    notes: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    """Written files, the page first."""
+
+
+def make_report(run_folders: Sequence[Path], out: Path) -> Report:
+    """Compare the runs of ``run_folders`` and write the report into ``out`` (created).
+
+    Writes ``report.html`` (nothing outside it is needed), ``report.json``, ``overview.png`` and,
+    where a fixed-size run is there, ``gap.png``.
+
+    Raises:
+        ConfigError: no folders, a folder that is no run, or metrics that cannot be read.
+    """
+    if not run_folders:
+        raise ConfigError("RUN: got none; accepted: one run folder or more")
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in run_folders))
+    runs = [read_run(folder) for folder in folders]
+    report, comparisons = _judge(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = figures.lines_of([(run, row.arm) for run, row in zip(runs, report.rows, strict=True)])
+    pictures = [out / "overview.png"]
+    figures.overview(lines, report.title, pictures[0])
+    if figures.gaps(comparisons, lines, mixing_title(report.verdicts), out / "gap.png"):
+        pictures.append(out / "gap.png")
+    report.files.extend([out / "report.html", out / "report.json", *pictures])
+    write_atomically(out / "report.html", page.render(report, pictures))
+    write_atomically(out / "report.json", json.dumps(as_json(report), indent=2) + "\n")
+    return report
+
+
+def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
+    comparisons = compare(runs)
+    found = verdicts(comparisons)
+    rows = [make_row(run, arm_of(run, comparisons), comparisons) for run in runs]
+    notes = [note for comparison in comparisons for note in comparison.notes]
+    if not comparisons:
+        notes.append("No progressive run among these: nothing to judge.")
+    return (
+        Report(
+            title=_title(found, runs),
+            complete=bool(found) and all(verdict.complete for verdict in found),
+            rows=rows,
+            verdicts=found,
+            missing=[missing for comparison in comparisons for missing in comparison.missing],
+            notes=list(dict.fromkeys([*notes, *_flops_notes(runs)])),
+        ),
+        comparisons,
+    )
+
+
+def _title(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
+    if not found:
+        return f"{len(runs)} run{'s' * (len(runs) != 1)}, none of them progressive"
+    if len(found) == 1:
+        return found[0].headline
+    judged = [verdict for verdict in found if verdict.beats_short is not None]
+    wins = sum(bool(verdict.beats_short) for verdict in judged)
+    if not judged:
+        return f"{len(found)} progressive runs, none with its short control"
+    return f"{wins} of {len(judged)} progressive runs beat their short control at equal FLOPs"
+
+
+def _flops_notes(runs: Sequence[Run]) -> list[str]:
+    """Where a run recorded other FLOPs than its configuration counts to."""
+    notes = []
+    for run in runs:
+        recorded = run.total_flops
+        if recorded is not None and abs(recorded / run.planned_flops - 1) > 0.001:
+            notes.append(
+                f"{run.name} recorded {flops_text(recorded)} FLOPs, its configuration counts to "
+                f"{flops_text(run.planned_flops)}: another version of the code ran it"
+            )
+    return notes
+
+
+def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
+    """What to merge into ``summary.json`` of the progressive run in ``folder``: the keys of
+    DESIGN.md that have a value. Empty for a run without a verdict."""
+    for verdict in report.verdicts:
+        if verdict.folder == str(folder.resolve()):
+            values = {key: getattr(verdict, key) for key in VERDICT_KEYS}
+            return {key: value for key, value in values.items() if value is not None}
+    return {}
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain values: the first verdict's fields beside everything else, and null
+    where a number is not finite."""
+    first = report.verdicts[0] if report.verdicts else None
+    values = {
+        "title": report.title,
+        "complete": report.complete,
+        **{key: getattr(first, key, None) for key in VERDICT_KEYS},
+        "verdicts": [asdict(verdict) for verdict in report.verdicts],
+        "runs": [asdict(row) for row in report.rows],
+        "missing": [asdict(missing) for missing in report.missing],
+        "notes": report.notes,
+        "files": [path.name for path in report.files],
+    }
+    plain: dict[str, Any] = _finite(values)
+    return plain
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def terminal_table(report: Report) -> Table:
+    """The runs as a table for ``rich.print``, made for 80 columns."""
+    table = Table(
+        title=report.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+        pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    shown = [index for index, name in enumerate(HEADER) if name not in _PAGE_ONLY]
+    for index in shown:
+        # names of runs may be long: theirs is the column that gives way
+        table.add_column(
+            HEADER[index],
+            justify="left" if index < 2 else "right",
+            no_wrap=HEADER[index] != "run",
+            overflow="fold",
+        )
+    for row in report.rows:
+        cells = table_cells(row)
+        table.add_row(*(cells[index] for index in shown))
+    return table
