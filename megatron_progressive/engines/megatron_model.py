@@ -102,7 +102,7 @@ def transformer_config(
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=cuda,
+        bias_activation_fusion=False,
         bias_dropout_fusion=cuda,
         persist_layer_norm=False,
         **FAMILIES[shape.family].transformer_config_kwargs(shape),

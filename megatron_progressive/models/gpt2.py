@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron_progressive.models.base import LAYER_PREFIX, ModelShape, TensorSpec, spectral_std
@@ -75,7 +76,9 @@ def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:
 
     return dict(
         normalization="LayerNorm",
-        activation_func=torch.nn.functional.gelu,
+        # GPT-2's own GeLU is the tanh form. Named here, because Megatron-core's fused GeLU is
+        # that form and its unfused one is not.
+        activation_func=partial(torch.nn.functional.gelu, approximate="tanh"),
         gated_linear_unit=False,
         add_bias_linear=shape.linear_bias,
         layernorm_epsilon=1e-5,

@@ -263,7 +263,7 @@ def _break(folder: Path, how: str) -> Path:
     elif how == "line 2 is not JSON":
         lines = metrics.read_text().splitlines()
         metrics.write_text("\n".join([lines[0], '{"event": "tr', *lines[2:]]))
-    elif how == "model.family":
+    elif how == "model: missing":
         (folder / "config.yaml").write_text("run: {name: x}\n")
     elif how == "is not a JSON object":
         (folder / "summary.json").write_text('{"final_ev')
@@ -274,7 +274,7 @@ def _break(folder: Path, how: str) -> Path:
     "how",
     [
         "no folder", "no config.yaml", "no metrics.jsonl", "is empty", "line 2 is not JSON",
-        "model.family", "is not a JSON object",
+        "model: missing", "is not a JSON object",
     ],
 )  # fmt: skip
 def test_bad_folders_are_refused_in_one_line_before_anything_is_written(
