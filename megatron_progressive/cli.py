@@ -26,9 +26,11 @@ def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive import data
+    from megatron_progressive.runtime.distributed import prepare_imports
 
     config = load(args.config, args.overrides)
     data.check(config)
+    prepare_imports()
     print(data.prepare(config))
     return 0
 

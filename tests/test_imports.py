@@ -26,7 +26,9 @@ def imported_rooms(path: Path) -> set[str]:
             parts = (node.module or "").split(".")
             names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith(PACKAGE.name + ".")}
+            names |= {
+                a.name.split(".")[1] for a in node.names if a.name.startswith(PACKAGE.name + ".")
+            }
     return {name for name in names if name in HEIGHT}
 
 

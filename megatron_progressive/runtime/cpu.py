@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 import pkgutil
 import sys
 import types
@@ -155,13 +154,10 @@ def _import_all() -> None:
 def install() -> None:
     """Make Megatron-core run on the CPU. Call once, before building anything with it.
 
-    Has no effect where CUDA is available. Must come before Megatron-core is imported: the
-    environment variable that turns off its compiled fusions is read at import.
+    Has no effect where CUDA is available.
     """
-    # Megatron-core's jit_fuser would compile for tens of seconds at every start on a CPU.
     if torch.cuda.is_available():
         return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which accelerated libraries it does not find
         _import_all()

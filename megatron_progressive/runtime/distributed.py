@@ -42,12 +42,17 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
         raise ConfigError(f"environment: got {got}; accepted: all three, as numbers") from None
 
 
-def quiet_libraries() -> None:
-    """Leave out the notes of Megatron-core and torch that no user of this program can act on.
+def prepare_imports() -> None:
+    """Call before anything imports Megatron-core.
 
-    Deprecations of names they call themselves, missing optional accelerators, CUDA tuning
-    advice. Errors stay.
+    Leaves out notes of Megatron-core and torch that no user of this program can act on
+    (deprecations of names they call themselves, missing optional accelerators); errors stay.
+    Without CUDA it turns off the compiler, which would start for tens of seconds on a CPU.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
@@ -60,7 +65,7 @@ def world_group(place: Place) -> Iterator[None]:
 
     Alone (``world`` 1, outside a job) it needs no address.
     """
-    quiet_libraries()
+    prepare_imports()
     import torch
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]

@@ -154,11 +154,12 @@ def transfer(
             incoming[copy.source_rank].append(copy)
     sends = {peer: _messages(parts, message_bytes) for peer, parts in outgoing.items()}
     receives = {peer: _messages(parts, message_bytes) for peer, parts in incoming.items()}
+    # Messages are made where the backend sends from, also for numbers that live on the CPU.
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     peak = 0
     rounds = max((len(m) for m in (*sends.values(), *receives.values())), default=0)
     for turn in range(rounds):
-        peak = max(peak, _exchange(turn, sends, receives, source, target))
-    device = target.pieces[0].data.device if target.pieces else torch.device("cpu")
+        peak = max(peak, _exchange(turn, sends, receives, source, target, device))
     moved = sum(copy.nbytes for copy in copies if copy.source_rank != copy.target_rank)
     largest = torch.tensor([peak], dtype=torch.int64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -195,20 +196,21 @@ def _exchange(
     receives: dict[int, list[list[tuple[Copy, Box]]]],
     source: ShardedState,
     target: ShardedState,
+    device: torch.device,
 ) -> int:
     """Send and receive the ``turn``-th message of every peer; returns the bytes staged."""
     operations, arriving, staged = [], [], 0
     for peer, messages in sorted(sends.items()):
         if turn < len(messages):
             views = [_view(source.pieces[c.source_piece], part) for c, part in messages[turn]]
-            buffer = _pack(views)
+            buffer = _pack(views, device)
             staged += buffer.numel()
             operations.append(dist.P2POp(dist.isend, buffer, peer))
     for peer, messages in sorted(receives.items()):
         if turn < len(messages):
             views = [_view(target.pieces[c.target_piece], part) for c, part in messages[turn]]
             total = sum(_aligned(v.numel() * v.element_size()) for v in views)
-            buffer = torch.empty(total, dtype=torch.uint8, device=views[0].device)
+            buffer = torch.empty(total, dtype=torch.uint8, device=device)
             staged += total
             arriving.append((buffer, views))
             operations.append(dist.P2POp(dist.irecv, buffer, peer))
@@ -223,9 +225,9 @@ def _exchange(
     return staged
 
 
-def _pack(views: list[torch.Tensor]) -> torch.Tensor:
+def _pack(views: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     total = sum(_aligned(v.numel() * v.element_size()) for v in views)
-    buffer = torch.empty(total, dtype=torch.uint8, device=views[0].device)
+    buffer = torch.empty(total, dtype=torch.uint8, device=device)
     start = 0
     for view in views:
         nbytes = view.numel() * view.element_size()

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.files import write_atomically
@@ -147,10 +149,25 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def terminal_table(report: Report) -> Table:
-    """The runs as a table for ``rich.print``, made for 80 columns."""
+def terminal_table(report: Report, console: Console | None = None) -> None:
+    """Print the runs as a table made for 80 columns, then verdicts, what is missing and files."""
+    console = console if console is not None else Console()
+    console.print(_table(report))
+    for verdict in report.verdicts:
+        console.print(f"{verdict.run}: {verdict.verdict}", markup=False, highlight=False)
+    for missing in report.missing:
+        console.print(f"no {missing.arm} run of {missing.run}; make it with", markup=False)
+        # unwrapped: to be copied
+        console.print(f"  {missing.command}", markup=False, highlight=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    if report.files:
+        console.print(str(report.files[0]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(report: Report) -> Table:
     table = Table(
-        title=report.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+        title=Text(report.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD,
         pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     shown = [index for index, name in enumerate(HEADER) if name not in _PAGE_ONLY]
@@ -164,5 +181,5 @@ def terminal_table(report: Report) -> Table:
         )
     for row in report.rows:
         cells = table_cells(row)
-        table.add_row(*(cells[index] for index in shown))
+        table.add_row(*(Text(cells[index]) for index in shown))
     return table

@@ -16,6 +16,9 @@ MIXED_PERCENT = 0.5
 """Gap to the fixed-size run's validation loss at the same step, in %, at and below which a
 progressive run has mixed: the largest gap that the paper reports for GPT-2 124M."""
 
+WORSE_PERCENT = 5.0
+"""Final gap to fixed-size, in %, from which METHOD.md calls the run failed."""
+
 _LEVEL_PERCENT = 0.005  # rounds to 0.00 %
 
 
@@ -237,7 +240,19 @@ def _fixed_sentences(
     if wall is not None:
         cost.append(f"{_saved(wall, 'less')} training time")
     ends = f"It ends at {run.final_loss:.4f}, {_above(gap)} fixed-size ({fixed.final_loss:.4f})"
-    return [f"{ends}, for {' and '.join(cost)}." if cost else f"{ends}."]
+    found = [f"{ends}, for {' and '.join(cost)}." if cost else f"{ends}."]
+    if gap >= WORSE_PERCENT:
+        found.append(_worse(run))
+    return found
+
+
+def _worse(run: Run) -> str:
+    """The failure signature of a large final gap, with the causes that the configuration has."""
+    late = run.config.expansion_steps()[-1] > 0.8 * run.config.train.steps + 0.5
+    causes = ["τ > 0.8 T"] * late
+    causes += [f"{run.config.schedule.name} schedule"] * (run.config.schedule.name != "wsd")
+    likely = " and ".join(causes) or "neither usual cause (τ > 0.8 T, cosine) holds here"
+    return f"Failure signature: final loss >= {WORSE_PERCENT:g} % worse; likely cause: {likely}."
 
 
 def _short_sentences(run: Run, short: Run | None, gap: float | None) -> list[str]:

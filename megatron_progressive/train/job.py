@@ -8,7 +8,12 @@ import traceback
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.runtime.distributed import Place, place_from_environment, world_group
+from megatron_progressive.runtime.distributed import (
+    Place,
+    place_from_environment,
+    prepare_imports,
+    world_group,
+)
 from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.study.preflight import check_run
@@ -42,6 +47,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str]) -> int:
     if place is None or place.rank == 0:
         for warning in warnings if progress is None else ():
             print(f"warning: {warning}", file=sys.stderr, flush=True)
+        prepare_imports()
         data.prepare(config)
     if place is None and world > 1:
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)

@@ -53,9 +53,7 @@ def huggingface_model(weights: cases.Full, config: RunConfig, layers: int) -> An
         "transformer.wpe.weight": ours["embedding.position_embeddings.weight"],
         "transformer.ln_f.weight": ours["decoder.final_layernorm.weight"],
         "transformer.ln_f.bias": ours["decoder.final_layernorm.bias"],
-        "lm_head.weight": ours.get(
-            "output_layer.weight", ours["embedding.word_embeddings.weight"]
-        ),
+        "lm_head.weight": ours.get("output_layer.weight", ours["embedding.word_embeddings.weight"]),
     }
     modules = {
         "ln_1": "input_layernorm", "ln_2": "pre_mlp_layernorm",

@@ -88,6 +88,7 @@ def test_equal_loss_says_where_fixed_size_got_there_and_its_learning_rate(tmp_pa
     assert verdict.equal_loss.step == first["step"] < 1350  # before the decay
     assert verdict.equal_loss.compute_ratio == pytest.approx(first["flops"] / total)
     assert "has not decayed there" in verdict.verdict
+    assert "Failure signature: final loss >= 5 % worse" in verdict.verdict
 
 
 def test_mixing_time_is_counted_in_tokens_after_tau(tmp_path: Path) -> None:
@@ -163,6 +164,9 @@ def test_missing_controls_come_with_the_commands_that_make_them(tmp_path: Path) 
         assert load(path, words) == control
         assert f"run.name={control.run.name}" in page
     assert not (tmp_path / "out" / "gap.png").exists()
+    console = Console(width=60, file=io.StringIO(), record=True)
+    terminal_table(report, console)
+    assert report.missing[0].command in console.export_text()  # whole, to be copied
 
 
 def test_unfinished_runs_are_shown_and_not_judged(tmp_path: Path) -> None:
@@ -236,8 +240,10 @@ def test_diverged_run_is_no_result(tmp_path: Path) -> None:
 
 def test_terminal_table_fits_80_columns(losing: tuple[dict[str, Path], Path, Report]) -> None:
     console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(terminal_table(losing[2]))
+    terminal_table(losing[2], console)
     text = console.export_text()
+    assert max(len(line) for line in text.splitlines()[:8]) <= 80
+    assert "LOSES to the short control" in " ".join(text.split())
     for cell in ("progressive", "fixed-size", "short control", "0 → 6", "2.5250", "+2.00 %"):
         assert cell in text
 
