@@ -38,6 +38,7 @@ from megatron_progressive.data.tokenizer import (
     training_sample,
 )
 from megatron_progressive.models import model_shape
+from megatron_progressive.runtime.files import fsync_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -241,7 +242,7 @@ def _sha256(path: Path) -> str:
 def _publish(temporary: Path, folder: Path) -> None:
     """Give a complete folder its name, durably; where another has it already, keep that one."""
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        fsync_path(path)
     try:
         os.rename(temporary, folder)
     except OSError as error:
@@ -249,15 +250,7 @@ def _publish(temporary: Path, folder: Path) -> None:
             raise
         read_manifest(folder)
         return
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(folder.parent)
 
 
 def _remove_stale(folder: Path) -> None:

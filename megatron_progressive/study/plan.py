@@ -43,7 +43,7 @@ class PlannedExpansion:
     """Steps at the peak learning rate that follow; the mixing time must fit."""
     lr_share: float
     """Sum of the learning rate up to the expansion over its whole sum: the first factor of the
-    paper's bound on the gap (METHOD.md, "Theory"); disputed, a guide."""
+    bound on the gap in arXiv 2511.04981; its derivation is disputed: a guide."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checks of a whole run, every phase of it, before anything is created.
 
-Errors name the field; warnings name the failure signature (METHOD.md, "Failure signatures")
-that the configuration is likely to show.
+Errors name the field; warnings name the failure signature (arXiv 2511.04981) that the
+configuration is likely to show.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import make_layout
 
 _LATEST_WSD = 0.8
-"""Fraction of the steps after which WSD runs no longer catch up (METHOD.md, recipe 3)."""
+"""Fraction of the steps after which WSD runs no longer catch up (arXiv 2511.04981)."""
 _LATEST_OTHER = 0.5
 """The same for GPT under cosine; linear has no stable phase either."""
 

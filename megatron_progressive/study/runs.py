@@ -1,4 +1,4 @@
-"""Read run folders (their format: DESIGN.md, "What users touch")."""
+"""Read run folders (their format: README.md, "A run")."""
 
 from __future__ import annotations
 

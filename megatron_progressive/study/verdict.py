@@ -251,7 +251,7 @@ def _worse(run: Run) -> str:
     late = run.config.expansion_steps()[-1] > 0.8 * run.config.train.steps + 0.5
     causes = ["τ > 0.8 T"] * late
     causes += [f"{run.config.schedule.name} schedule"] * (run.config.schedule.name != "wsd")
-    likely = " and ".join(causes) or "neither usual cause (τ > 0.8 T, cosine) holds here"
+    likely = " and ".join(causes) or "none of the usual (τ > 0.8 T, cosine)"
     return f"Failure signature: final loss >= {WORSE_PERCENT:g} % worse; likely cause: {likely}."
 
 

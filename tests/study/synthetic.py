@@ -22,7 +22,7 @@ def progressive_config(folder: Path, **expansion: Any) -> RunConfig:
         {
             "run": {"name": "tiny", "dir": str(folder)},
             "model": {"family": "gpt2", "preset": "tiny", "num_layers": 0},
-            "train": {"steps": 1500, "eval_every": 50},
+            "train": {"steps": 300, "eval_every": 10},
             "expansion": [{"at": 0.8, "to_layers": 6, **expansion}],
         }
     )
@@ -55,16 +55,18 @@ def write_run(
     depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
     start = math.log(model_shape(config).padded_vocab_size)
     flops, wall, lines = 0.0, 0.0, []
-    peak = config.optim.lr
+    peak, scale = config.optim.lr, 0.008 * steps
 
     def loss_at(step: int) -> float:
         phase = sum(tau < step for tau in taus)
-        undecayed = final + 0.12 + (start - final) * (1 + step / 12) ** -0.62
+        undecayed = final + 0.12 + (start - final) * (1 + step / scale) ** -0.62
         undecayed += 0.75 if phase < len(taus) else 0.0
         if phase:
             undecayed += 2.2 * math.exp(-(step - taus[phase - 1]) / (0.025 * steps))
         decayed = max(0.0, 1 - learning_rate(config, step) / peak) if step > steps / 2 else 0.0
-        return undecayed - 0.12 * decayed - (start - final) * 0.35 * decayed * (step / 12) ** -0.62
+        return (
+            undecayed - 0.12 * decayed - (start - final) * 0.35 * decayed * (step / scale) ** -0.62
+        )
 
     offset = final - loss_at(steps)
     for step in range(1, (stop_at or steps) + 1):

@@ -135,7 +135,7 @@ def test_sound_corner_cases_pass(good: RunConfig, world: int) -> None:
         (config(growth(insert="top")), []),  # no trained layer: top and bottom are the same
         (config(growth(at=0.49), schedule={"name": "cosine"}), []),
         (config(growth(at=0.8)), []),
-        (config(growth(at=0.8), train={"steps": 1003}), []),  # 0.8 T rounds up
+        (config(growth(at=0.8), train={"steps": 1002}), []),  # 0.8 T rounds up
     ],
 )
 def test_warnings_name_the_failure_signature(risky: RunConfig, signatures: list[str]) -> None:

@@ -85,7 +85,7 @@ def test_equal_loss_says_where_fixed_size_got_there_and_its_learning_rate(tmp_pa
     first = next(event for event in evals if event["loss"] <= 2.9)
     total = json.loads((arms["progressive"] / "summary.json").read_text())["total_flops"]
     assert verdict.equal_loss is not None
-    assert verdict.equal_loss.step == first["step"] < 1350  # before the decay
+    assert verdict.equal_loss.step == first["step"] < 270  # before the decay
     assert verdict.equal_loss.compute_ratio == pytest.approx(first["flops"] / total)
     assert "has not decayed there" in verdict.verdict
     assert "Failure signature: final loss >= 5 % worse" in verdict.verdict
@@ -99,13 +99,15 @@ def test_mixing_time_is_counted_in_tokens_after_tau(tmp_path: Path) -> None:
     events = []
     for line in (ours / "metrics.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["event"] == "eval":  # 1 % above up to step 1300, 0.4 % from 1350 on
-            event["loss"] = same[event["step"]] * (1.004 if event["step"] >= 1350 else 1.01)
+        if event["event"] == "eval":  # level at the start and at τ; 1 % above; 0.4 % from 270
+            step = event["step"]
+            event["loss"] = same[step] * (1.004 if step >= 270 else 1.01)
+            event["loss"] = same[step] if step < 40 or step == 240 else event["loss"]
         events.append(json.dumps(event) + "\n")
     (ours / "metrics.jsonl").write_text("".join(events))
     mixing = make_report([ours, fixed], tmp_path / "out").verdicts[0].mixing
     assert mixing is not None
-    assert mixing.tokens == (1350 - 1200) * config.train.global_batch * 128
+    assert mixing.tokens == (270 - 240) * config.train.global_batch * 128
 
 
 class _Resources(HTMLParser):
@@ -172,13 +174,13 @@ def test_missing_controls_come_with_the_commands_that_make_them(tmp_path: Path) 
 def test_unfinished_runs_are_shown_and_not_judged(tmp_path: Path) -> None:
     config = progressive_config(tmp_path / "runs")
     folders = [
-        write_run(config, 2.5, stop_at=700),
+        write_run(config, 2.5, stop_at=140),
         write_run(fixed_size(config), 2.4),
-        write_run(short_control(config), 2.6, stop_at=100),
+        write_run(short_control(config), 2.6, stop_at=20),
     ]
     report = make_report(folders, tmp_path / "out")
     assert [row.finished for row in report.rows] == [False, True, False]
-    assert "unfinished at step 700 of 1500" in report.title
+    assert "unfinished at step 140 of 300" in report.title
     assert report.verdicts[0].speedup_flops is None
     assert [m.arm for m in report.missing] == ["short control"]
     assert report.missing[0].command == f"mprog train {folders[2] / 'config.yaml'}"
@@ -249,11 +251,11 @@ def test_terminal_table_fits_80_columns(losing: tuple[dict[str, Path], Path, Rep
 
 
 def test_a_metrics_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
-    folder = write_run(progressive_config(tmp_path / "runs"), 2.5, stop_at=300)
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5, stop_at=60)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"event": "train", "step": 301, "lo')
+        file.write('{"event": "train", "step": 61, "lo')
     (row,) = make_report([folder], tmp_path / "out").rows
-    assert row.steps_done == 300
+    assert row.steps_done == 60
 
 
 def _break(folder: Path, how: str) -> Path:
@@ -286,7 +288,7 @@ def _break(folder: Path, how: str) -> Path:
 def test_bad_folders_are_refused_in_one_line_before_anything_is_written(
     tmp_path: Path, how: str
 ) -> None:
-    folder = _break(write_run(progressive_config(tmp_path / "runs"), 2.5, stop_at=60), how)
+    folder = _break(write_run(progressive_config(tmp_path / "runs"), 2.5, stop_at=12), how)
     with pytest.raises(ConfigError, match=re.escape(how)) as caught:
         make_report([folder], tmp_path / "out")
     assert "\n" not in str(caught.value)
