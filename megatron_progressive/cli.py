@@ -36,9 +36,10 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _report(args: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_progressive.study.report import make_report, terminal_table
+    from megatron_progressive.study.report import make_report, record_verdicts, terminal_table
 
     report = make_report([Path(run) for run in args.runs], Path(args.out))
+    record_verdicts(report)
     terminal_table(report)
     return 0
 

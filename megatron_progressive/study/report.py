@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.files import write_atomically
+from megatron_progressive.runtime.files import write_atomically, write_json
 from megatron_progressive.study import figures, page
 from megatron_progressive.study.arms import Comparison, Missing, arm_of, compare
 from megatron_progressive.study.plan_text import flops_text
@@ -113,9 +113,18 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
+def record_verdicts(report: Report) -> None:
+    """Add each finished progressive run's verdict to its own ``summary.json``."""
+    for verdict in report.verdicts:
+        path = Path(verdict.folder) / "summary.json"
+        if path.is_file():
+            values = json.loads(path.read_text())
+            write_json(path, {**values, **verdict_fields(report, Path(verdict.folder))})
+
+
 def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
-    """What to merge into ``summary.json`` of the progressive run in ``folder``: the keys of
-    DESIGN.md that have a value. Empty for a run without a verdict."""
+    """The speed-ups, loss gap and verdict of the progressive run in ``folder``, as its
+    ``summary.json`` has them: those that have a value. Empty for a run without a verdict."""
     for verdict in report.verdicts:
         if verdict.folder == str(folder.resolve()):
             values = {key: getattr(verdict, key) for key in VERDICT_KEYS}

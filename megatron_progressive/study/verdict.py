@@ -17,7 +17,7 @@ MIXED_PERCENT = 0.5
 progressive run has mixed: the largest gap that the paper reports for GPT-2 124M."""
 
 WORSE_PERCENT = 5.0
-"""Final gap to fixed-size, in %, from which METHOD.md calls the run failed."""
+"""Final gap to fixed-size, in %, from which the run counts as failed (arXiv 2511.04981)."""
 
 _LEVEL_PERCENT = 0.005  # rounds to 0.00 %
 
