@@ -43,9 +43,14 @@ def tensors(shape: ModelShape) -> dict[str, TensorSpec]:
         table[f"{name}.bias"] = TensorSpec((h,), "norm_bias", "zeros")
 
     def linear(name: str, role: str, n_out: int, n_in: int, column: bool, **more: Any) -> None:
-        """Column-parallel linears are cut along the output, row-parallel along the input."""
+        """Column-parallel linears are cut along the output, row-parallel along the input.
+
+        The latter write to the residual stream, 2 L of them: GPT-2 scales their initial values
+        by 1/sqrt(2 L) (Radford et al. 2019, section 2.3). New layers at τ take the target's L.
+        """
+        std = spectral_std(n_out, n_in) * (1.0 if column else (2 * shape.num_layers) ** -0.5)
         table[f"{name}.weight"] = TensorSpec(
-            (n_out, n_in), role, "normal", spectral_std(n_out, n_in),
+            (n_out, n_in), role, "normal", std,
             tp_axis=0 if column else 1, last_linear=not column, **more,
         )  # fmt: skip
         if shape.linear_bias:
