@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  exit 1; fi
 	@echo "Installing into $(VENV) with $(PYTHON); this takes a few minutes."
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 clean:

@@ -138,16 +138,23 @@ class ScheduleSection:
 @dataclass(frozen=True)
 class ParallelSection:
     engine: str = "megatron"
-    """``megatron``."""
+    """``megatron``, or ``deepspeed`` (data parallel only)."""
     tensor: int = 1
     """Tensor-parallel ranks."""
     pipeline: int = 1
     """Pipeline stages."""
+    virtual_pipeline: int = 1
+    """Model chunks of each pipeline stage (interleaved schedule); 1 is the plain schedule."""
+    uneven: bool = False
+    """Whether stages may differ by one layer; otherwise stages x chunks divide the layers."""
     expert: int = 1
     """Expert-parallel ranks (1: the families so far have no experts)."""
     zero_stage: int = 1
-    """1 shards AdamW's state over data-parallel ranks (Megatron's distributed optimizer), 0
-    does not. Muon-NSGD keeps its state on every data-parallel rank."""
+    """megatron: 1 shards AdamW's state over data-parallel ranks (Megatron's distributed
+    optimizer), 0 does not; Muon-NSGD keeps its state on every data-parallel rank. deepspeed: 0
+    to 3, with either optimizer: 2 shards gradients too, 3 the weights as well."""
+    staging_mib: int = 64
+    """Most memory a rank stages for sending and receiving at an expansion, MiB."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +164,11 @@ class ParallelOverride:
     engine: Optional[str] = None
     tensor: Optional[int] = None
     pipeline: Optional[int] = None
+    virtual_pipeline: Optional[int] = None
+    uneven: Optional[bool] = None
     expert: Optional[int] = None
     zero_stage: Optional[int] = None
+    staging_mib: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -214,15 +224,15 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optim.scale": ("out_in", "moonlight"),
     "optim.embeddings": ("muon", "adamw"),
     "schedule.name": ("wsd", "cosine", "linear"),
-    "parallel.engine": ("megatron",),
-    "parallel.zero_stage": (0, 1),
+    "parallel.engine": ("megatron", "deepspeed"),
+    "parallel.zero_stage": (0, 1, 2, 3),
     "parallel.expert": (1,),
     "expansion.init": ("random", "copying", "zero", "copying_zeroL", "copying_zeroN"),
     "expansion.order": ("stack", "inter", "last"),
     "expansion.insert": ("bottom", "top"),
     "expansion.optimizer_state": ("inherit", "copy", "reset"),
-    "expansion.parallel.engine": (None, "megatron"),
-    "expansion.parallel.zero_stage": (None, 0, 1),
+    "expansion.parallel.engine": (None, "megatron", "deepspeed"),
+    "expansion.parallel.zero_stage": (None, 0, 1, 2, 3),
     "expansion.parallel.expert": (None, 1),
 }
 
@@ -257,9 +267,13 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "schedule.decay": (0, 1),
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
+    "parallel.virtual_pipeline": (1, None),
+    "parallel.staging_mib": (1, None),
     "expansion.to_layers": (1, None),
     "expansion.parallel.tensor": (1, None),
     "expansion.parallel.pipeline": (1, None),
+    "expansion.parallel.virtual_pipeline": (1, None),
+    "expansion.parallel.staging_mib": (1, None),
 }
 
 

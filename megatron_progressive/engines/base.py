@@ -63,6 +63,10 @@ class Engine(Protocol):
     def state(self) -> ShardedState:
         """This rank's boxes, as views."""
 
+    def loaded(self) -> None:
+        """To be called once the pieces of :meth:`state` have been written: what the engine
+        derives from them (other copies of the weights) follows. Not collective."""
+
     def activate(self) -> None:
         """Make this engine's process groups the current ones (two engines live at once at τ)."""
 

@@ -104,6 +104,9 @@ class MegatronEngine:
     def state(self) -> ShardedState:
         return sharded_state(self._names, self._table, self.optimizer, self.groups)
 
+    def loaded(self) -> None:
+        pass  # the pieces are all there is
+
     def activate(self) -> None:
         self.groups.activate()
 

@@ -106,6 +106,7 @@ def expand(
     )
     target = new.state()
     stats = apply_rules(old.state(), target, rules, table, seed, generation)
+    new.loaded()
     largest: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(largest, target.nbytes)
     event = ExpansionEvent(

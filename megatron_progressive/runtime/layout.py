@@ -15,6 +15,7 @@ class Layout:
     engine: str = "megatron"
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     expert: int = 1
     zero_stage: int = 1
 
@@ -58,6 +59,7 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
         engine=parallel.engine,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
         expert=parallel.expert,
         zero_stage=parallel.zero_stage,
     )

@@ -92,6 +92,7 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
         layout = make_layout(parallel, world)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None
+    _check_engine(parallel, prefix)
     _check_tensor(shape, parallel, prefix)
     if shape.num_layers >= parallel.pipeline and shape.num_layers % parallel.pipeline:
         raise ConfigError(
@@ -105,6 +106,21 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
             f"train.global_batch: got {train.global_batch}; accepted: a multiple of "
             f"{train.micro_batch * ranks} (micro_batch {train.micro_batch} x {ranks} data-parallel "
             f"ranks {where}, {layout})"
+        )
+
+
+def _check_engine(parallel: ParallelSection, prefix: str) -> None:
+    if parallel.engine == "deepspeed":
+        for name in ("tensor", "pipeline", "virtual_pipeline"):
+            if getattr(parallel, name) != 1:
+                raise ConfigError(
+                    f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "
+                    f"deepspeed, which is data parallel only; accepted: 1"
+                )
+    elif parallel.zero_stage > 1:
+        raise ConfigError(
+            f"{prefix}parallel.zero_stage: got {parallel.zero_stage} with engine megatron; "
+            f"accepted: 0, 1 (engine deepspeed has 2 and 3)"
         )
 
 

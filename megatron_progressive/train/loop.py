@@ -78,6 +78,7 @@ class _Run:
             checkpoint.load(state, path)
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
+        engine.loaded()
         return engine
 
     def warn(self, step: int, cause: str) -> None:

@@ -42,6 +42,7 @@ def start(config: RunConfig, layers: int | None = None) -> Engine:
     shape = model_shape(config, layers)
     engine = make_engine(config, shape, make_layout(config.parallel, dist.get_world_size()))
     initialise_all(engine.state(), tensor_table(shape), config.run.seed)
+    engine.loaded()
     return engine
 
 
