@@ -17,9 +17,9 @@ from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, depth_map
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
-from megatron_progressive.state.boxes import WEIGHT_SLOTS, ShardedState
+from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key, ShardedState
 from megatron_progressive.state.init import initialise
-from megatron_progressive.state.transfer import Key, TransferStats, transfer
+from megatron_progressive.state.transfer import TransferStats, transfer
 
 
 @dataclass(frozen=True)

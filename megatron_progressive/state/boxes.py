@@ -11,8 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # planning describes pieces without loading torch
+    import torch
+
+Key = tuple[str, str]
+"""(global name, slot)."""
 
 PARAM = "param"
 MASTER = "master"
@@ -128,12 +133,30 @@ class Piece:
             raise ValueError(f"{self.name}/{self.slot}: {tuple(self.data.shape)} is not {self.box}")
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         return self.name, self.slot
+
+    @property
+    def meta(self) -> PieceMeta:
+        """What other ranks know of it."""
+        dtype = str(self.data.dtype).removeprefix("torch.")
+        return PieceMeta(self.key, self.box, dtype, not self.tied_copy)
 
     @property
     def nbytes(self) -> int:
         return self.data.numel() * self.data.element_size()
+
+
+@dataclass(frozen=True)
+class PieceMeta:
+    """What other ranks know of a piece."""
+
+    key: Key
+    box: Box
+    dtype: str
+    """``float32``, ``bfloat16``, ..."""
+    readable: bool = True
+    """Whether others may copy from it (not from a tied head's copy)."""
 
 
 @dataclass(frozen=True)

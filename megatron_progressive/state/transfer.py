@@ -15,23 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_progressive.state.boxes import Box, Piece, ShardedState
-
-Key = tuple[str, str]
-"""(global name, slot)."""
+from megatron_progressive.state.boxes import Box, Key, Piece, PieceMeta, ShardedState
 
 STAGING_BYTES = 64 << 20
 """Most bytes a rank has staged for sending and receiving at once."""
-
-
-@dataclass(frozen=True)
-class PieceMeta:
-    """What other ranks know of a piece."""
-
-    key: Key
-    box: Box
-    dtype: torch.dtype
-    readable: bool
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ class TransferError(RuntimeError):
 
 def metadata(state: ShardedState) -> list[PieceMeta]:
     """What this rank tells the others."""
-    return [PieceMeta(p.key, p.box, p.data.dtype, not p.tied_copy) for p in state.pieces]
+    return [piece.meta for piece in state.pieces]
 
 
 def schedule(
@@ -104,7 +91,7 @@ def schedule(
                 dtype = sources[owner[0]][owner[1]].dtype
                 if dtype != piece.dtype:
                     raise TransferError(f"{'/'.join(piece.key)}: {dtype} to {piece.dtype}")
-                nbytes = part.numel * dtype.itemsize
+                nbytes = part.numel * getattr(torch, dtype).itemsize
                 if owner[0] != rank:
                     sent[owner[0]] += nbytes
                 copies.append(Copy(*owner, rank, index, part, part, nbytes))
