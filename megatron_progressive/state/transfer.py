@@ -1,37 +1,28 @@
 """Reshard in memory: move boxes of global tensors from one set of ranks' pieces to another.
 
-Every rank gathers the same metadata, derives the same schedule and then exchanges its own
-part point to point. No rank sees whole tensors, nothing goes through disk, and the bytes that
+Every rank gathers the same metadata, derives its own part of the same schedule and exchanges
+it point to point. No rank sees whole tensors, nothing goes through disk, and the bytes that
 are staged at once are bounded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_progressive.state.boxes import Box, Key, Piece, PieceMeta, ShardedState
+from megatron_progressive.state.boxes import PARAM, Box, Key, Piece, PieceMeta, ShardedState
+from megatron_progressive.state.schedule import Held, Move, PieceTable, Schedule, TransferError
 
 STAGING_BYTES = 64 << 20
 """Most bytes a rank has staged for sending and receiving at once."""
 
-
-@dataclass(frozen=True)
-class Copy:
-    """One box that moves: part of a source piece to part of a target piece."""
-
-    source_rank: int
-    source_piece: int
-    target_rank: int
-    target_piece: int
-    source_box: Box
-    target_box: Box
-    nbytes: int
+_SMALL = 16 << 10  # tables up to this size travel in one all-gather, larger ones one by one
 
 
 @dataclass(frozen=True)
@@ -42,65 +33,89 @@ class TransferStats:
     peak_staging_bytes: int
 
 
-class TransferError(RuntimeError):
-    """A target box that no source covers, or whose type differs."""
+def _device() -> torch.device:
+    """Where the backend sends from; also for numbers that live on the CPU."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def metadata(state: ShardedState) -> list[PieceMeta]:
-    """What this rank tells the others."""
-    return [piece.meta for piece in state.pieces]
+def gather_metadata(states: Iterable[ShardedState]) -> list[list[Held]]:
+    """Everybody's metadata of each of some states. Collective over all ranks.
 
-
-def schedule(
-    sources: list[list[PieceMeta]],
-    targets: list[list[PieceMeta]],
-    source_of: Callable[[Key], Key | None],
-) -> list[Copy]:
-    """Every copy of a reshard, the same on every rank.
-
-    Args:
-        sources: metadata of each rank's source pieces.
-        targets: metadata of each rank's target pieces.
-        source_of: the source tensor of a target tensor; None where it is not copied.
-
-    A box is sent once to each rank that needs it. Where several ranks hold it, the target's
-    own rank comes first, then the one that has sent least so far.
-
-    Raises:
-        TransferError: a target that the sources do not cover, or of another type.
+    A rank's weights and its other slots are separate tables: data-parallel ranks share the
+    first, often the second too, and a table that several ranks share travels once.
     """
-    holders: dict[Key, dict[Box, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
-    for rank, pieces in enumerate(sources):
-        for index, piece in enumerate(pieces):
-            if piece.readable:
-                holders[piece.key][piece.box].append((rank, index))
-    sent = [0] * len(sources)
-    copies = []
-    for rank, pieces in enumerate(targets):
-        for index, piece in enumerate(pieces):
-            key = source_of(piece.key)
-            if key is None:
+    world, rank, device = dist.get_world_size(), dist.get_rank(), _device()
+    mine: list[bytes] = []
+    for state in states:
+        weights: list[PieceMeta] = []
+        others: list[PieceMeta] = []
+        for piece in state.pieces:
+            (weights if piece.slot == PARAM else others).append(piece.meta)
+        mine += [PieceTable.of(weights).to_bytes(), PieceTable.of(others).to_bytes()]
+    digests = b"".join(hashlib.blake2b(table, digest_size=16).digest() for table in mine)
+    everyone = torch.empty(world, len(digests), dtype=torch.uint8, device=device)
+    own = torch.from_numpy(np.frombuffer(digests, np.uint8).copy()).to(device)
+    dist.all_gather(list(everyone.unbind()), own)
+    table_of = everyone.cpu().numpy().reshape(world, len(mine), 16)
+    holders: dict[bytes, dict[int, list[int]]] = {}
+    for other in range(world):
+        for index in range(len(mine)):
+            digest = table_of[other, index].tobytes()
+            holders.setdefault(digest, {}).setdefault(index, []).append(other)
+    owner = {digest: min(min(r) for r in where.values()) for digest, where in holders.items()}
+    tables = _exchange_tables(
+        {table_of[rank, i].tobytes(): table for i, table in enumerate(mine)}, owner, rank, device
+    )
+    gathered: list[list[Held]] = [[] for _ in range(len(mine) // 2)]
+    for digest, where in holders.items():
+        table = PieceTable.from_bytes(tables[digest])
+        for index, ranks in where.items():
+            gathered[index // 2].append((table, ranks))
+    return gathered
+
+
+def _exchange_tables(
+    mine: dict[bytes, bytes], owner: dict[bytes, int], rank: int, device: torch.device
+) -> dict[bytes, bytes]:
+    """Each distinct table, by digest, from the first rank that has it."""
+    world = dist.get_world_size()
+    by_owner: list[list[bytes]] = [[] for _ in range(world)]
+    for digest, first in owner.items():  # the same order on every rank
+        by_owner[first].append(digest)
+    most = max(len(digests) for digests in by_owner)
+    sizes = torch.zeros(most, dtype=torch.int64)
+    for i, digest in enumerate(by_owner[rank]):
+        sizes[i] = len(mine[digest])
+    all_sizes = torch.empty(world, most, dtype=torch.int64, device=device)
+    dist.all_gather(list(all_sizes.unbind()), sizes.to(device))
+    size_of = {
+        digest: int(all_sizes[first, i])
+        for first, digests in enumerate(by_owner)
+        for i, digest in enumerate(digests)
+    }
+    tables: dict[bytes, bytes] = {}
+    small = [[d for d in digests if size_of[d] <= _SMALL] for digests in by_owner]
+    room = max(sum(size_of[d] for d in digests) for digests in small)
+    packed = b"".join(mine[d] for d in small[rank]).ljust(room, b"\0")
+    if room:
+        received = torch.empty(world, room, dtype=torch.uint8, device=device)
+        own = torch.from_numpy(np.frombuffer(packed, np.uint8).copy()).to(device)
+        dist.all_gather(list(received.unbind()), own)
+        for first, data in enumerate(received.cpu().numpy()):
+            start = 0
+            for digest in small[first]:
+                tables[digest] = data[start : start + size_of[digest]].tobytes()
+                start += size_of[digest]
+    for first, digests in enumerate(by_owner):
+        for digest in digests:
+            if digest in tables:
                 continue
-            covered = 0
-            for box, owners in holders.get(key, {}).items():
-                part = box.intersect(piece.box)
-                if part is None:
-                    continue
-                covered += part.numel
-                owner = min(owners, key=lambda o: (o[0] != rank, sent[o[0]], o))
-                dtype = sources[owner[0]][owner[1]].dtype
-                if dtype != piece.dtype:
-                    raise TransferError(f"{'/'.join(piece.key)}: {dtype} to {piece.dtype}")
-                nbytes = part.numel * getattr(torch, dtype).itemsize
-                if owner[0] != rank:
-                    sent[owner[0]] += nbytes
-                copies.append(Copy(*owner, rank, index, part, part, nbytes))
-            if covered != piece.box.numel:
-                raise TransferError(
-                    f"{'/'.join(piece.key)}: {covered} of {piece.box.numel} elements of "
-                    f"{piece.box} are in the source ({'/'.join(key)})"
-                )
-    return copies
+            buffer = torch.empty(size_of[digest], dtype=torch.uint8, device=device)
+            if first == rank:
+                buffer.copy_(torch.from_numpy(np.frombuffer(mine[digest], np.uint8).copy()))
+            dist.broadcast(buffer, first)
+            tables[digest] = buffer.cpu().numpy().tobytes()
+    return tables
 
 
 def transfer(
@@ -119,56 +134,69 @@ def transfer(
         staging_bytes: most bytes staged at once on a rank.
 
     Raises:
-        TransferError: on every rank, before anything is written.
+        TransferError: on every rank, before anything is written: a piece that the sources do
+            not cover, or of another type.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    mine = (metadata(source), metadata(target))
-    gathered: list[tuple[list[PieceMeta], list[PieceMeta]]] = [mine] * world
-    dist.all_gather_object(gathered, mine)
+    rank, device = dist.get_rank(), _device()
+    sources, targets = gather_metadata([source, target])
     lookup = (lambda key: key) if source_of is None else source_of.get
-    copies = schedule([g[0] for g in gathered], [g[1] for g in gathered], lookup)
-    # Each peer's messages are at most this long: one being sent to and one received from each.
-    message_bytes = max(1 << 10, staging_bytes // (2 * max(1, world - 1)))
-    outgoing: dict[int, list[Copy]] = defaultdict(list)
-    incoming: dict[int, list[Copy]] = defaultdict(list)
-    for copy in copies:
-        if copy.source_rank == copy.target_rank == rank:
-            part = _view(source.pieces[copy.source_piece], copy.source_box)
-            _view(target.pieces[copy.target_piece], copy.target_box).copy_(part)
-        elif copy.source_rank == rank:
-            outgoing[copy.target_rank].append(copy)
-        elif copy.target_rank == rank:
-            incoming[copy.source_rank].append(copy)
-    sends = {peer: _messages(parts, message_bytes) for peer, parts in outgoing.items()}
-    receives = {peer: _messages(parts, message_bytes) for peer, parts in incoming.items()}
-    # Messages are made where the backend sends from, also for numbers that live on the CPU.
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    problem, own = "", None
+    try:
+        own = Schedule(sources, targets, lookup).own_part(rank)
+    except TransferError as error:
+        problem = str(error)
+    peers = len({*own.sends, *own.receives}) if own else 0
+    limits = torch.tensor([peers, bool(problem)], dtype=torch.int64, device=device)
+    dist.all_reduce(limits, op=dist.ReduceOp.MAX)
+    if limits[1] or own is None:
+        problems = [problem] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        raise TransferError(next(p for p in problems if p))
+    held = {(piece.key, piece.box): piece for piece in source.pieces}
+    wanted = {(piece.key, piece.box): piece for piece in target.pieces}
+    for move in own.local:
+        _view(wanted[move.target], move.box).copy_(_view(held[move.source], move.box))
+    # One message to and one from each peer at a time; both ends must cut alike.
+    message_bytes = max(1 << 10, staging_bytes // (2 * max(1, int(limits[0]))))
+    sends = {peer: _messages(moves, message_bytes) for peer, moves in own.sends.items()}
+    receives = {peer: _messages(moves, message_bytes) for peer, moves in own.receives.items()}
     peak = 0
     rounds = max((len(m) for m in (*sends.values(), *receives.values())), default=0)
     for turn in range(rounds):
-        peak = max(peak, _exchange(turn, sends, receives, source, target, device))
-    moved = sum(copy.nbytes for copy in copies if copy.source_rank != copy.target_rank)
+        outgoing = {
+            peer: [_view(held[move.source], part) for move, part in messages[turn]]
+            for peer, messages in sorted(sends.items())
+            if turn < len(messages)
+        }
+        incoming = {
+            peer: [_view(wanted[move.target], part) for move, part in messages[turn]]
+            for peer, messages in sorted(receives.items())
+            if turn < len(messages)
+        }
+        peak = max(peak, _exchange(outgoing, incoming, device))
+    sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
     largest = torch.tensor([peak], dtype=torch.int64, device=device)
+    dist.all_reduce(sent)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return TransferStats(moved, int(largest))
+    return TransferStats(int(sent), int(largest))
 
 
 def _view(piece: Piece, box: Box) -> torch.Tensor:
     return piece.data[box.slices_within(piece.box)]
 
 
-def _messages(copies: Iterable[Copy], most: int) -> list[list[tuple[Copy, Box]]]:
-    """Cut one pair's copies into messages of at most ``most`` bytes; both ends cut alike."""
-    messages: list[list[tuple[Copy, Box]]] = []
+def _messages(moves: Iterable[Move], most: int) -> list[list[tuple[Move, Box]]]:
+    """Cut one pair's moves into messages of at most ``most`` bytes; both ends cut alike."""
+    messages: list[list[tuple[Move, Box]]] = []
     room = 0
-    for copy in copies:
-        itemsize = copy.nbytes // copy.source_box.numel
-        for part in copy.source_box.split(max(1, most // itemsize)):
+    for move in moves:
+        itemsize = move.nbytes // move.box.numel
+        for part in move.box.split(max(1, most // itemsize)):
             nbytes = _aligned(part.numel * itemsize)
             if nbytes > room or not messages:
                 messages.append([])
                 room = most
-            messages[-1].append((copy, part))
+            messages[-1].append((move, part))
             room -= nbytes
     return messages
 
@@ -178,29 +206,22 @@ def _aligned(nbytes: int) -> int:
 
 
 def _exchange(
-    turn: int,
-    sends: dict[int, list[list[tuple[Copy, Box]]]],
-    receives: dict[int, list[list[tuple[Copy, Box]]]],
-    source: ShardedState,
-    target: ShardedState,
+    outgoing: dict[int, list[torch.Tensor]],
+    incoming: dict[int, list[torch.Tensor]],
     device: torch.device,
 ) -> int:
-    """Send and receive the ``turn``-th message of every peer; returns the bytes staged."""
+    """Send and receive one message of each peer; returns the bytes staged."""
     operations, arriving, staged = [], [], 0
-    for peer, messages in sorted(sends.items()):
-        if turn < len(messages):
-            views = [_view(source.pieces[c.source_piece], part) for c, part in messages[turn]]
-            buffer = _pack(views, device)
-            staged += buffer.numel()
-            operations.append(dist.P2POp(dist.isend, buffer, peer))
-    for peer, messages in sorted(receives.items()):
-        if turn < len(messages):
-            views = [_view(target.pieces[c.target_piece], part) for c, part in messages[turn]]
-            total = sum(_aligned(v.numel() * v.element_size()) for v in views)
-            buffer = torch.empty(total, dtype=torch.uint8, device=device)
-            staged += total
-            arriving.append((buffer, views))
-            operations.append(dist.P2POp(dist.irecv, buffer, peer))
+    for peer, views in outgoing.items():
+        buffer = _pack(views, device)
+        staged += buffer.numel()
+        operations.append(dist.P2POp(dist.isend, buffer, peer))
+    for peer, views in incoming.items():
+        total = sum(_aligned(v.numel() * v.element_size()) for v in views)
+        buffer = torch.empty(total, dtype=torch.uint8, device=device)
+        staged += total
+        arriving.append((buffer, views))
+        operations.append(dist.P2POp(dist.irecv, buffer, peer))
     for request in dist.batch_isend_irecv(operations) if operations else ():
         request.wait()
     for buffer, views in arriving:
