@@ -90,9 +90,9 @@ class TrainSection:
     eval_samples: int = 128
     """Validation samples a validation reads (rounded up to whole global batches)."""
     save_every: int = 300
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves only before each expansion and at the end."""
     keep_checkpoints: int = 2
-    """Checkpoints kept, the newest ones; 0 keeps all."""
+    """Checkpoints kept, the newest ones and those made before expansions; 0 keeps all."""
     log_every: int = 50
     """Steps between lines on the terminal (``metrics.jsonl`` has every step)."""
 

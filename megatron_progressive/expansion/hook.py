@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
-
 from megatron_progressive.config import ExpansionSection
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, depth_map
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.runtime.agreement import all_succeed
 from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key, ShardedState
 from megatron_progressive.state.init import initialise
 from megatron_progressive.state.transfer import TransferStats, transfer
@@ -50,30 +49,27 @@ def apply_rules(
     table: dict[str, TensorSpec],
     seed: int,
     generation: int,
+    staging_bytes: int,
 ) -> TransferStats:
     """Fill every target piece: copied boxes by :func:`transfer`, the rest in place.
 
     Collective over all ranks. Slots that a rule copies come from the same slot of its source.
     """
-    source_of: dict[Key, Key] = {}
     for piece in target.pieces:
         rule = rules[piece.name]
-        weight = piece.slot in WEIGHT_SLOTS
-        action = rule.weights if weight else rule.state
+        action = rule.weights if piece.slot in WEIGHT_SLOTS else rule.state
         if action == INIT:
             initialise(piece, table[piece.name], seed, generation)
         elif action != COPY:
             piece.data.zero_()
-    # Every rank needs the whole map, not just its own pieces', to derive the one schedule.
-    slots = sorted({p.slot for p in (*source.pieces, *target.pieces)})
-    gathered: list[list[str]] = [slots] * dist.get_world_size()
-    dist.all_gather_object(gathered, slots)
-    for slot in sorted(set().union(*gathered)):
-        for name, rule in rules.items():
-            action = rule.weights if slot in WEIGHT_SLOTS else rule.state
-            if action == COPY and rule.source is not None:
-                source_of[name, slot] = (rule.source, slot)
-    return transfer(source, target, source_of)
+
+    def source_of(key: Key) -> Key | None:
+        name, slot = key
+        rule = rules[name]
+        action = rule.weights if slot in WEIGHT_SLOTS else rule.state
+        return (rule.source, slot) if action == COPY and rule.source is not None else None
+
+    return transfer(source, target, source_of, staging_bytes)
 
 
 def expand(
@@ -83,32 +79,39 @@ def expand(
     probe: GlobalBatch,
     seed: int,
     generation: int,
+    staging_bytes: int,
 ) -> tuple[Engine, ExpansionEvent]:
     """Replace ``old`` by a deeper engine, in the running job. Collective over all ranks.
+
+    Until every rank has its part of the new engine, the old one is untouched; a rank that
+    fails before that makes all of them fail (:func:`.agreement.all_succeed`).
 
     Args:
         build: makes the target engine (its weights may be anything).
         probe: the batch of ``loss_before`` and ``loss_after``.
-        seed, generation: of new layers' initial weights (:mod:`.state.init`).
+        seed, generation: of new layers' initial weights (:mod:`.state.init`); the generation is
+            that of no other expansion of the job.
+        staging_bytes: most bytes that a rank stages for sending and receiving.
+
+    Raises:
+        RankFailed: another rank failed.
     """
     loss_before = old.evaluate([probe])
     started = time.perf_counter()
-    new = build()
-    table = tensor_table(new.shape)
-    rules = depth_map(
-        table,
-        old.shape.num_layers,
-        new.shape.num_layers,
-        expansion.init,
-        expansion.order,
-        expansion.insert,
-        expansion.optimizer_state,
-    )
-    target = new.state()
-    stats = apply_rules(old.state(), target, rules, table, seed, generation)
-    new.loaded()
-    largest: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(largest, target.nbytes)
+    with all_succeed(f"expansion {generation}"):
+        new = build()
+        table = tensor_table(new.shape)
+        rules = depth_map(
+            table,
+            old.shape.num_layers,
+            new.shape.num_layers,
+            expansion.init,
+            expansion.order,
+            expansion.insert,
+            expansion.optimizer_state,
+        )
+        stats = apply_rules(old.state(), new.state(), rules, table, seed, generation, staging_bytes)
+        new.loaded()
     event = ExpansionEvent(
         from_layers=old.shape.num_layers,
         to_layers=new.shape.num_layers,
@@ -118,7 +121,7 @@ def expand(
         layout_after=str(new.layout),
         seconds=0.0,
         bytes_moved=stats.bytes_moved,
-        peak_bytes=max(largest) + stats.peak_staging_bytes,
+        peak_bytes=stats.largest_target_bytes + stats.peak_staging_bytes,
         loss_before=loss_before,
         loss_after=0.0,
     )

@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,18 @@ def _sharded_tensors(state: ShardedState) -> dict[str, Any]:
     }
 
 
-def save(state: ShardedState, folder: Path, progress: Progress, keep: int) -> Path:
+def save(
+    state: ShardedState,
+    folder: Path,
+    progress: Progress,
+    keep: int,
+    protected: Collection[int] = (),
+) -> Path:
     """Write a checkpoint of a run folder. Collective over all ranks.
 
     The files go to a hidden folder that is renamed when all is on disk, so an interrupted
-    save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all).
+    save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all), and those
+    of ``protected`` steps.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -140,8 +148,10 @@ def save(state: ShardedState, folder: Path, progress: Progress, keep: int) -> Pa
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         fsync_path(final.parent)
+        kept = {checkpoint_path(folder, step) for step in protected}
         for old in checkpoints(folder)[:-keep] if keep else ():
-            shutil.rmtree(old, ignore_errors=True)
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +19,17 @@ import torch.distributed as dist
 from megatron_progressive.state.boxes import PARAM, Box, Key, Piece, PieceMeta, ShardedState
 from megatron_progressive.state.schedule import Held, Move, PieceTable, Schedule, TransferError
 
-STAGING_BYTES = 64 << 20
-"""Most bytes a rank has staged for sending and receiving at once."""
-
 _SMALL = 16 << 10  # tables up to this size travel in one all-gather, larger ones one by one
 
 
 @dataclass(frozen=True)
 class TransferStats:
-    """Over all ranks: bytes sent between ranks, and the largest staging of one rank."""
+    """Over all ranks: bytes sent between ranks, the largest staging of one rank and the
+    largest target state of one rank."""
 
     bytes_moved: int
     peak_staging_bytes: int
+    largest_target_bytes: int
 
 
 def _device() -> torch.device:
@@ -121,16 +120,15 @@ def _exchange_tables(
 def transfer(
     source: ShardedState,
     target: ShardedState,
-    source_of: Mapping[Key, Key] | None = None,
-    staging_bytes: int = STAGING_BYTES,
+    source_of: Callable[[Key], Key | None],
+    staging_bytes: int,
 ) -> TransferStats:
     """Fill the target's pieces from the sources of all ranks. Collective over all ranks.
 
     Args:
         source: this rank's pieces in the old layout; only read.
         target: this rank's pieces in the new layout.
-        source_of: source of each target tensor that is copied; without it, each tensor comes
-            from the one of its own name.
+        source_of: the source of a target tensor; None where it is not copied.
         staging_bytes: most bytes staged at once on a rank.
 
     Raises:
@@ -139,10 +137,9 @@ def transfer(
     """
     rank, device = dist.get_rank(), _device()
     sources, targets = gather_metadata([source, target])
-    lookup = (lambda key: key) if source_of is None else source_of.get
     problem, own = "", None
     try:
-        own = Schedule(sources, targets, lookup).own_part(rank)
+        own = Schedule(sources, targets, source_of).own_part(rank)
     except TransferError as error:
         problem = str(error)
     peers = len({*own.sends, *own.receives}) if own else 0
@@ -175,10 +172,10 @@ def transfer(
         }
         peak = max(peak, _exchange(outgoing, incoming, device))
     sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
-    largest = torch.tensor([peak], dtype=torch.int64, device=device)
+    largest = torch.tensor([peak, target.nbytes], dtype=torch.int64, device=device)
     dist.all_reduce(sent)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return TransferStats(int(sent), int(largest))
+    return TransferStats(int(sent), int(largest[0]), int(largest[1]))
 
 
 def _view(piece: Piece, box: Box) -> torch.Tensor:

@@ -124,15 +124,25 @@ class _Run:
             raise TrainingFailed(f"step {step}: {failure}")
         return metrics.stop
 
-    def expand_if_due(self, step: int) -> None:
+    def expansion_due(self, step: int) -> bool:
+        """Whether ``step`` is the next τ."""
+        done = self.progress.expansions
+        return done < len(self.taus) and step == self.taus[done]
+
+    def expand(self, step: int) -> None:
         """The hook: replace the engine by a deeper one after step τ."""
         done = self.progress.expansions
-        if done >= len(self.taus) or step != self.taus[done]:
-            return
         config, expansion = self.config, self.config.expansion[done]
+        staging = config.parallel_after(done + 1).staging_mib << 20
         probe = GlobalBatch(self.data.validation_batch, 0, config.train.global_batch)
         self.engine, event = expand(
-            self.engine, expansion, lambda: self.build(done + 1), probe, config.run.seed, done + 1
+            self.engine,
+            expansion,
+            lambda: self.build(done + 1),
+            probe,
+            config.run.seed,
+            done + 1,
+            staging,
         )
         self.progress = Progress(
             **{**asdict(self.progress), "expansions": done + 1, "num_layers": event.to_layers}
@@ -167,15 +177,21 @@ class _Run:
 
     def save_if_due(self, step: int, stop: bool) -> None:
         train = self.config.train
-        due = step == train.steps or (train.save_every and step % train.save_every == 0)
-        if not (due or stop):
-            return
+        if stop or step == train.steps or (train.save_every and step % train.save_every == 0):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        train = self.config.train
         self.recorder.sync()
         wall = time.perf_counter() - self.started
         self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
         start = time.perf_counter()
         path = checkpoint.save(
-            self.engine.state(), self.config.folder, self.progress, train.keep_checkpoints
+            self.engine.state(),
+            self.config.folder,
+            self.progress,
+            train.keep_checkpoints,
+            protected=self.taus,
         )
         seconds = time.perf_counter() - start
         self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
@@ -214,11 +230,19 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
     run = _Run(config, resumed, warnings)
     try:
         with StopFlag() as flag:
+            if run.expansion_due(run.progress.step):  # saved right before it
+                run.expand(run.progress.step)
+                run.evaluate_if_due(run.progress.step)
             for step in range(run.progress.step + 1, config.train.steps + 1):
                 stop = run.train_step(step, flag.raised)
-                run.expand_if_due(step)
-                run.evaluate_if_due(step)
-                run.save_if_due(step, stop)
+                if run.expansion_due(step):
+                    run.save(step)  # whoever resumes from it expands again, to the same bits
+                    if not stop:
+                        run.expand(step)
+                        run.evaluate_if_due(step)
+                else:
+                    run.evaluate_if_due(step)
+                    run.save_if_due(step, stop)
                 if stop and step < config.train.steps:
                     run.monitor.note(f"stopped by a signal after saving step {step}")
                     return STOPPED

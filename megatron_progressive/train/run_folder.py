@@ -79,6 +79,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
+def _done(event: dict[str, Any], progress: Progress, config: RunConfig) -> bool:
+    """Whether an event lies before a checkpoint. One made right before an expansion lies
+    before that step's validation too."""
+    step, taus = event.get("step", 0), config.expansion_steps()
+    expands_again = taus[progress.expansions : progress.expansions + 1] == [progress.step]
+    if step == progress.step and expands_again:
+        return event["event"] in ("train", "checkpoint")
+    return bool(step <= progress.step)
+
+
 class Recorder:
     """Writes the run folder. Only rank 0 has one that writes; the others' do nothing."""
 
@@ -90,8 +100,7 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / CONFIG_FILE, to_yaml(config))
         # Steps after the checkpoint are going to be done again: no step twice.
-        last = progress.step if progress else -1
-        kept = [e for e in read_metrics(self.folder) if progress and e.get("step", 0) <= last]
+        kept = [e for e in read_metrics(self.folder) if progress and _done(e, progress, config)]
         text = "".join(json.dumps(event) + "\n" for event in kept)
         write_atomically(self.folder / METRICS_FILE, text)
         self._file = open(self.folder / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)

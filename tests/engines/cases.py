@@ -93,7 +93,7 @@ def _expand(engine: Engine, config: RunConfig) -> tuple[Engine, Any]:
         return make_engine(config, model_shape(config, config.expansion[0].to_layers), layout)
 
     probe = GlobalBatch(tokens, 10_000, 8)
-    return expand(engine, config.expansion[0], build, probe, config.run.seed, 1)
+    return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, 1 << 14)
 
 
 def trainable_after_expansion(config: RunConfig) -> list[str]:

@@ -87,10 +87,10 @@ def test_same_layout_is_bitwise_the_same_run(pool: Pool, corpus: Path, tmp_path:
     assert sum(e["event"] == "train" for e in first) == 60
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, before: bool) -> None:
-    """Saved on DP=4 before τ (or after it), resumed on TP=2 x PP=2."""
-    words = ["train.micro_batch=2", "expansion.0.parallel.tensor=2",
+@pytest.mark.parametrize("saved_at", [20, 40, 50])
+def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, saved_at: int) -> None:
+    """Saved on DP=4 before τ = 40, right before expanding or after it; resumed on TP=2 x PP=2."""
+    words = ["train.micro_batch=2", "train.save_every=10", "expansion.0.parallel.tensor=2",
              "expansion.0.parallel.pipeline=2"]  # fmt: skip
     whole = run_config(tmp_path, corpus, "whole", *words, "train.keep_checkpoints=0")
     pool.run(4, train_here, whole)
@@ -99,14 +99,16 @@ def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, befo
     for name in ("config.yaml", "metrics.jsonl"):
         text = (whole.folder / name).read_text().replace("name: whole", "name: part")
         (part.folder / name).write_text(text)
-    saved = "step_0000020" if before else "step_0000040"
+    saved = f"step_{saved_at:07d}"
     shutil.copytree(whole.folder / "checkpoints" / saved, part.folder / "checkpoints" / saved)
     resumed = run_config(tmp_path, corpus, "part", "parallel.tensor=2", "parallel.pipeline=2")
     pool.run(4, train_here, resumed)
     assert largest_difference(losses(whole.folder), losses(part.folder)) < 2e-4
     (resume,) = events(part.folder, "resume")
     assert resume["layout"] == "DP=1 x TP=2 x PP=2"
-    assert resume["step"] == (20 if before else 40)
+    assert resume["step"] == saved_at
+    assert len(events(part.folder, "expansion")) == 1
+    assert [e["step"] for e in events(part.folder, "eval")] == [20, 40, 60]
     assert json.loads((part.folder / "summary.json").read_text())["resumed"] is True
 
 

@@ -1,0 +1,78 @@
+"""All ranks or none: a section that fails on one rank fails on every rank, with its error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+"""How long a rank that waits for a failed one may take to notice by itself."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; the message is that rank's error."""
+
+
+@contextmanager
+def all_succeed(section: str) -> Iterator[None]:
+    """Run a section that all ranks must finish; none leaves it before all have.
+
+    The first rank to fail posts its error in the job's store. A rank that waits for it gets
+    out when its connection breaks (gloo), or is ended after :data:`GRACE_SECONDS` (NCCL would
+    wait on): nobody hangs, and every rank's last line is the cause.
+
+    Args:
+        section: a name that is used once in a job, the same on every rank.
+
+    Raises:
+        RankFailed: another rank failed first.
+    """
+    if dist.get_world_size() == 1:
+        yield
+        return
+    rank, store, key = dist.get_rank(), c10d._get_default_store(), f"failed/{section}"
+    over = threading.Event()
+    connection = store.clone()  # type: ignore[attr-defined]  # a wait on one holds its lock
+    watcher = threading.Thread(target=_watch, args=(connection, key, rank, over), daemon=True)
+    watcher.start()
+    try:
+        yield
+        dist.barrier()
+    except BaseException as error:
+        line = " ".join(str(error).split()) or "no message"
+        own = f"rank {rank}: {type(error).__name__}: {line}"
+        first = _post(store, key, own)
+        if first != own:
+            raise RankFailed(first) from error
+        raise
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _post(store: Any, key: str, cause: str) -> str:
+    """Post an error unless one is there; returns the one that is there."""
+    try:
+        posted: bytes = store.compare_set(key, "", cause)
+    except RuntimeError:  # the store went with its rank
+        return cause
+    return posted.decode()
+
+
+def _watch(store: Any, key: str, rank: int, over: threading.Event) -> None:
+    while not over.wait(POLL_SECONDS):
+        try:
+            cause = store.get(key).decode() if store.check([key]) else ""
+        except RuntimeError:
+            cause = "the rank that holds the job's store is gone"
+        if cause and not over.wait(GRACE_SECONDS):
+            print(f"rank {rank}: {cause}", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread waits in a collective that cannot end
