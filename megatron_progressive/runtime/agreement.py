@@ -74,5 +74,5 @@ def _watch(store: Any, key: str, rank: int, over: threading.Event) -> None:
         except RuntimeError:
             cause = "the rank that holds the job's store is gone"
         if cause and not over.wait(GRACE_SECONDS):
-            print(f"rank {rank}: {cause}", file=sys.stderr, flush=True)
+            print(f"rank {rank}: RankFailed: {cause}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread waits in a collective that cannot end

@@ -168,19 +168,18 @@ def test_seven_billion_parameters_on_4096_ranks() -> None:
     shares = [sum(int(t.rows["extent"].prod(axis=1).sum()) for t, _ in side[1:])
               for side in (sources, targets)]  # fmt: skip
     assert shares[0] > 3 * 6.9e9
-    received = {}
     for rank in (0, 1, 64, 2047, 3333, 4095):
-        tracemalloc.start()
-        start = time.perf_counter()
+        start = time.process_time()  # of this process alone, whatever else runs here
         part = Schedule(sources, targets, lambda key: key).own_part(rank)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
+        tracemalloc.start()
+        Schedule(sources, targets, lambda key: key).own_part(rank)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         print(f"rank {rank}: {seconds:.2f} s, {peak / 2**20:.0f} MiB, "
               f"{part.bytes_received / 1e6:.1f} MB received")  # fmt: skip
         assert seconds < 2
         assert peak < 200 << 20
-        received[rank] = part.bytes_received
         assert part.bytes_received == missing_bytes(sources, targets, rank)
 
 
