@@ -61,8 +61,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """The optimizer of one rank, with its state allocated and zero.
 
-    ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between the first and the last has no
-    tensors while the model has no layers.
+    ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between
+    the first and the last has no tensors while the model has no layers.
     """
     sharded = is_sharded(optim, groups.layout.zero_stage)
     config = OptimizerConfig(
