@@ -144,9 +144,15 @@ def test_every_weight_moves_in_the_step_after_an_expansion(pool: Pool, optimizer
     assert pool.run(2, cases.trainable_after_expansion, config)[0] == []
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "layers"),
+    [
+        ("adamw", "fp32", 5),
+        ("adamw", "bf16", 1),
+        ("muon_nsgd", "fp32", 1),
+        ("muon_nsgd", "bf16", 5),
+    ],
+)
 def test_checkpoint_onto_and_from_a_virtual_pipeline(
     pool: Pool, tmp_path: Path, optimizer: str, precision: str, layers: int
 ) -> None:

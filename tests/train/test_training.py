@@ -87,9 +87,11 @@ def test_same_layout_is_bitwise_the_same_run(pool: Pool, corpus: Path, tmp_path:
     assert sum(e["event"] == "train" for e in first) == 60
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, before: bool) -> None:
-    """Saved on DP=4 before τ (or after it), resumed on TP=2 x PP=2."""
+@pytest.mark.parametrize(("before", "virtual"), [(True, 1), (False, 1), (True, 2)])
+def test_resume_on_another_layout(
+    pool: Pool, corpus: Path, tmp_path: Path, before: bool, virtual: int
+) -> None:
+    """Saved on DP=4 before τ (or after it), resumed on TP=2 x PP=2 (x VPP=2)."""
     words = ["train.micro_batch=2", "expansion.0.parallel.tensor=2",
              "expansion.0.parallel.pipeline=2"]  # fmt: skip
     whole = run_config(tmp_path, corpus, "whole", *words, "train.keep_checkpoints=0")
@@ -101,11 +103,12 @@ def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, befo
         (part.folder / name).write_text(text)
     saved = "step_0000020" if before else "step_0000040"
     shutil.copytree(whole.folder / "checkpoints" / saved, part.folder / "checkpoints" / saved)
-    resumed = run_config(tmp_path, corpus, "part", "parallel.tensor=2", "parallel.pipeline=2")
+    resumed = run_config(tmp_path, corpus, "part", "parallel.tensor=2", "parallel.pipeline=2",
+                         f"parallel.virtual_pipeline={virtual}")  # fmt: skip
     pool.run(4, train_here, resumed)
     assert largest_difference(losses(whole.folder), losses(part.folder)) < 2e-4
     (resume,) = events(part.folder, "resume")
-    assert resume["layout"] == "DP=1 x TP=2 x PP=2"
+    assert resume["layout"] == "DP=1 x TP=2 x PP=2" + " x VPP=2" * (virtual > 1)
     assert resume["step"] == (20 if before else 40)
     assert json.loads((part.folder / "summary.json").read_text())["resumed"] is True
 
