@@ -122,18 +122,22 @@ def test_random_cases_cover_virtual_pipelines_on_both_sides() -> None:
     )
 
 
-@pytest.mark.parametrize(("source", "init"), [(1, "copying_zeroL"), (0, "zero")])
+@pytest.mark.parametrize(
+    ("source", "init", "virtual"),
+    [(1, "copying_zeroL", 1), (0, "zero", 1), (1, "copying_zeroL", 2)],
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
 def test_lossless_expansion_onto_another_layout(
-    pool: Pool, source: int, init: str, optimizer: str
+    pool: Pool, source: int, init: str, virtual: int, optimizer: str
 ) -> None:
-    expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": {"tensor": 2, "pipeline": 2}}
+    after = {"tensor": 2, "pipeline": 2, "virtual_pipeline": virtual}
+    expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": after}
     config = cases.small_config(
         [f"model.num_layers={source}", f"optim.name={optimizer}"], expansion
     )
     event = check_expansion(pool, 4, config)
     assert event.layout_before == "DP=4"
-    assert event.layout_after == "DP=1 x TP=2 x PP=2"
+    assert event.layout_after == "DP=1 x TP=2 x PP=2" + " x VPP=2" * (virtual > 1)
     assert abs(event.loss_before - event.loss_after) < 1e-5
 
 
