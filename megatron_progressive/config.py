@@ -146,7 +146,8 @@ class ParallelSection:
     virtual_pipeline: int = 1
     """Model chunks of each pipeline stage (interleaved schedule); 1 is the plain schedule."""
     uneven: bool = False
-    """Whether stages may differ by one layer; otherwise stages x chunks divide the layers."""
+    """Whether stages may differ by one layer; otherwise stages x chunks divide the layers (or
+    are more than them, which leaves some empty)."""
     expert: int = 1
     """Expert-parallel ranks (1: the families so far have no experts)."""
     zero_stage: int = 1

@@ -23,7 +23,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch, StepMetrics
 from megatron_progressive.engines.megatron_model import (
     TIED_HEAD,
-    build_model,
+    build_chunk,
     canonical_names,
     transformer_config,
 )
@@ -52,8 +52,12 @@ class MegatronEngine:
         # tracker be set up.
         model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
         transformer = transformer_config(shape, self.groups, dtype)
-        core = build_model(shape, self.groups, transformer)
-        self._names = canonical_names(core)
+        chunks = [
+            build_chunk(shape, self.groups, transformer, chunk)
+            for chunk in range(layout.virtual_pipeline)
+        ]
+        named = [canonical_names(chunk) for chunk in chunks]
+        self._names = {name: weight for names in named for name, weight in names.items()}
         table = tensor_table(shape)
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
         sharded = is_sharded(config.optim, layout.zero_stage)
@@ -64,18 +68,21 @@ class MegatronEngine:
             overlap_param_gather=False,
             check_for_nan_in_grad=False,
         )
-        self.model = DistributedDataParallel(
-            transformer,
-            buffers,
-            Float16Module(transformer, core) if bf16 else core,
-            full_param_layout=DistributedOptimizer.compute_full_param_layout(
-                list(self._names.values()), None, layout.data, buffers
+        self.chunks = [
+            DistributedDataParallel(
+                transformer,
+                buffers,
+                Float16Module(transformer, chunk) if bf16 else chunk,
+                full_param_layout=DistributedOptimizer.compute_full_param_layout(
+                    list(names.values()), None, layout.data, buffers
+                )
+                if sharded
+                else None,
             )
-            if sharded
-            else None,
-        )
+            for chunk, names in zip(chunks, named, strict=True)
+        ]
         self.optimizer = build_optimizer(
-            self.model, self._names, self._table, config.optim, self.groups, bf16
+            self.chunks, self._names, self._table, config.optim, self.groups, bf16
         )
         transformer.grad_scale_func = None
         transformer.finalize_model_grads_func = finalize_model_grads
@@ -84,7 +91,8 @@ class MegatronEngine:
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(batch, forward_only=False)
         for group in self.optimizer.param_groups if self._names else ():
@@ -97,9 +105,11 @@ class MegatronEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         means = [self._sum_over_ranks(self._run(b, forward_only=True), 0.0)[0] for b in batches]
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         return sum(means) / len(means)
 
     def state(self) -> ShardedState:
@@ -112,7 +122,7 @@ class MegatronEngine:
         self.groups.activate()
 
     def close(self) -> None:
-        del self.model, self.optimizer, self._names, self._forward_backward
+        del self.chunks, self.optimizer, self._names, self._forward_backward
         self.groups.close()
         # Buffers, parameters and groups refer to each other: memory, threads and connections
         # would stay until some later collection.
@@ -124,8 +134,8 @@ class MegatronEngine:
         samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
         results = self._forward_backward(
             forward_step_func=self._forward_step,
-            data_iterator=iter(samples),
-            model=[self.model],
+            data_iterator=[iter(samples) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(samples),
             seq_length=self.shape.sequence_length,
             micro_batch_size=micro,

@@ -77,22 +77,28 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-core's configuration of one rank's part of the model."""
     layout, cuda = groups.layout, torch.cuda.is_available()
-    stages: list[list[str]] = [["decoder"] * len(r) for r in layout.stage_layers(shape.num_layers)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return TransformerConfig(
+    chunks = layout.chunk_layers(shape.num_layers)
+    virtual_stages: list[list[str]] = [
+        ["decoder"] * len(stage[chunk])
+        for chunk in range(layout.virtual_pipeline)
+        for stage in chunks
+    ]
+    virtual_stages[0].insert(0, "embedding")
+    virtual_stages[-1].append("loss")
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
         ffn_hidden_size=shape.ffn_hidden_size,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        pipeline_model_parallel_layout=stages if layout.pipeline > 1 else None,  # type: ignore[arg-type]
+        # it also sets the number of model chunks: virtual stages / stages
+        pipeline_model_parallel_layout=virtual_stages if layout.pipeline > 1 else None,  # type: ignore[arg-type]
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # gloo mismatches batched point-to-point calls without an error
         batch_p2p_comm=cuda,
+        overlap_p2p_comm=False,
         deallocate_pipeline_outputs=cuda,
         use_cpu_initialization=not cuda,
         perform_initialization=False,
@@ -107,10 +113,30 @@ def transformer_config(
         persist_layer_norm=False,
         **FAMILIES[shape.family].transformer_config_kwargs(shape),
     )
+    if not cuda:
+        check_gloo_pipeline(config)
+    return config
 
 
-def build_model(shape: ModelShape, groups: ProcessGroups, config: TransformerConfig) -> GPTModel:
-    """This rank's part of the model, with uninitialised weights."""
+def check_gloo_pipeline(config: TransformerConfig) -> None:
+    """Refuse the pipeline settings that train wrongly over gloo without an error.
+
+    gloo mismatches batched point-to-point calls (under the interleaved schedule a gradient norm
+    of 2.06 became 97), and overlapped ones race with the release of a stage's outputs.
+
+    Raises:
+        RuntimeError: naming the setting.
+    """
+    for name in ("batch_p2p_comm", "overlap_p2p_comm"):
+        if getattr(config, name):
+            raise RuntimeError(f"{name}=True is silently wrong over gloo; it must be False")
+
+
+def build_chunk(
+    shape: ModelShape, groups: ProcessGroups, config: TransformerConfig, chunk: int
+) -> GPTModel:
+    """One model chunk of this rank, with uninitialised weights."""
+    first, last = chunk == 0, chunk == groups.layout.virtual_pipeline - 1
     if transformer_engine_available():
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
@@ -121,16 +147,17 @@ def build_model(shape: ModelShape, groups: ProcessGroups, config: TransformerCon
         transformer_layer_spec=spec,
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.sequence_length,
-        pre_process=groups.first_stage,
-        post_process=groups.last_stage,
+        pre_process=first and groups.first_stage,
+        post_process=last and groups.last_stage,
         share_embeddings_and_output_weights=shape.tie_embeddings,
         position_embedding_type=FAMILIES[shape.family].POSITION_EMBEDDING,
+        vp_stage=chunk if groups.layout.virtual_pipeline > 1 else None,
     )
     return model.cuda() if torch.cuda.is_available() else model
 
 
 def canonical_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by canonical name.
+    """The parameters of one model chunk by canonical name.
 
     The LM head of a tied model on a later stage than the embedding is named
     ``output_layer.weight``: the caller knows that it is a copy.

@@ -52,7 +52,7 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     parameters: dict[str, torch.nn.Parameter],
     table: dict[str, TensorSpec],
     optim: OptimSection,
@@ -61,8 +61,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """The optimizer of one rank, with its state allocated and zero.
 
-    ``parameters`` may be empty: a pipeline stage between the first and the last has no
-    tensors while the model has no layers.
+    ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between
+    the first and the last has no tensors while the model has no layers.
     """
     sharded = is_sharded(optim, groups.layout.zero_stage)
     config = OptimizerConfig(
@@ -91,8 +91,8 @@ def build_optimizer(
             config,
             None,
             lambda *_: None,
-            model_chunks=[model],
-            per_model_buffers={0: model.buffers},
+            model_chunks=chunks,
+            per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
             data_parallel_group=groups.data_group,
             data_parallel_group_gloo=None,
             data_parallel_group_idx=groups.pipeline_rank * groups.layout.tensor

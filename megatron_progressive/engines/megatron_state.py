@@ -27,7 +27,7 @@ from megatron_progressive.state.boxes import (
 
 
 def table_with_tied_head(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensor table, with the name that a tied head has on the last stage."""
+    """The tensor table, with the name that a tied head has on the last virtual stage."""
     return {TIED_HEAD: table[EMBEDDING], **table}
 
 
@@ -55,7 +55,7 @@ def sharded_state(
     """Views of every weight and optimizer slot that this rank holds.
 
     Args:
-        parameters: by canonical name (:func:`canonical_names`).
+        parameters: of all model chunks, by canonical name (:func:`canonical_names`).
         table: of the global model, the tied head included.
     """
     tied_model = TIED_HEAD in parameters and EMBEDDING not in parameters

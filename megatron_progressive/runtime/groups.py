@@ -60,6 +60,9 @@ class ProcessGroups:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,
+                virtual_pipeline_model_parallel_size=layout.virtual_pipeline
+                if layout.virtual_pipeline > 1
+                else None,
                 expert_model_parallel_size=layout.expert,
                 create_gloo_process_groups=False,
             )

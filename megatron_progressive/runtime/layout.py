@@ -16,6 +16,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    """Model chunks of each pipeline stage."""
     expert: int = 1
     zero_stage: int = 1
 
@@ -28,18 +29,49 @@ class Layout:
         parts = [f"DP={self.data}"]
         parts += [f"TP={self.tensor}"] if self.tensor > 1 else []
         parts += [f"PP={self.pipeline}"] if self.pipeline > 1 else []
+        parts += [f"VPP={self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
         return " x ".join(parts)
 
-    def stage_layers(self, num_layers: int) -> list[range]:
-        """Global layer numbers of each pipeline stage.
+    @property
+    def virtual_stages(self) -> int:
+        """Model chunks of the whole pipeline."""
+        return self.pipeline * self.virtual_pipeline
 
-        With fewer layers than stages the first stages get one each and the others none: a
-        zero- or one-layer source runs on any number of stages.
+    def chunk_layers(self, num_layers: int) -> list[list[range]]:
+        """Global layer numbers, [pipeline stage][model chunk].
+
+        Layers run through the virtual stages in order; chunk c of stage s is virtual stage
+        c * pipeline + s. Virtual stages differ by at most one layer, and so do stages: see
+        :meth:`_extra_layer_order`. With fewer layers than virtual stages the first ones get one
+        each and the others none: a zero- or one-layer source runs on any number of them.
         """
-        if num_layers < self.pipeline:
-            return [range(min(s, num_layers), min(s + 1, num_layers)) for s in range(self.pipeline)]
-        each = num_layers // self.pipeline
-        return [range(s * each, (s + 1) * each) for s in range(self.pipeline)]
+        each, extra = divmod(num_layers, self.virtual_stages)
+        # without a full round there is nothing to balance: the first virtual stages
+        order = self._extra_layer_order() if each else list(range(self.virtual_stages))
+        longer = set(order[:extra])
+        chunks: list[list[range]] = [[] for _ in range(self.pipeline)]
+        first = 0
+        for virtual_stage in range(self.virtual_stages):
+            last = first + each + (virtual_stage in longer)
+            chunks[virtual_stage % self.pipeline].append(range(first, last))
+            first = last
+        return chunks
+
+    def _extra_layer_order(self) -> list[int]:
+        """Virtual stages in the order in which they take one layer more than the others.
+
+        One a stage in turn, so that stages stay balanced: first those between the embedding's
+        and the head's, then the embedding's (a lookup, but its memory), the head's last (a
+        matrix of vocabulary size, and the cross-entropy). Those two stages take it in their
+        chunks farthest from the embedding and from the head.
+        """
+        stages = [*range(1, self.pipeline - 1), *sorted({0, self.pipeline - 1})]
+        chunks = range(self.virtual_pipeline)
+        return [
+            (chunk if stage else self.virtual_pipeline - 1 - chunk) * self.pipeline + stage
+            for chunk in chunks
+            for stage in stages
+        ]
 
 
 def make_layout(parallel: ParallelSection, world: int) -> Layout:

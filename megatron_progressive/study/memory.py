@@ -46,7 +46,8 @@ def stage_tensors(shape: ModelShape, layout: Layout) -> list[list[TensorSpec]]:
     stages: list[list[TensorSpec]] = [[] for _ in range(layout.pipeline)]
     stage_of = {
         number: stage
-        for stage, numbers in enumerate(layout.stage_layers(shape.num_layers))
+        for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers))
+        for numbers in chunks
         for number in numbers
     }
     for name, spec in tensor_table(shape).items():

@@ -94,18 +94,18 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
         raise ConfigError(f"{prefix}{error}") from None
     _check_engine(parallel, prefix)
     _check_tensor(shape, parallel, prefix)
-    if shape.num_layers >= parallel.pipeline and shape.num_layers % parallel.pipeline:
-        raise ConfigError(
-            f"{prefix}parallel.pipeline: got {parallel.pipeline}; accepted: a divisor of the "
-            f"{shape.num_layers} layers, or more stages than layers"
-        )
+    _check_pipeline(shape, parallel, prefix)
     train, ranks = config.train, layout.data
-    if train.global_batch % (train.micro_batch * ranks):
+    # the interleaved schedule runs micro-batches through its chunks in groups of one a stage
+    grouped = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    unit = train.micro_batch * ranks * grouped
+    if train.global_batch % unit:
         where = f"after expansion[{index - 1}]" if index else "at the start"
+        stages = f"{grouped} stages of virtual pipelines x " if grouped > 1 else ""
         raise ConfigError(
-            f"train.global_batch: got {train.global_batch}; accepted: a multiple of "
-            f"{train.micro_batch * ranks} (micro_batch {train.micro_batch} x {ranks} data-parallel "
-            f"ranks {where}, {layout})"
+            f"train.global_batch: got {train.global_batch}; accepted: a multiple of {unit} "
+            f"(micro_batch {train.micro_batch} x {stages}{ranks} data-parallel ranks {where}, "
+            f"{layout})"
         )
 
 
@@ -121,6 +121,23 @@ def _check_engine(parallel: ParallelSection, prefix: str) -> None:
         raise ConfigError(
             f"{prefix}parallel.zero_stage: got {parallel.zero_stage} with engine megatron; "
             f"accepted: 0, 1 (engine deepspeed has 2 and 3)"
+        )
+
+
+def _check_pipeline(shape: ModelShape, parallel: ParallelSection, prefix: str) -> None:
+    stages, chunks, layers = parallel.pipeline, parallel.virtual_pipeline, shape.num_layers
+    if chunks > 1 and stages == 1:
+        raise ConfigError(
+            f"{prefix}parallel.virtual_pipeline: got {chunks} with pipeline 1; accepted: 1, or "
+            f"pipeline above 1"
+        )
+    if layers >= stages * chunks and layers % (stages * chunks) and not parallel.uneven:
+        got = f"pipeline: got {stages}"
+        if chunks > 1:
+            got = f"virtual_pipeline: got {chunks} x pipeline {stages} = {stages * chunks} stages"
+        raise ConfigError(
+            f"{prefix}parallel.{got}; accepted: stages that divide the {layers} layers, more "
+            f"stages than layers, or {prefix}parallel.uneven: true"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.state import checkpoint
 from megatron_progressive.state.boxes import ShardedState
 from megatron_progressive.state.init import initialise_all
 
@@ -116,6 +118,29 @@ def losses_and_norms(config: RunConfig, layers: int, steps: int) -> list[tuple[f
         out.append((metrics.loss, metrics.grad_norm))
     engine.close()
     return out
+
+
+def saved_and_loaded(source: RunConfig, target: RunConfig, folder: Path) -> tuple[Full, Full]:
+    """Whole state of a trained engine, and of one in another layout that loads its checkpoint.
+
+    The second engine then trains a step: its state is not only there but usable.
+    """
+    engine = start(source)
+    for number in range(2):
+        step(engine, number)
+    saved = gather(engine.state())
+    progress = checkpoint.Progress(2, 0, engine.shape.num_layers, 16, 0.0, 0.0, 0.0)
+    path = checkpoint.save(engine.state(), folder, progress, keep=1)
+    expected = step(engine, 2)
+    engine.close()
+    engine = start(target)
+    checkpoint.load(engine.state(), path)
+    engine.loaded()
+    loaded = gather(engine.state())
+    bf16 = target.train.precision == "bf16"
+    assert abs(step(engine, 2) / expected - 1) < (2e-2 if bf16 else 2e-5)
+    engine.close()
+    return saved, loaded
 
 
 def groups_after_expansions(config: RunConfig, cycles: int) -> list[int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,10 @@ LAYOUTS = [
     (4, {"tensor": 2}),
     (4, {"tensor": 2, "pipeline": 2}),
     (4, {"pipeline": 4}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    (4, {"pipeline": 2, "virtual_pipeline": 2}),
+    (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    (4, {"pipeline": 4, "virtual_pipeline": 2}),
 ]
 
 
@@ -30,12 +37,14 @@ def words(parallel: dict[str, int]) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
-@pytest.mark.parametrize("layers", [0, 1, 4])
+@pytest.mark.parametrize("layers", [0, 1, 3, 4, 5])
 def test_same_losses_on_every_layout(pool: Pool, optimizer: str, layers: int) -> None:
     base = [f"optim.name={optimizer}", "train.micro_batch=1"]
     expected = pool.run(1, cases.losses_and_norms, cases.small_config(base), layers, 6)[0]
     assert len({round(loss, 4) for loss, _ in expected}) == 6
     for world, parallel in LAYOUTS[1:]:
+        if layers % 2 and layers > 1 and parallel.get("pipeline", 1) == 1:
+            continue  # 3 and 5 layers are for uneven stages
         config = cases.small_config([*base, *words(parallel)])
         for result in pool.run(world, cases.losses_and_norms, config, layers, 6):
             for (loss, norm), (loss_1, norm_1) in zip(result, expected, strict=True):
@@ -67,9 +76,7 @@ def random_case(rng: random.Random) -> tuple[int, RunConfig]:
     world, before = rng.choice(LAYOUTS)
     after = rng.choice([p for w, p in LAYOUTS if w == world])
     source = rng.randint(0, 3)
-    if source > before.get("pipeline", 1) and source % before.get("pipeline", 1):
-        source = 0
-    target = rng.choice([4, 8])
+    target = rng.choice([4, 5, 8])
     init = rng.choice(
         ["random", "zero"] + (["copying", "copying_zeroL", "copying_zeroN"] if source else [])
     )
@@ -80,8 +87,9 @@ def random_case(rng: random.Random) -> tuple[int, RunConfig]:
         "order": rng.choice(["stack", "inter", "last"]),
         "insert": rng.choice(["bottom", "top"]),
         "optimizer_state": rng.choice(["inherit", "copy", "reset"]),
-        "parallel": {"tensor": 1, "pipeline": 1, "zero_stage": rng.randint(0, 1), **after},
-    }
+        "parallel": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
+                     "zero_stage": rng.randint(0, 1), **after},
+    }  # fmt: skip
     config = cases.small_config(
         [
             f"model.num_layers={source}",
@@ -105,18 +113,31 @@ def test_expansion_equals_the_reference_bit_for_bit(pool: Pool, seed: int) -> No
     check_expansion(pool, world, config)
 
 
-@pytest.mark.parametrize(("source", "init"), [(1, "copying_zeroL"), (0, "zero")])
+def test_random_cases_cover_virtual_pipelines_on_both_sides() -> None:
+    configs = [random_case(random.Random(seed))[1] for seed in range(24)]
+    before = [c.parallel.virtual_pipeline > 1 for c in configs]
+    after = [c.parallel_after(1).virtual_pipeline > 1 for c in configs]
+    assert {(b, a) for b, a in zip(before, after, strict=True)} == set(
+        itertools.product([False, True], repeat=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "init", "virtual"),
+    [(1, "copying_zeroL", 1), (0, "zero", 1), (1, "copying_zeroL", 2)],
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
 def test_lossless_expansion_onto_another_layout(
-    pool: Pool, source: int, init: str, optimizer: str
+    pool: Pool, source: int, init: str, virtual: int, optimizer: str
 ) -> None:
-    expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": {"tensor": 2, "pipeline": 2}}
+    after = {"tensor": 2, "pipeline": 2, "virtual_pipeline": virtual}
+    expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": after}
     config = cases.small_config(
         [f"model.num_layers={source}", f"optim.name={optimizer}"], expansion
     )
     event = check_expansion(pool, 4, config)
     assert event.layout_before == "DP=4"
-    assert event.layout_after == "DP=1 x TP=2 x PP=2"
+    assert event.layout_after == "DP=1 x TP=2 x PP=2" + " x VPP=2" * (virtual > 1)
     assert abs(event.loss_before - event.loss_after) < 1e-5
 
 
@@ -127,8 +148,42 @@ def test_every_weight_moves_in_the_step_after_an_expansion(pool: Pool, optimizer
     assert pool.run(2, cases.trainable_after_expansion, config)[0] == []
 
 
-def test_process_groups_are_released(pool: Pool) -> None:
-    expansion = {"at": 2, "to_layers": 2, "parallel": {"tensor": 2}}
-    config = cases.small_config(["model.num_layers=0"], expansion)
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "layers"),
+    [
+        ("adamw", "fp32", 5),
+        ("adamw", "bf16", 1),
+        ("muon_nsgd", "fp32", 1),
+        ("muon_nsgd", "bf16", 5),
+    ],
+)
+def test_checkpoint_onto_and_from_a_virtual_pipeline(
+    pool: Pool, tmp_path: Path, optimizer: str, precision: str, layers: int
+) -> None:
+    base = [f"optim.name={optimizer}", f"train.precision={precision}", "train.micro_batch=1",
+            f"model.num_layers={layers}"]  # fmt: skip
+    plain = cases.small_config([*base, "parallel.tensor=2"])
+    virtual = cases.small_config([*base, "parallel.pipeline=2", "parallel.virtual_pipeline=2"])
+    for name, source, target in (("onto", plain, virtual), ("from", virtual, plain)):
+        folder = tmp_path / name
+        saved, loaded = pool.run(4, cases.saved_and_loaded, source, target, folder)[0]
+        assert set(saved) == set(loaded)
+        assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == []
+
+
+def test_pipeline_settings_that_gloo_gets_wrong_are_refused() -> None:
+    from megatron_progressive.engines.megatron_model import check_gloo_pipeline
+
+    sound = {"batch_p2p_comm": False, "overlap_p2p_comm": False}
+    check_gloo_pipeline(SimpleNamespace(**sound))  # type: ignore[arg-type]
+    for name in sound:
+        with pytest.raises(RuntimeError, match=name):
+            check_gloo_pipeline(SimpleNamespace(**{**sound, name: True}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
+def test_process_groups_are_released(pool: Pool, parallel: dict[str, int]) -> None:
+    expansion = {"at": 2, "to_layers": 2, "parallel": parallel}
+    config = cases.small_config(["model.num_layers=0", "train.micro_batch=1"], expansion)
     counts = pool.run(2, cases.groups_after_expansions, config, 3)[0]
     assert counts == [1, 1, 1]  # the world's own

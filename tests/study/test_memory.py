@@ -22,6 +22,9 @@ from tests.study import ranks
         (4, ["optim.name=adamw", "train.precision=bf16", "parallel.zero_stage=0"]),
         (4, ["optim.name=adamw", "train.precision=bf16", "parallel.tensor=2"]),
         (4, ["optim.name=adamw", "parallel.pipeline=2"]),
+        (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.precision=bf16"]),
+        (7, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "optim.name=adamw"]),
+        (5, ["parallel.pipeline=4", "model.tie_embeddings=false"]),
     ],
 )
 def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
@@ -45,15 +48,13 @@ def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3, 4, 12])
-@pytest.mark.parametrize("pipeline", [1, 2, 4])
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 3)])
 @pytest.mark.parametrize("tie", [True, False])
 def test_stages_hold_the_model_and_one_copy_of_a_tied_embedding(
-    layers: int, pipeline: int, tie: bool
+    layers: int, pipeline: int, virtual: int, tie: bool
 ) -> None:
-    if layers >= pipeline and layers % pipeline:
-        pytest.skip("not a layout")
     config = small_config([f"model.tie_embeddings={tie}"])
     shape = model_shape(config, layers)
-    stages = stage_tensors(shape, Layout(world=pipeline, pipeline=pipeline))
+    stages = stage_tensors(shape, Layout(pipeline, pipeline=pipeline, virtual_pipeline=virtual))
     copy = shape.padded_vocab_size * shape.hidden_size if tie and pipeline > 1 else 0
     assert sum(s.numel for stage in stages for s in stage) == parameter_count(shape) + copy

@@ -87,9 +87,12 @@ def test_same_layout_is_bitwise_the_same_run(pool: Pool, corpus: Path, tmp_path:
     assert sum(e["event"] == "train" for e in first) == 60
 
 
-@pytest.mark.parametrize("saved_at", [20, 40, 50])
-def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, saved_at: int) -> None:
-    """Saved on DP=4 before τ = 40, right before expanding or after it; resumed on TP=2 x PP=2."""
+@pytest.mark.parametrize(("saved_at", "virtual"), [(20, 1), (40, 2), (50, 1)])
+def test_resume_on_another_layout(
+    pool: Pool, corpus: Path, tmp_path: Path, saved_at: int, virtual: int
+) -> None:
+    """Saved on DP=4 before τ = 40, right before expanding or after it; resumed on TP=2 x PP=2
+    (x VPP=2)."""
     words = ["train.micro_batch=2", "train.save_every=10", "expansion.0.parallel.tensor=2",
              "expansion.0.parallel.pipeline=2"]  # fmt: skip
     whole = run_config(tmp_path, corpus, "whole", *words, "train.keep_checkpoints=0")
@@ -101,11 +104,12 @@ def test_resume_on_another_layout(pool: Pool, corpus: Path, tmp_path: Path, save
         (part.folder / name).write_text(text)
     saved = f"step_{saved_at:07d}"
     shutil.copytree(whole.folder / "checkpoints" / saved, part.folder / "checkpoints" / saved)
-    resumed = run_config(tmp_path, corpus, "part", "parallel.tensor=2", "parallel.pipeline=2")
+    resumed = run_config(tmp_path, corpus, "part", "parallel.tensor=2", "parallel.pipeline=2",
+                         f"parallel.virtual_pipeline={virtual}")  # fmt: skip
     pool.run(4, train_here, resumed)
     assert largest_difference(losses(whole.folder), losses(part.folder)) < 2e-4
     (resume,) = events(part.folder, "resume")
-    assert resume["layout"] == "DP=1 x TP=2 x PP=2"
+    assert resume["layout"] == "DP=1 x TP=2 x PP=2" + " x VPP=2" * (virtual > 1)
     assert resume["step"] == saved_at
     assert len(events(part.folder, "expansion")) == 1
     assert [e["step"] for e in events(part.folder, "eval")] == [20, 40, 60]

@@ -1,0 +1,261 @@
+"""The pause at τ: expanding in memory against saving, starting fresh processes and loading.
+
+Both ways start from the same source (``--from-layers``, data parallel, a step done) and end
+with the same deeper model in another layout, ready to train, on the same ranks. Printed:
+
+- the pause of each, and their ratio;
+- bytes sent between ranks, against the least that any reshard must send (for each rank, what
+  it needs and does not hold), counted from the metadata in plain code;
+- the growth of each rank's peak memory over the expansion, against the size of the new engine
+  (weights, gradient sums, optimizer state).
+
+The relaunch counts from the start of the save to the moment at which all fresh ranks are
+ready; ending the old processes is not counted.
+
+    python tools/bench/expansion.py --ranks 4 --hidden 1024 --layers 24
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive import config as configuration
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape
+from megatron_progressive.runtime.launch import run_workers
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--from-layers", type=int, default=1)
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon_nsgd"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument("--pipeline", type=int, default=2)
+    parser.add_argument("--staging-mib", type=int, default=64)
+    parser.add_argument("--worker", choices=["memory", "relaunch"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def bench_config(args: argparse.Namespace) -> RunConfig:
+    return configuration.from_dict(
+        {
+            "model": {"family": "gpt2", "hidden_size": args.hidden, "num_attention_heads": 16,
+                      "num_layers": args.from_layers},
+            "data": {"vocab_size": 2048, "sequence_length": 64},
+            "train": {"steps": 10, "global_batch": args.ranks, "micro_batch": 1,
+                      "precision": args.precision},
+            "optim": {"name": args.optimizer},
+            "expansion": [{"at": 5, "to_layers": args.layers,
+                           "init": "copying" if args.from_layers else "random",
+                           "optimizer_state": "copy" if args.from_layers else "inherit",
+                           "parallel": {"tensor": args.tensor, "pipeline": args.pipeline,
+                                        "staging_mib": args.staging_mib}}],
+        }
+    )  # fmt: skip
+
+
+def batch(ranks: int) -> Any:
+    import torch
+
+    from megatron_progressive.engines.base import GlobalBatch
+
+    def read(first: int, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(first)
+        return torch.randint(0, 2048, (count, 65), generator=generator)
+
+    return GlobalBatch(read, 0, ranks)
+
+
+def build(config: RunConfig, expansions: int) -> Any:
+    import torch.distributed as dist
+
+    from megatron_progressive.engines import make_engine
+    from megatron_progressive.runtime.layout import make_layout
+
+    layers = config.expansion[0].to_layers if expansions else None
+    layout = make_layout(config.parallel_after(expansions), dist.get_world_size())
+    return make_engine(config, model_shape(config, layers), layout)
+
+
+def peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def engine_bytes(engine: Any) -> int:
+    """Weights, gradient sums and optimizer state of this rank: every tensor that it holds."""
+    gradients = sum(p.numel() * 4 for p in engine.model.parameters())
+    return int(engine.state().nbytes) + gradients
+
+
+def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
+    """Bytes that this rank needs from others, whoever sends them: plain code over boxes."""
+    from megatron_progressive.expansion.depth_map import COPY, depth_map
+    from megatron_progressive.models import tensor_table
+
+    expansion = config.expansion[0]
+    rules = depth_map(
+        tensor_table(new.shape), old.shape.num_layers, new.shape.num_layers, expansion.init,
+        expansion.order, expansion.insert, expansion.optimizer_state,
+    )  # fmt: skip
+    have: dict[Any, list[Any]] = {}
+    for piece in old.state().pieces:
+        have.setdefault(piece.key, []).append(piece.box)
+    total = 0
+    for piece in new.state().pieces:
+        rule = rules[piece.name]
+        if (rule.weights if piece.slot in ("param", "master") else rule.state) != COPY:
+            continue
+        shared = [piece.box.intersect(b) for b in have.get((rule.source, piece.slot), [])]
+        missing = piece.box.numel - sum(s.numel for s in shared if s)
+        total += missing * piece.data.element_size()
+    return total
+
+
+def in_memory(args: argparse.Namespace) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_progressive.expansion import hook
+    from megatron_progressive.models import tensor_table
+    from megatron_progressive.state import checkpoint
+    from megatron_progressive.state.init import initialise_all
+
+    config, rank = bench_config(args), dist.get_rank()
+    engine = build(config, 0)
+    initialise_all(engine.state(), tensor_table(engine.shape), 1)
+    engine.loaded()
+    engine.train_step(batch(args.ranks), 1e-4)
+    dist.barrier()
+    started = time.time()
+    progress = checkpoint.Progress(5, 0, args.from_layers, 5 * args.ranks, 0.0, 0.0, 0.0)
+    checkpoint.save(engine.state(), args.folder, progress, 0)
+    saved = time.time()
+    old, least, sizes = engine, [0], [0]
+    close = old.close
+
+    def measure_and_close() -> None:  # both engines are there
+        least[0], sizes[0] = least_bytes(old, new_engine[0], config), engine_bytes(new_engine[0])
+        close()
+
+    new_engine: list[Any] = []
+
+    def build_new() -> Any:
+        new_engine.append(build(config, 1))
+        return new_engine[0]
+
+    gc.collect()
+    before = peak_bytes() if not Path("/proc/self/clear_refs").exists() else 0
+    if not before:
+        reset_peak()
+        before = peak_bytes()
+    old.close = measure_and_close
+    engine, event = hook.expand(
+        old, config.expansion[0], build_new, batch(args.ranks), 1, 1, args.staging_mib << 20
+    )
+    # loss_after needs activations; the peak of a second look at the same would be no smaller
+    extra = peak_bytes() - before
+    totals = torch.tensor([least[0]], dtype=torch.int64)
+    dist.all_reduce(totals)
+    ratios: list[Any] = [None] * args.ranks
+    dist.all_gather_object(ratios, (extra, sizes[0]))
+    if rank == 0:
+        result = {
+            "save_s": saved - started,
+            "pause_s": event.seconds,
+            "bytes_moved": event.bytes_moved,
+            "bytes_least": int(totals[0]),
+            "extra_bytes": [extra for extra, _ in ratios],
+            "engine_bytes": [size for _, size in ratios],
+            "loss_before": event.loss_before,
+            "loss_after": event.loss_after,
+        }
+        (args.folder / "memory.json").write_text(json.dumps(result))
+    engine.close()
+
+
+def relaunch(args: argparse.Namespace) -> None:
+    """Fresh ranks: load what was saved, and bring it to the new depth and layout."""
+    import torch.distributed as dist
+
+    from megatron_progressive.expansion import hook
+    from megatron_progressive.state import checkpoint
+
+    config = bench_config(args)
+    engine = build(config, 0)
+    checkpoint.load(engine.state(), checkpoint.checkpoint_path(args.folder, 5))
+    engine.loaded()
+    engine, _ = hook.expand(
+        engine, config.expansion[0], lambda: build(config, 1), batch(args.ranks), 1, 1,
+        args.staging_mib << 20,
+    )  # fmt: skip
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (args.folder / "relaunch.json").write_text(json.dumps({"ready": time.time()}))
+    engine.close()
+
+
+def worker(args: argparse.Namespace) -> None:
+    from megatron_progressive.runtime.distributed import place_from_environment, world_group
+
+    place = place_from_environment()
+    assert place is not None
+    with world_group(place):
+        (in_memory if args.worker == "memory" else relaunch)(args)
+
+
+def main() -> int:
+    args = arguments()
+    if args.worker:
+        worker(args)
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_progressive.models import parameter_count
+
+    config = bench_config(args)
+    shape = model_shape(config, args.layers)
+    print(f"{parameter_count(shape) / 1e6:.0f}M parameters, {args.from_layers} → {args.layers} "
+          f"layers, {args.ranks} ranks, DP={args.ranks} → TP={args.tensor} x PP={args.pipeline}, "
+          f"{args.optimizer}, {args.precision}", flush=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--worker"]
+        if run_workers([*words, "memory"], args.ranks):
+            return 1
+        memory = json.loads((Path(folder) / "memory.json").read_text())
+        started = time.time()
+        if run_workers([*words, "relaunch"], args.ranks):
+            return 1
+        fresh = json.loads((Path(folder) / "relaunch.json").read_text())["ready"] - started
+    other = memory["save_s"] + fresh
+    print(f"in memory: {memory['pause_s']:.2f} s; save {memory['save_s']:.2f} s + fresh processes "
+          f"and load {fresh:.2f} s = {other:.2f} s: {other / memory['pause_s']:.1f} times as long")  # fmt: skip
+    print(f"bytes moved: {memory['bytes_moved'] / 2**20:.1f} MiB, least possible "
+          f"{memory['bytes_least'] / 2**20:.1f} MiB: ratio "
+          f"{memory['bytes_moved'] / max(1, memory['bytes_least']):.3f}")  # fmt: skip
+    for rank, (extra, size) in enumerate(
+        zip(memory["extra_bytes"], memory["engine_bytes"], strict=True)
+    ):
+        print(f"rank {rank}: peak memory grew by {extra / 2**20:.0f} MiB, the new engine has "
+              f"{size / 2**20:.0f} MiB: ratio {extra / size:.2f}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
