@@ -70,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--link-gb-per-s",
         type=float,
-        default=25.0,
         metavar="G",
         help="1e9 bytes per second that a rank sends and receives at an expansion (default: 25)",
     )

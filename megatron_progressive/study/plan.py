@@ -17,18 +17,9 @@ from megatron_progressive.study.memory import RankMemory, largest_rank
 from megatron_progressive.study.plan_text import render
 from megatron_progressive.study.reshard_plan import ReshardBytes, reshard_bytes
 
-__all__ = [
-    "LINK_GB_PER_S",
-    "LrPhase",
-    "Plan",
-    "PlannedExpansion",
-    "PlannedPhase",
-    "make_plan",
-    "render",
-]
+__all__ = ["LrPhase", "Plan", "PlannedExpansion", "PlannedPhase", "make_plan", "render"]
 
-LINK_GB_PER_S = 25.0
-"""Default speed of a rank's link at an expansion: a 200 Gbit/s adapter."""
+_LINK_GB_PER_S = 25.0  # a 200 Gbit/s adapter for each rank
 
 
 @dataclass(frozen=True)
@@ -103,16 +94,17 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, world: int | None = None, link_gb_per_s: float = LINK_GB_PER_S
+    config: RunConfig, world: int | None = None, link_gb_per_s: float | None = None
 ) -> Plan:
     """Plan ``config`` on ``world`` ranks (default: the fewest that fit every phase's layout).
 
     Args:
-        link_gb_per_s: of one rank, 1e9 bytes per second each way.
+        link_gb_per_s: of one rank, 1e9 bytes per second each way (default: 25).
 
     Raises:
         ConfigError: a phase cannot run (see :func:`.preflight.check_run`), or no link speed.
     """
+    link_gb_per_s = _LINK_GB_PER_S if link_gb_per_s is None else link_gb_per_s
     if not link_gb_per_s > 0:
         raise ConfigError(f"--link-gb-per-s: got {link_gb_per_s:g}; accepted: a number above 0")
     world = world if world is not None else preflight.smallest_world(config)

@@ -160,10 +160,12 @@ def _reshard_table(plan: Plan) -> list[str]:
     rows = [["After step", "received", "mean", "sent", "mean", "total", "least", "time"]]
     for expansion in plan.expansions:
         moved = expansion.reshard
-        sizes = [moved.received.max(), moved.received.mean(), moved.sent.max(), moved.sent.mean()]
-        sizes += [moved.received.sum(), moved.least]
+        sizes: list[float] = []
+        for counts in (moved.received, moved.sent):
+            sizes += [int(counts.max()), float(counts.mean())]
+        sizes += [int(moved.received.sum()), moved.least]
         seconds = f"{moved.seconds(plan.link_gb_per_s):.3g} s"
-        rows.append([f"{expansion.step:,}", *(_bytes_text(float(s)) for s in sizes), seconds])
+        rows.append([f"{expansion.step:,}", *(_bytes_text(size) for size in sizes), seconds])
     note = (
         "received and sent: by the rank with most, then the mean over ranks; least: what ranks "
         "miss in all; time: of the busiest rank where each sends and receives "
