@@ -5,11 +5,14 @@ Megatron-core: planning looks at thousands of ranks. What is written here of Meg
 0.19.2 is the order of ranks (``parallel_state``: tensor fastest, then data, then pipeline), the
 order in which a model's parameters are registered (of the local layer spec; Transformer
 Engine's registers norms after other linears, which moves the cuts of the distributed optimizer
-by a few thousand elements), and how its distributed optimizer cuts a buffer.
+by a few thousand elements), and how its distributed optimizer cuts a buffer; of DeepSpeed
+0.19.8 how ZeRO cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``,
+``partition_parameters.py``).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +41,8 @@ _TENSOR_ALIGNMENT = 64
 """Elements: where a tensor may start in a buffer of the distributed optimizer."""
 _BUCKET_ALIGNMENT = 128
 """Elements: the end of a bucket is a multiple of this and of the data-parallel ranks."""
+_ZERO_ALIGNMENT = 2
+"""Elements: DeepSpeed's share of a flat group is a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,22 @@ def distributed_optimizer_places(
     return [places[tensor] for tensor in range(len(numels))]
 
 
+def zero_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
+    """Places of tensors in DeepSpeed's flat group (ZeRO stages 1 and 2): one after the other,
+    in the order of registration, the end padded to a multiple of 2 x ranks."""
+    share = _rounded_up(sum(numels), _ZERO_ALIGNMENT * data_ranks) // data_ranks
+    starts = itertools.accumulate(numels, initial=0)
+    return [_Place(start, numel, share) for start, numel in zip(starts, numels, strict=False)]
+
+
+def zero_3_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
+    """Places of tensors under DeepSpeed's ZeRO stage 3, which cuts each on its own."""
+    return [_Place(0, numel, -(-numel // data_ranks)) for numel in numels]
+
+
 @dataclass(frozen=True)
-class _Megatron:
-    """The pieces of the Megatron engine, by pipeline, tensor and data-parallel rank."""
+class _Partitions:
+    """The pieces of one engine, by pipeline, tensor and data-parallel rank."""
 
     chunks: list[list[list[_Tensor]]]
     optim: OptimSection
@@ -176,8 +194,15 @@ class _Megatron:
     layout: Layout
 
     @property
-    def sharded(self) -> bool:
+    def state_sharded(self) -> bool:
+        """Whether optimizer state (master weights too) is divided over data-parallel ranks."""
+        if self.layout.engine == "deepspeed":
+            return self.layout.zero_stage >= 1
         return self.optim.name == ADAMW and self.layout.zero_stage >= 1
+
+    @property
+    def weights_sharded(self) -> bool:
+        return self.layout.engine == "deepspeed" and self.layout.zero_stage == 3
 
     def same(self, stage: int, tensor_rank: int | None) -> list[PieceMeta]:
         """What all data-parallel ranks hold: of the tensors that tensor parallelism cuts, or
@@ -187,30 +212,40 @@ class _Megatron:
             if (tensor.spec.tp_axis is None) != (tensor_rank is None):
                 continue
             box = _local_box(tensor.spec, tensor_rank or 0, self.layout.tensor)
-            key, dtype = (tensor.name, PARAM), _WEIGHT_DTYPES[self.precision]
-            pieces.append(PieceMeta(key, box, dtype, not tensor.tied_copy))
-            if not self.sharded:
+            if not self.weights_sharded:
+                pieces.append(self._weight(tensor, box))
+            if not self.state_sharded:
                 pieces.extend(_state_pieces(tensor, [box], self.optim, self.precision))
         return pieces
 
     def shards(self, stage: int, tensor_rank: int, data_ranks: range) -> dict[int, list[PieceMeta]]:
         """What each of some data-parallel ranks alone holds."""
         pieces: dict[int, list[PieceMeta]] = {data_rank: [] for data_rank in data_ranks}
-        for chunk in self.chunks[stage] if self.sharded else []:
+        for chunk in self.chunks[stage] if self.state_sharded else []:
             boxes = [_local_box(t.spec, tensor_rank, self.layout.tensor) for t in chunk]
-            places = distributed_optimizer_places(
-                [box.numel for box in boxes],
-                [tensor.shared for tensor in chunk],
-                self.layout.data,
-            )
-            for tensor, box, place in zip(chunk, boxes, places, strict=True):
+            for tensor, box, place in zip(chunk, boxes, self._places(chunk, boxes), strict=True):
                 owners = place.ranks()
                 for owner in range(
                     max(owners.start, data_ranks.start), min(owners.stop, data_ranks.stop)
                 ):
                     parts = [part for part, _, _ in flat_range_boxes(box, *place.owned(owner))]
+                    if self.weights_sharded:
+                        pieces[owner].extend(self._weight(tensor, part) for part in parts)
                     pieces[owner].extend(_state_pieces(tensor, parts, self.optim, self.precision))
         return pieces
+
+    def _places(self, chunk: list[_Tensor], boxes: list[Box]) -> list[_Place]:
+        numels = [box.numel for box in boxes]
+        if self.weights_sharded:
+            return zero_3_places(numels, self.layout.data)
+        if self.layout.engine == "deepspeed":
+            return zero_places(numels, self.layout.data)
+        alone = [tensor.shared for tensor in chunk]
+        return distributed_optimizer_places(numels, alone, self.layout.data)
+
+    def _weight(self, tensor: _Tensor, box: Box) -> PieceMeta:
+        dtype = _WEIGHT_DTYPES[self.precision]
+        return PieceMeta((tensor.name, PARAM), box, dtype, not tensor.tied_copy)
 
 
 def held_pieces(
@@ -221,7 +256,7 @@ def held_pieces(
     A rank's pieces are the union of the lists that it appears in: equal to the ``meta`` of
     those of its engine's ``state()``, as a multiset.
     """
-    engine = _Megatron(_chunks(shape, layout), optim, precision, layout)
+    engine = _Partitions(_chunks(shape, layout), optim, precision, layout)
     block = layout.tensor * layout.data
     for stage in range(layout.pipeline):
         ranks = range(stage * block, (stage + 1) * block)
@@ -238,7 +273,7 @@ def pieces_of_rank(
     shape: ModelShape, optim: OptimSection, precision: str, layout: Layout, rank: int
 ) -> list[PieceMeta]:
     """The pieces of one global rank."""
-    engine = _Megatron(_chunks(shape, layout), optim, precision, layout)
+    engine = _Partitions(_chunks(shape, layout), optim, precision, layout)
     stage, within = divmod(rank, layout.tensor * layout.data)
     data_rank, tensor_rank = divmod(within, layout.tensor)
     shards = engine.shards(stage, tensor_rank, range(data_rank, data_rank + 1))
