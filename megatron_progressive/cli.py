@@ -20,7 +20,8 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
 def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study.plan import make_plan, render
 
-    print(render(make_plan(load(args.config, args.overrides), args.nproc)))
+    config = load(args.config, args.overrides)
+    print(render(make_plan(config, args.nproc, args.link_gb_per_s)))
     return 0
 
 
@@ -66,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(commands, "plan", _plan, "parameters, FLOPs, memory and saving; trains nothing")
     takes_config(plan)
     plan.add_argument("--nproc", type=int, metavar="N", help="ranks of the job")
+    plan.add_argument(
+        "--link-gb-per-s",
+        type=float,
+        metavar="G",
+        help="1e9 bytes per second that a rank sends and receives at an expansion (default: 25)",
+    )
     data = commands.add_parser("data", help="corpora").add_subparsers(
         dest="data_command", required=True, metavar="COMMAND"
     )
@@ -91,11 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options_first(words: list[str]) -> list[str]:
-    if "--nproc" not in words or words[0] not in ("train", "plan"):
+    if words[:1] not in (["train"], ["plan"]):
         return words
-    at = words.index("--nproc")
-    option, rest = words[at : at + 2], words[:at] + words[at + 2 :]
-    return [rest[0], *option, *rest[1:]]
+    options, rest, at = [], words[1:], 0
+    while at < len(rest):
+        if rest[at] in ("--nproc", "--link-gb-per-s"):
+            options += rest[at : at + 2]
+            del rest[at : at + 2]
+        else:
+            at += 1
+    return [words[0], *options, *rest]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_progressive.config import RunConfig
-from megatron_progressive.engines.base import Engine
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout
+
+if TYPE_CHECKING:  # planning reads engines/partitions.py without loading torch
+    from megatron_progressive.engines.base import Engine
 
 
 def make_engine(config: RunConfig, shape: ModelShape, layout: Layout) -> Engine:

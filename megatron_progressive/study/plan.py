@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_progressive.config import RunConfig
+from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study import controls, flops, preflight
 from megatron_progressive.study.memory import RankMemory, largest_rank
 from megatron_progressive.study.plan_text import render
+from megatron_progressive.study.reshard_plan import ReshardBytes, reshard_bytes
 
 __all__ = ["LrPhase", "Plan", "PlannedExpansion", "PlannedPhase", "make_plan", "render"]
+
+_LINK_GB_PER_S = 25.0  # a 200 Gbit/s adapter for each rank
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class PlannedExpansion:
     lr_share: float
     """Sum of the learning rate up to the expansion over its whole sum: the first factor of the
     bound on the gap in arXiv 2511.04981; its derivation is disputed: a guide."""
+    reshard: ReshardBytes
+    """What every rank sends and receives."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Plan:
     controls: list[list[str]]
     """``key=value`` words that make the fixed-size and the short control of this config."""
     warnings: list[str]
+    link_gb_per_s: float
+    """What a rank sends and receives at an expansion, 1e9 bytes per second each way."""
 
     @property
     def saving_percent(self) -> float | None:
@@ -86,12 +93,20 @@ class Plan:
         return 100 * (1 - self.total_flops / self.fixed_flops)
 
 
-def make_plan(config: RunConfig, world: int | None = None) -> Plan:
+def make_plan(
+    config: RunConfig, world: int | None = None, link_gb_per_s: float | None = None
+) -> Plan:
     """Plan ``config`` on ``world`` ranks (default: the fewest that fit every phase's layout).
 
+    Args:
+        link_gb_per_s: of one rank, 1e9 bytes per second each way (default: 25).
+
     Raises:
-        ConfigError: a phase cannot run (see :func:`.preflight.check_run`).
+        ConfigError: a phase cannot run (see :func:`.preflight.check_run`), or no link speed.
     """
+    link_gb_per_s = _LINK_GB_PER_S if link_gb_per_s is None else link_gb_per_s
+    if not link_gb_per_s > 0:
+        raise ConfigError(f"--link-gb-per-s: got {link_gb_per_s:g}; accepted: a number above 0")
     world = world if world is not None else preflight.smallest_world(config)
     warnings = preflight.check_run(config, world)
     planned, optimizer = [], 0
@@ -117,7 +132,7 @@ def make_plan(config: RunConfig, world: int | None = None) -> Plan:
         world=world,
         shape=shape,
         phases=planned,
-        expansions=_expansions(config),
+        expansions=_expansions(config, world),
         lr_phases=_lr_phases(config),
         step_tokens=flops.step_tokens(shape, config),
         total_flops=total,
@@ -126,6 +141,7 @@ def make_plan(config: RunConfig, world: int | None = None) -> Plan:
         short_steps=short.train.steps if short else None,
         controls=[controls.control_words(config, c) for c in (fixed, short) if c is not None],
         warnings=warnings,
+        link_gb_per_s=link_gb_per_s,
     )
 
 
@@ -142,7 +158,7 @@ def _lr_phases(config: RunConfig) -> list[LrPhase]:
     return [phase for phase in found if phase.last_step >= phase.first_step]
 
 
-def _expansions(config: RunConfig) -> list[PlannedExpansion]:
+def _expansions(config: RunConfig, world: int) -> list[PlannedExpansion]:
     from megatron_progressive.optim.schedule import decay_steps, learning_rate
 
     steps = config.expansion_steps()
@@ -160,6 +176,7 @@ def _expansions(config: RunConfig) -> list[PlannedExpansion]:
             fraction=step / config.train.steps,
             stable_steps=max(0, last_stable - step),
             lr_share=before / running if running else 0.0,
+            reshard=reshard_bytes(config, index, world),
         )
-        for step, before in zip(steps, sums, strict=True)
+        for index, (step, before) in enumerate(zip(steps, sums, strict=True))
     ]

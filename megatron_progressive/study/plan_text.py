@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # plan.py offers render() beside make_plan()
 _WIDTH = 100
 _LABEL = 16
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"), (1.0, ""))
+_BYTE_UNITS = {"T": "TB", "B": "GB", "M": "MB", "K": "kB", "": "B"}
 _GIB = 2**30
 
 
@@ -53,7 +54,9 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 def render(plan: Plan) -> str:
     """The plan as text, without a last newline."""
-    parts = [_head(plan), _phase_table(plan), _memory_table(plan), _compute(plan)]
+    parts = [_head(plan), _phase_table(plan), _memory_table(plan)]
+    parts += [_reshard_table(plan)] if plan.expansions else []
+    parts.append(_compute(plan))
     if plan.warnings:
         lines = ["Warnings"]
         for warning in plan.warnings:
@@ -151,6 +154,31 @@ def _memory_table(plan: Plan) -> list[str]:
         ]
         lines.append(f"at τ the old and the new state are held at once: at most {_gib(max(peaks))}")
     return [lines[0]] + [line if line.startswith("  ") else f"  {line}" for line in lines[1:]]
+
+
+def _reshard_table(plan: Plan) -> list[str]:
+    rows = [["After step", "received", "mean", "sent", "mean", "total", "least", "time"]]
+    for expansion in plan.expansions:
+        moved = expansion.reshard
+        sizes: list[float] = []
+        for counts in (moved.received, moved.sent):
+            sizes += [int(counts.max()), float(counts.mean())]
+        sizes += [int(moved.received.sum()), moved.least]
+        seconds = f"{moved.seconds(plan.link_gb_per_s):.3g} s"
+        rows.append([f"{expansion.step:,}", *(_bytes_text(size) for size in sizes), seconds])
+    note = (
+        "received and sent: by the rank with most, then the mean over ranks; least: what ranks "
+        "miss in all; time: of the busiest rank where each sends and receives "
+        f"{plan.link_gb_per_s:g} GB/s at once; building the new model is NOT counted"
+    )
+    wrapped = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
+    return ["Bytes between ranks at τ", *_table(rows), *(f"  {line}" for line in wrapped)]
+
+
+def _bytes_text(size: float) -> str:
+    """Bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
+    factor, unit = next((f, u) for f, u in _UNITS if size >= f or f == 1.0)
+    return f"{size / factor:.3g} {_BYTE_UNITS[unit]}"
 
 
 def _gib(size: int) -> str:

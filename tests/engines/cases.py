@@ -16,7 +16,7 @@ from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.state import checkpoint
-from megatron_progressive.state.boxes import ShardedState
+from megatron_progressive.state.boxes import PieceMeta, ShardedState
 from megatron_progressive.state.init import initialise_all
 
 SMALL = {
@@ -155,3 +155,14 @@ def groups_after_expansions(config: RunConfig, cycles: int) -> list[int]:
         engine.close()
         counts.append(len(c10d._world.pg_map))
     return counts
+
+
+def held_pieces_of(configs: list[RunConfig]) -> list[list[PieceMeta]]:
+    """Of the engine of each config: what this rank holds."""
+    held = []
+    for config in configs:
+        layout = make_layout(config.parallel, dist.get_world_size())
+        engine = make_engine(config, model_shape(config), layout)
+        held.append([piece.meta for piece in engine.state().pieces])
+        engine.close()
+    return held

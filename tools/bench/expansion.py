@@ -244,8 +244,9 @@ def main() -> int:
             return 1
         fresh = json.loads((Path(folder) / "relaunch.json").read_text())["ready"] - started
     other = memory["save_s"] + fresh
-    print(f"in memory: {memory['pause_s']:.2f} s; save {memory['save_s']:.2f} s + fresh processes "
-          f"and load {fresh:.2f} s = {other:.2f} s: {other / memory['pause_s']:.1f} times as long")  # fmt: skip
+    pause = memory["pause_s"]
+    print(f"in memory: {pause:.2f} s; save {memory['save_s']:.2f} s + fresh processes and load "
+          f"{fresh:.2f} s = {other:.2f} s: {other / pause:.1f} times as long")  # fmt: skip
     print(f"bytes moved: {memory['bytes_moved'] / 2**20:.1f} MiB, least possible "
           f"{memory['bytes_least'] / 2**20:.1f} MiB: ratio "
           f"{memory['bytes_moved'] / max(1, memory['bytes_least']):.3f}")  # fmt: skip

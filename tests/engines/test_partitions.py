@@ -1,0 +1,124 @@
+"""Predicted pieces of every rank against the state of real engines."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megatron_progressive.config import RunConfig, from_dict
+from megatron_progressive.engines.partitions import (
+    distributed_optimizer_places,
+    held_pieces,
+    pieces_of_rank,
+)
+from megatron_progressive.models import model_shape
+from megatron_progressive.optim.rules import STEP
+from megatron_progressive.runtime.layout import Layout, make_layout
+from megatron_progressive.state.boxes import PieceMeta
+from tests.engines import cases
+from tests.pool import Pool
+
+ROOT = Path(__file__).parents[2]
+
+
+def predicted(config: RunConfig, world: int) -> list[Counter[PieceMeta]]:
+    shape, layout = model_shape(config), make_layout(config.parallel, world)
+    ranks: list[Counter[PieceMeta]] = [Counter() for _ in range(world)]
+    for pieces, holders in held_pieces(shape, config.optim, config.train.precision, layout):
+        for rank in holders:
+            ranks[rank].update(pieces)
+    return ranks
+
+
+def random_case(rng: random.Random, world: int) -> RunConfig:
+    """Sizes that are no multiples of 64, so that padding and partial rows matter."""
+    tensor, pipeline = rng.choice(
+        [(t, p) for t in (1, 2, 4) for p in (1, 2, 3, 4) if world % (t * p) == 0]
+    )
+    heads = 4
+    words = {
+        "model.num_layers": pipeline * rng.randint(1, 2)
+        if rng.random() < 0.6
+        else rng.randint(0, pipeline),
+        "model.num_attention_heads": heads,
+        "model.hidden_size": heads * rng.choice([3, 5, 8, 16]),
+        "model.ffn_hidden_size": 4 * rng.randint(1, 40),
+        "model.tie_embeddings": rng.choice(["true", "false"]),
+        "model.linear_bias": rng.choice(["true", "false"]),
+        "data.vocab_size": rng.randint(100, 600),
+        "data.sequence_length": rng.randint(3, 70),
+        "train.precision": rng.choice(["fp32", "bf16"]),
+        "optim.name": rng.choice(["adamw", "adamw", "adamw", "muon_nsgd"]),
+        "optim.embeddings": rng.choice(["muon", "adamw"]),
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.zero_stage": rng.choice([0, 1, 1, 1]),
+    }
+    return from_dict({"model": {"family": "gpt2"}}, [f"{k}={v}" for k, v in words.items()])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_prediction_equals_what_real_megatron_engines_hold(pool: Pool, world: int) -> None:
+    rng = random.Random(world)
+    configs = [random_case(rng, world) for _ in range(4 if world == 1 else 9)]
+    held = pool.run(world, cases.held_pieces_of, configs)
+    for index, config in enumerate(configs):
+        expected = predicted(config, world)
+        shape, layout = model_shape(config), make_layout(config.parallel, world)
+        for rank in range(world):
+            assert Counter(held[rank][index]) == expected[rank], (config, rank)
+            alone = pieces_of_rank(shape, config.optim, config.train.precision, layout, rank)
+            assert Counter(alone) == expected[rank]
+
+
+@pytest.mark.parametrize("data_ranks", [1, 3, 128, 4096])
+def test_shares_of_a_buffer_cover_every_tensor_once(data_ranks: int) -> None:
+    rng = random.Random(data_ranks)
+    numels = [rng.randint(1, 5_000_000) for _ in range(20)]
+    alone = [index in (0, 11) for index in range(20)]
+    for numel, place in zip(
+        numels, distributed_optimizer_places(numels, alone, data_ranks), strict=True
+    ):
+        ranges = [place.owned(rank) for rank in place.ranks()]
+        assert (ranges[0][0], ranges[-1][1]) == (0, numel)
+        assert all(a[1] == b[0] and a[0] < a[1] for a, b in pairwise([*ranges, (numel, numel)]))
+
+
+def test_thousands_of_ranks_in_seconds() -> None:
+    """7B, AdamW: DP=4096, and TP=8 x PP=4 x DP=128; each element has one owner."""
+    config = from_dict({"model": {"family": "gpt2", "preset": "7b"}, "optim": {"name": "adamw"}})
+    shape = model_shape(config)
+    for layout in (Layout(4096), Layout(4096, tensor=8, pipeline=4)):
+        started = time.perf_counter()
+        elements: Counter[str] = Counter()
+        ranks_seen: set[int] = set()
+        for pieces, ranks in held_pieces(shape, config.optim, "bf16", layout):
+            for piece in pieces:
+                if piece.key[0].endswith("linear_fc2.weight"):
+                    elements[piece.key[1]] += piece.box.numel
+            ranks_seen.update(ranks)
+        assert time.perf_counter() - started < 30  # 2 s on an idle core
+        del elements[STEP]
+        assert set(elements.values()) == {60 * 4 * 3072 * 3072}
+        assert ranks_seen == set(range(4096))
+        started = time.perf_counter()
+        assert pieces_of_rank(shape, config.optim, "bf16", layout, 4095)
+        assert time.perf_counter() - started < 5  # 0.1 s on an idle core
+
+
+def test_needs_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys, megatron_progressive.engines.partitions\n"
+        "print([m for m in ('torch', 'megatron', 'deepspeed') if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,137 @@
+"""Planned bytes of an expansion against masks of whole tensors, and against real expansions."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.engines.partitions import pieces_of_rank
+from megatron_progressive.expansion.depth_map import COPY, depth_map
+from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.state.boxes import Box, Key, PieceMeta
+from megatron_progressive.study.plan import make_plan, render
+from megatron_progressive.study.reshard_plan import reshard_bytes
+from tests.engines import cases
+from tests.engines.test_megatron import random_case
+from tests.pool import Pool
+
+
+def index_of(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+
+
+def by_masks(config: RunConfig, world: int) -> tuple[list[int], list[int], list[int]]:
+    """Bytes that each rank misses, those that only it can send, and those that it could send."""
+    target_shape = model_shape(config, config.expansion[0].to_layers)
+    table = tensor_table(target_shape)
+
+    def pieces(phase: int, rank: int) -> list[PieceMeta]:
+        shape = target_shape if phase else model_shape(config)
+        layout = make_layout(config.parallel_after(phase), world)
+        return pieces_of_rank(shape, config.optim, config.train.precision, layout, rank)
+
+    shapes = {
+        name: spec.shape for name, spec in (tensor_table(model_shape(config)) | table).items()
+    }
+    held: list[dict[Key, np.ndarray]] = []
+    holders: dict[Key, np.ndarray] = {}
+    for rank in range(world):
+        mine: dict[Key, np.ndarray] = {}
+        for piece in pieces(0, rank):
+            if piece.readable:
+                shape = (1,) if piece.key[1] == "step" else shapes[piece.key[0]]
+                mine.setdefault(piece.key, np.zeros(shape, bool))[index_of(piece.box)] = True
+        for key, mask in mine.items():
+            holders[key] = holders.get(key, np.zeros(mask.shape, int)) + mask
+        held.append(mine)
+    expansion = config.expansion[0]
+    rules = depth_map(
+        table, model_shape(config).num_layers, expansion.to_layers, expansion.init,
+        expansion.order, expansion.insert, expansion.optimizer_state,
+    )  # fmt: skip
+    missed, only, could = [0] * world, [0] * world, [0] * world
+    for rank in range(world):
+        for piece in pieces(1, rank):
+            rule = rules[piece.key[0]]
+            action = rule.weights if piece.key[1] in ("param", "master") else rule.state
+            if action != COPY:
+                continue
+            assert rule.source is not None
+            key = (rule.source, piece.key[1])
+            nothing = np.zeros(holders[key].shape, bool)
+            want = nothing.copy()
+            want[index_of(piece.box)] = True
+            want &= ~held[rank].get(key, nothing)
+            size = 2 if piece.dtype == "bfloat16" else 4
+            missed[rank] += size * int(want.sum())
+            for other in range(world):
+                has = want & held[other].get(key, nothing)
+                could[other] += size * int(has.sum())
+                only[other] += size * int((has & (holders[key] == 1)).sum())
+    return missed, only, could
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_bytes_equal_those_of_masks_of_whole_tensors(seed: int) -> None:
+    world, config = random_case(random.Random(seed))
+    planned = reshard_bytes(config, 0, world)
+    missed, only, could = by_masks(config, world)
+    assert planned.received.tolist() == missed
+    assert planned.least == sum(missed) == planned.sent.sum()
+    for sent, least, most in zip(planned.sent.tolist(), only, could, strict=True):
+        assert least <= sent <= most
+
+
+def test_random_cases_move_something() -> None:
+    moved: dict[str, int] = defaultdict(int)
+    for seed in range(24):
+        world, config = random_case(random.Random(seed))
+        moved[config.optim.name] += reshard_bytes(config, 0, world).least
+    assert set(moved) == {"adamw", "muon_nsgd"}
+    assert all(moved.values())
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "after"),
+    [
+        (4, ["optim.name=adamw", "train.precision=bf16"], {"tensor": 2, "pipeline": 2}),
+        (4, ["optim.name=muon_nsgd", "parallel.pipeline=2"], {"tensor": 4, "pipeline": 1}),
+    ],
+)
+def test_a_real_expansion_moves_the_planned_bytes(
+    pool: Pool, world: int, words: list[str], after: dict[str, int]
+) -> None:
+    expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
+    config = cases.small_config(["model.num_layers=2", "train.micro_batch=1", *words], expansion)
+    event = pool.run(world, cases.expand_and_gather, config)[0][2]
+    assert event.bytes_moved == reshard_bytes(config, 0, world).least > 0
+
+
+def test_replicas_send_in_turn() -> None:
+    """From two tensor-parallel shards, two replicas of each, to whole weights on four ranks:
+    every rank misses one half, which two hold: all send as much as they receive."""
+    expansion = {"at": 2, "to_layers": 2, "parallel": {"tensor": 1}}
+    config = cases.small_config(["parallel.tensor=2", "model.num_layers=1"], expansion)
+    planned = reshard_bytes(config, 0, 4)
+    assert len(set(planned.received.tolist())) == 1
+    assert planned.sent.tolist() == planned.received.tolist()
+
+
+def test_plan_says_bytes_and_time() -> None:
+    expansion = {"at": 2, "to_layers": 4, "parallel": {"tensor": 2}}
+    config = cases.small_config(["optim.name=adamw", "model.num_layers=1"], expansion)
+    plan = make_plan(config, 2, link_gb_per_s=0.001)
+    moved = plan.expansions[0].reshard
+    busiest = max(*moved.received.tolist(), *moved.sent.tolist())
+    assert moved.seconds(0.001) == pytest.approx(busiest / 1e6)
+    text = " ".join(render(plan).split())
+    assert f"{busiest / 1e6:.3g} s" in text
+    assert f"{moved.least / 1e3:.3g} kB" in text
+    assert "0.001 GB/s" in text
+    with pytest.raises(ConfigError, match=r"--link-gb-per-s: got 0; accepted: a number above 0"):
+        make_plan(config, 2, link_gb_per_s=0.0)
