@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Mean cross-entropy, nats per token, without an update."""
 
     def state(self) -> ShardedState:
-        """This rank's boxes, as views."""
+        """This rank's boxes, as views. In a new engine weights are unset, all else is zero."""
 
     def loaded(self) -> None:
         """To be called once the pieces of :meth:`state` have been written: what the engine

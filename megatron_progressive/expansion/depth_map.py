@@ -5,9 +5,11 @@ Knows tables of global tensors only: no engine, no ranks, no data.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
+from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key
 
 COPY, INIT, ZERO = "copy", "init", "zero"
 
@@ -27,6 +29,10 @@ class TensorRule:
     def __post_init__(self) -> None:
         if (self.source is None) and COPY in (self.weights, self.state):
             raise ValueError("a copied tensor needs a source")
+
+    def action(self, slot: str) -> str:
+        """What fills a slot of the tensor."""
+        return self.weights if slot in WEIGHT_SLOTS else self.state
 
 
 def source_layers(from_layers: int, to_layers: int, order: str) -> list[int]:
@@ -106,3 +112,14 @@ def depth_map(
             )
             rules[name] = TensorRule(ZERO if zeroed else COPY, state, source)
     return rules
+
+
+def copied_from(rules: dict[str, TensorRule]) -> Callable[[Key], Key | None]:
+    """The source of a slot of a target tensor; None where it is not copied."""
+
+    def source_of(key: Key) -> Key | None:
+        name, slot = key
+        rule = rules[name]
+        return (rule.source, slot) if rule.action(slot) == COPY and rule.source else None
+
+    return source_of

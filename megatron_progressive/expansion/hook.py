@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 from megatron_progressive.config import ExpansionSection
 from megatron_progressive.engines.base import Engine, GlobalBatch
-from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, depth_map
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, copied_from, depth_map
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.runtime.agreement import all_succeed
-from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key, ShardedState
+from megatron_progressive.state.boxes import WEIGHT_SLOTS, ShardedState
 from megatron_progressive.state.init import initialise
 from megatron_progressive.state.transfer import TransferStats, transfer
 
@@ -56,20 +56,12 @@ def apply_rules(
     Collective over all ranks. Slots that a rule copies come from the same slot of its source.
     """
     for piece in target.pieces:
-        rule = rules[piece.name]
-        action = rule.weights if piece.slot in WEIGHT_SLOTS else rule.state
+        action = rules[piece.name].action(piece.slot)
         if action == INIT:
             initialise(piece, table[piece.name], seed, generation)
-        elif action != COPY:
-            piece.data.zero_()
-
-    def source_of(key: Key) -> Key | None:
-        name, slot = key
-        rule = rules[name]
-        action = rule.weights if slot in WEIGHT_SLOTS else rule.state
-        return (rule.source, slot) if action == COPY and rule.source is not None else None
-
-    return transfer(source, target, source_of, staging_bytes)
+        elif action != COPY and piece.slot in WEIGHT_SLOTS:
+            piece.data.zero_()  # a new engine's optimizer state is zero already
+    return transfer(source, target, copied_from(rules), staging_bytes)
 
 
 def expand(

@@ -164,6 +164,14 @@ class Side:
             self._holders[parts.tobytes()] = known
         return known
 
+    def only_holder(self) -> np.ndarray:
+        """The one rank that holds each group, -1 where there are several: int64 [groups]."""
+        lone = np.array([r[0] if len(r) == 1 else -1 for r in self._part_ranks], np.int64)
+        single = np.diff(self._first) == 1
+        found = np.full(len(self.groups), -1, np.int64)
+        found[single] = lone[self._part_of[self._first[:-1][single]]]
+        return found
+
     def box(self, group: int) -> tuple[Key, Box]:
         row = self.groups[group]
         axes = int(row["axes"])
@@ -238,6 +246,62 @@ class Schedule:
         for moves in (*sends.values(), *receives.values()):
             moves.sort(key=lambda m: (m.target[0], m.target[1].offset, m.box.offset))
         return OwnPart(local, dict(sends), dict(receives))
+
+    def bytes_by_rank(self, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that each rank sends and receives, int64 [world] each: all own parts at once.
+
+        Raises:
+            TransferError: a target that the sources do not cover.
+        """
+        sent, received = np.zeros(world, np.int64), np.zeros(world, np.int64)
+        held, wanted, nbytes = self._pairs()
+        owner_of = self.sources.only_holder()[held]
+        reader_of = self.targets.only_holder()[wanted]
+        single = (owner_of >= 0) & (reader_of >= 0)  # nearly all: shard to shard
+        crossing = single & (owner_of != reader_of)
+        np.add.at(sent, owner_of[crossing], nbytes[crossing])
+        np.add.at(received, reader_of[crossing], nbytes[crossing])
+        for source, target, size in zip(
+            held[~single].tolist(), wanted[~single].tolist(), nbytes[~single], strict=True
+        ):
+            needing, owners = self._owners(source, target)
+            received[needing] += size
+            np.add.at(sent, owners, size)
+        return sent, received
+
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source group, target group, bytes that they share), of all that overlap."""
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for key in self.targets.keys:
+            source = self._source_of(key)
+            if source is None:
+                continue
+            froms, tos = self.sources.of_key(source), self.targets.of_key(key)
+            rows = self.sources.groups[froms.start : froms.stop]
+            fed = self.targets.groups[tos.start : tos.stop]
+            low, first = rows["offset"], fed["offset"]
+            high, last = low + rows["extent"], first + fed["extent"]
+            # Sources are sorted by first row: those that reach a target's rows are a range.
+            reach = np.maximum.accumulate(high[:, 0])
+            begin = np.searchsorted(reach, first[:, 0], side="right")
+            end = np.searchsorted(low[:, 0], last[:, 0], side="left")
+            counts = np.maximum(end - begin, 0)
+            target = np.repeat(np.arange(len(fed)), counts)
+            ahead = np.repeat(np.cumsum(counts) - counts, counts)
+            index = np.arange(len(target)) - ahead + begin[target]
+            extent = np.minimum(high[index], last[target]) - np.maximum(low[index], first[target])
+            elements = np.maximum(extent, 0).prod(axis=1)
+            if elements.sum() != fed["extent"].prod(axis=1).sum():
+                raise TransferError(f"{'/'.join(key)}: the sources do not cover it")
+            kept = elements > 0
+            itemsize = DTYPE_BYTES[_DTYPES[rows["dtype"][0]]]
+            found.append(
+                (index[kept] + froms.start, target[kept] + tos.start, elements[kept] * itemsize)
+            )
+        if not found:
+            return (np.zeros(0, np.int64),) * 3
+        held, wanted, nbytes = (np.concatenate(part) for part in zip(*found, strict=True))
+        return held, wanted, nbytes
 
     def _suppliers(self, wanted: int, rank: int) -> list[tuple[int, Box, int]]:
         """(source group, share, owner) of everything that fills one target piece."""
