@@ -1,4 +1,4 @@
-"""Engines by name. Importing this package costs nothing; making an engine imports Megatron."""
+"""Engines by name. Importing this package costs nothing; making an engine imports it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from megatron_progressive.runtime.layout import Layout
 
 def make_engine(config: RunConfig, shape: ModelShape, layout: Layout) -> Engine:
     """A new engine of ``layout.engine``, with unset weights. Collective over all ranks."""
+    if layout.engine == "deepspeed":
+        from megatron_progressive.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, shape, layout)
     from megatron_progressive.engines.megatron import MegatronEngine
 
     return MegatronEngine(config, shape, layout)
