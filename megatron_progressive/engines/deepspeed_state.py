@@ -97,7 +97,9 @@ def close(engine: Any, model: torch.nn.Module, last: bool) -> None:
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module not in modules]
     cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    cached.__wrapped__.cache_clear()  # a cache over all engines, keyed by module
+    for cell in cached.__closure__:  # a cache over all engines, keyed by module, in a wrapper
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
     for module in modules:  # each holds classes that hold it
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(name, None)
