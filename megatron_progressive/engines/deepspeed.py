@@ -88,9 +88,11 @@ class DeepSpeedEngine:
             self.engine.backward(loss / len(samples), scale_wrt_gas=False)
         self.engine.step()
         total, stops = self._sum_over_ranks(losses, float(stop))
-        replicated = isinstance(self.optimizer, ReplicatedOptimizer)
-        norm = self.optimizer.grad_norm if replicated else self.engine.get_global_grad_norm()
-        return StepMetrics(total, float(norm), stops > 0)
+        if isinstance(self.optimizer, ReplicatedOptimizer):
+            norm = self.optimizer.grad_norm
+        else:
+            norm = float(self.engine.get_global_grad_norm())
+        return StepMetrics(total, norm, stops > 0)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
@@ -185,7 +187,7 @@ class ReplicatedOptimizer(FlatOptimizer):
             if weight.dtype != torch.float32:
                 weight = self._master[parameter] = weight.float()
                 self._sums[parameter] = torch.zeros_like(weight)
-                parameter.register_post_accumulate_grad_hook(self._adder())
+                parameter.register_post_accumulate_grad_hook(self._adder())  # type: ignore[no-untyped-call]
             self.attach(parameter, weight, [Cut(name, table[name], ((0, weight.numel()),), 0)])
 
     def _adder(self) -> Callable[[torch.Tensor], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import itertools
 import logging
 import os
 import warnings
@@ -64,10 +65,15 @@ def start(model: torch.nn.Module, optimizer: FlatOptimizer, config: dict[str, An
     """
     deepspeed = import_deepspeed()
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 
     comm.cdb = None  # a handle of an earlier world group, if any
     groups._WORLD_GROUP = dist.group.WORLD  # or it would clone the world, for good
+    # Stage 3 numbers modules and parameters over all engines of the process, and asks that the
+    # ranks agree: also those that had fewer engines before.
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    partition_parameters.Init.param_id = 0
     # The device that it makes current. It reads this as long as the engine lives.
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     os.environ["LOCAL_RANK"] = str(device)
@@ -139,7 +145,7 @@ def attach(
                 offset = max(0, total - size * optimizer.rank)
                 total += numel
             inside = [min(max(bound, 0), numel) for bound in bounds]
-            ranges = tuple(zip(inside[:-1], inside[1:], strict=True))
+            ranges = tuple(itertools.pairwise(inside))
             start, end = ranges[optimizer.rank]
             cuts.append(Cut(name, table[name], ranges, offset if start < end else 0))
         optimizer.attach(partition, partition, cuts)

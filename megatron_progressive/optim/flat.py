@@ -271,9 +271,7 @@ class _Exchange:
     def scatter(self, whole: list[torch.Tensor]) -> list[torch.Tensor]:
         """The whole tensors that this rank owns in; its part of every tensor out."""
         out = [sum(self._length(i, r) for i in self.owned) for r in range(self.ranks)]
-        arriving = [
-            sum(self._length(i, self.rank) for i in self._of[r]) for r in range(self.ranks)
-        ]
+        arriving = [sum(self._length(i, self.rank) for i in self._of[r]) for r in range(self.ranks)]
         sent = [
             tensor[slice(*self.cuts[i].ranges[r])]
             for r in range(self.ranks)

@@ -71,9 +71,7 @@ def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.T
     return torch.cat(parts, dim=1).reshape(-1, matrices[0].size(1))
 
 
-def with_momentum(
-    grad: torch.Tensor, momentum: torch.Tensor, optim: OptimSection
-) -> torch.Tensor:
+def with_momentum(grad: torch.Tensor, momentum: torch.Tensor, optim: OptimSection) -> torch.Tensor:
     """The direction of an update, fp32 of the gradient's shape; ``momentum`` is updated."""
     grad = grad.to(torch.float32)
     momentum.lerp_(grad, 1 - optim.momentum)

@@ -43,9 +43,9 @@ def train(config: RunConfig, steps: int, exchange_numel: int | None = None) -> R
 
 def against_megatron(
     pairs: list[tuple[RunConfig, list[RunConfig]]], steps: int, exchange_numel: int | None
-) -> list[tuple[int, int, float, float, float]]:
-    """Largest relative differences of (losses, norms, state) of each DeepSpeed run to its
-    Megatron run; the indices say which. Raises on slots that one has and the other has not."""
+) -> list[tuple[int, int, float, float, tuple[float, str]]]:
+    """Largest relative differences of (losses, norms, state and where) of each DeepSpeed run to
+    its Megatron run; the indices say which. Raises on slots that one has and the other has not."""
     found = []
     for i, (reference, runs) in enumerate(pairs):
         expected, expected_state = train(reference, steps)
@@ -56,12 +56,15 @@ def against_megatron(
                 max(abs(a[k] / b[k] - 1) for a, b in zip(got, expected, strict=True))
                 for k in (0, 1)
             )
-            difference = max(
-                float((value.float() - state[key].float()).abs().max())
-                / max(float(value.float().abs().max()), 1e-6)
+            worst = max(
+                (
+                    float((value.float() - state[key].float()).abs().max())
+                    / max(float(value.float().abs().max()), 1e-6),
+                    "/".join(key),
+                )
                 for key, value in expected_state.items()
             )
-            found.append((i, j, loss, norm, difference))
+            found.append((i, j, loss, norm, worst))
     return found
 
 

@@ -38,15 +38,16 @@ def check_against_megatron(
         assert loss < (2e-3 if bf16 else 2e-5), (found, loss)
         assert norm < (2e-2 if bf16 else 2e-4), (found, norm)
         if not bf16:  # rounding to bf16 turns the smallest difference into a large one
-            assert state < 2e-4, (found, state)
+            assert state[0] < 2e-4, (found, state)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
 def test_losses_and_state_equal_the_megatron_engines(pool: Pool, optimizer: str) -> None:
-    name = f"optim.name={optimizer}"
-    untied = "model.tie_embeddings=false"
+    # Key biases have no gradient but rounding, which AdamW would blow up to whole steps.
+    base = [f"optim.name={optimizer}", "optim.eps=1e-4"]
+    untied, clipped = "model.tie_embeddings=false", "optim.clip_grad=0.5"
     check_against_megatron(
-        pool, 2, [pair(0, [name]), pair(1, [name, untied]), pair(3, [name, "optim.clip_grad=0.5"])]
+        pool, 2, [pair(0, base), pair(1, [*base, untied]), pair(3, [*base, clipped])]
     )
 
 
