@@ -1,4 +1,4 @@
-"""Engines by name. Importing this package costs nothing; making an engine imports Megatron."""
+"""Engines by name. Importing this package costs nothing; making an engine imports it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # planning reads engines/partitions.py without loading torch
 
 def make_engine(config: RunConfig, shape: ModelShape, layout: Layout) -> Engine:
     """A new engine of ``layout.engine``, with unset weights. Collective over all ranks."""
+    if layout.engine == "deepspeed":
+        from megatron_progressive.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, shape, layout)
     from megatron_progressive.engines.megatron import MegatronEngine
 
     return MegatronEngine(config, shape, layout)

@@ -63,6 +63,33 @@ def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.T
     return torch.cat(parts, dim=1).reshape(-1, matrices[0].size(1))
 
 
+def with_momentum(grad: torch.Tensor, momentum: torch.Tensor, optim: OptimSection) -> torch.Tensor:
+    """The direction of an update, fp32 of the gradient's shape; ``momentum`` is updated."""
+    grad = grad.to(torch.float32)
+    momentum.lerp_(grad, 1 - optim.momentum)
+    return grad.lerp(momentum, optim.momentum) if optim.nesterov else momentum
+
+
+def orthogonalised(
+    tensors: list[torch.Tensor], row_blocks: list[tuple[int, ...]], optim: OptimSection
+) -> list[torch.Tensor]:
+    """Muon's scaled update of each whole 2-D tensor (:func:`matrices_of` names its matrices).
+
+    Newton-Schulz runs on one batch a shape: small matrices are bound by launches.
+    """
+    by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
+    parts = [matrices_of(t, blocks) for t, blocks in zip(tensors, row_blocks, strict=True)]
+    for i, matrices in enumerate(parts):
+        for j, matrix in enumerate(matrices):
+            by_shape[matrix.shape].append((i, j))
+    for shape, places in by_shape.items():
+        batch = orthogonalise(torch.stack([parts[i][j] for i, j in places]), optim.ns_steps)
+        batch *= update_scale(shape[0], shape[1], optim.scale)
+        for (i, j), matrix in zip(places, batch, strict=True):
+            parts[i][j] = matrix
+    return [joined(matrices, blocks) for matrices, blocks in zip(parts, row_blocks, strict=True)]
+
+
 class MuonNSGD(torch.optim.Optimizer):
     """One optimizer for all tensors; see the module's docstring.
 
@@ -107,15 +134,10 @@ class MuonNSGD(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                updates.append((group, param, self._with_momentum(param)))
+                momentum = self.state[param]["momentum"]
+                updates.append((group, param, with_momentum(param.grad, momentum, self.optim)))
         self._orthogonalise([u for u in updates if u[0]["rule"] == MUON])
         self._normalise([u for u in updates if u[0]["rule"] == NSGD])
-
-    def _with_momentum(self, param: torch.Tensor) -> torch.Tensor:
-        momentum = self.state[param]["momentum"]
-        grad = param.grad.to(torch.float32)  # type: ignore[union-attr]
-        momentum.lerp_(grad, 1 - self.optim.momentum)
-        return grad.lerp(momentum, self.optim.momentum) if self.optim.nesterov else momentum
 
     @staticmethod
     def _apply(group: dict[str, Any], param: torch.Tensor, update: torch.Tensor) -> None:
@@ -126,24 +148,10 @@ class MuonNSGD(torch.optim.Optimizer):
         self, updates: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]
     ) -> None:
         whole = [self._gathered(update, group["tp_axis"]) for group, _, update in updates]
-        # Newton-Schulz on one batch a shape: small matrices are bound by launches.
-        by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
-        parts = [
-            matrices_of(tensor, group["row_blocks"])
-            for tensor, (group, _, _) in zip(whole, updates, strict=True)
-        ]
-        for i, matrices in enumerate(parts):
-            for j, matrix in enumerate(matrices):
-                by_shape[matrix.shape].append((i, j))
-        for shape, places in by_shape.items():
-            batch = orthogonalise(
-                torch.stack([parts[i][j] for i, j in places]), self.optim.ns_steps
-            )
-            batch *= update_scale(shape[0], shape[1], self.optim.scale)
-            for (i, j), matrix in zip(places, batch, strict=True):
-                parts[i][j] = matrix
-        for (group, param, _), matrices in zip(updates, parts, strict=True):
-            update = joined(matrices, group["row_blocks"])
+        blocks = [group["row_blocks"] for group, _, _ in updates]
+        for (group, param, _), update in zip(
+            updates, orthogonalised(whole, blocks, self.optim), strict=True
+        ):
             self._apply(group, param, self._own_shard(update, group["tp_axis"]))
 
     def _normalise(self, updates: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> None:

@@ -1,0 +1,232 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3, data parallel, on Megatron-core's model.
+
+Stages 1 to 3 are DeepSpeed's own, with our optimizer on their partitions. At stage 0 DeepSpeed
+averages the gradients and our optimizer does the rest (in bf16 DeepSpeed would accumulate
+gradients in bf16 there, so the fp32 sums and the master weights are ours too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_progressive.config import OptimSection, RunConfig
+from megatron_progressive.engines import deepspeed_state
+from megatron_progressive.engines.base import GlobalBatch, StepMetrics
+from megatron_progressive.engines.megatron_model import (
+    build_chunk,
+    canonical_names,
+    transformer_config,
+)
+from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import ModelShape, TensorSpec
+from megatron_progressive.optim.flat import Cut, FlatOptimizer
+from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.state.boxes import ShardedState
+
+_BUCKET_NUMEL = 50_000_000
+"""Most gradient elements that DeepSpeed collects before it reduces them."""
+
+
+class DeepSpeedEngine:
+    """One model and optimizer under one ZeRO stage. Making one is collective over all ranks.
+
+    Weights are uninitialised and optimizer state is zero until the caller fills the boxes of
+    :meth:`state` and calls :meth:`loaded`. Building holds the whole model on each rank for a
+    moment, also at stage 3.
+
+    Raises:
+        RuntimeError: another version of DeepSpeed, or tensors that differ from the family's.
+    """
+
+    _alive = 0  # engines that share DeepSpeed's globals
+
+    def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+        deepspeed_state.check_version()
+        deepspeed_state.import_deepspeed()
+        self.layout, self.shape, self.config = layout, shape, config
+        self.groups = ProcessGroups(layout)
+        self._stage, self._bf16 = layout.zero_stage, config.train.precision == "bf16"
+        model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
+        dtype = torch.bfloat16 if self._bf16 else torch.float32
+        core = build_chunk(shape, self.groups, transformer_config(shape, self.groups, dtype), 0)
+        core = core.to(dtype)
+        self._names, self._table = canonical_names(core), tensor_table(shape)
+        _check_shapes(self._names, self._table)
+        parameters = list(self._names.values())
+        rank, optim = self.groups.data_rank, config.optim
+        self.optimizer = (
+            FlatOptimizer(parameters, optim, rank, self.groups.data_group)
+            if self._stage
+            else ReplicatedOptimizer(parameters, optim)
+        )
+        self.engine = deepspeed_state.start(core, self.optimizer, self._deepspeed_config())
+        if isinstance(self.optimizer, ReplicatedOptimizer):
+            self.optimizer.attach_replicated(self._names, self._table)
+        else:
+            deepspeed_state.attach(
+                self.engine, self.optimizer, self._names, self._table, self._stage
+            )
+        DeepSpeedEngine._alive += 1
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+
+    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        samples = self._samples(batch)
+        losses = []
+        for number, sample in enumerate(samples, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(samples))
+            loss = self._loss(sample)
+            losses.append(loss.detach())
+            self.engine.backward(loss / len(samples), scale_wrt_gas=False)
+        self.engine.step()
+        total, stops = self._sum_over_ranks(losses, float(stop))
+        if isinstance(self.optimizer, ReplicatedOptimizer):
+            norm = self.optimizer.grad_norm
+        else:
+            norm = float(self.engine.get_global_grad_norm())
+        return StepMetrics(total, norm, stops > 0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
+        self.engine.eval()
+        means = [
+            self._sum_over_ranks([self._loss(s) for s in self._samples(b)], 0.0)[0] for b in batches
+        ]
+        self.engine.train()
+        if self._stage == 3:
+            deepspeed_state.release(self.engine)
+        return sum(means) / len(means)
+
+    def state(self) -> ShardedState:
+        return deepspeed_state.sharded_state(
+            self.optimizer, self._names, self._table, self._stage, self._bf16
+        )
+
+    def loaded(self) -> None:
+        deepspeed_state.follow_weights(self.engine, self._stage, self._bf16)
+
+    def activate(self) -> None:
+        self.groups.activate()
+
+    def close(self) -> None:
+        DeepSpeedEngine._alive -= 1
+        deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
+        del self.engine, self.optimizer, self._names
+        deepspeed_state.collect()
+        self.groups.close()
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        bucket = min(_BUCKET_NUMEL, sum(spec.numel for spec in self._table.values()))
+        return {
+            "train_micro_batch_size_per_gpu": self.config.train.micro_batch,
+            # Micro-batches are counted and averaged here; DeepSpeed is told which is the last.
+            "gradient_accumulation_steps": 1,
+            # its default clips, also updates that are no gradients any more
+            "gradient_clipping": self.config.optim.clip_grad if self._stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": self._bf16 and self._stage > 0},
+            "zero_optimization": {
+                "stage": self._stage,
+                "reduce_bucket_size": bucket,
+                # No weight stays whole between steps: loaded() then needs no communication.
+                "stage3_param_persistence_threshold": 0,
+                "sub_group_size": 10**15,
+            },
+        }
+
+    def _samples(self, batch: GlobalBatch) -> list[torch.Tensor]:
+        micro = self.config.train.micro_batch
+        return batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
+
+    def _loss(self, sample: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of one micro-batch."""
+        sample = sample.to(self._device, non_blocking=True)
+        positions = self._positions.expand(sample.size(0), -1)
+        losses: torch.Tensor = self.engine(
+            sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
+        )
+        return losses.float().mean()
+
+    def _sum_over_ranks(self, losses: list[torch.Tensor], stop: float) -> tuple[float, float]:
+        """The global mean loss, and the sum of ``stop``, in one all-reduce over all ranks."""
+        share = sum(float(loss) for loss in losses) / len(losses)
+        values = torch.tensor([share / self.layout.data, stop], dtype=torch.float64)
+        values = values.to(self._device)
+        dist.all_reduce(values)
+        return float(values[0]), float(values[1])
+
+
+class ReplicatedOptimizer(FlatOptimizer):
+    """Stage 0: every rank updates every tensor, from gradients that DeepSpeed has averaged.
+
+    Weights in bf16 have an fp32 master copy and fp32 gradient sums here.
+    """
+
+    def __init__(self, params: Sequence[torch.nn.Parameter], optim: OptimSection) -> None:
+        super().__init__(params, optim)
+        self.grad_norm = 0.0
+        self._master: dict[torch.Tensor, torch.Tensor] = {}
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+
+    def attach_replicated(
+        self, parameters: dict[str, torch.nn.Parameter], table: dict[str, TensorSpec]
+    ) -> None:
+        """Allocate the state (zero) and the fp32 copies of weights that need them."""
+        for name, parameter in parameters.items():
+            weight = parameter.data
+            if weight.dtype != torch.float32:
+                weight = self._master[parameter] = weight.float()
+                self._sums[parameter] = torch.zeros_like(weight)
+                parameter.register_post_accumulate_grad_hook(self._adder())  # type: ignore[no-untyped-call]
+            self.attach(parameter, weight, [Cut(name, table[name], ((0, weight.numel()),), 0)])
+
+    def _adder(self) -> Callable[[torch.Tensor], None]:
+        sums = self._sums
+
+        def add(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                sums[parameter].add_(parameter.grad)
+                parameter.grad = None
+
+        return add
+
+    def gradient(self, param: torch.Tensor) -> torch.Tensor:
+        return self._sums[param] if param in self._sums else super().gradient(param)
+
+    def get_grads_for_reduction(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """DeepSpeed asks an optimizer that has this what to average: (dense, of experts)."""
+        return [self.gradient(p) for p in self._fragments], {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        gradients = [self.gradient(param) for param in self._fragments]
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        self.grad_norm = float(norm)
+        most = self.optim.clip_grad
+        if most and self.grad_norm > most:
+            for gradient in gradients:
+                gradient.mul_(most / (self.grad_norm + 1e-6))
+        super().step()
+        for parameter, master in self._master.items():
+            parameter.copy_(master)
+            self._sums[parameter].zero_()
+
+
+def _check_shapes(parameters: dict[str, torch.nn.Parameter], table: dict[str, TensorSpec]) -> None:
+    built = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    expected = {name: spec.shape for name, spec in table.items()}
+    for name in built.keys() | expected.keys():
+        if built.get(name) != expected.get(name):
+            raise RuntimeError(
+                f"{name}: Megatron-core built {built.get(name)}, not {expected.get(name)}"
+            )
