@@ -7,6 +7,7 @@ gradients in bf16 there, so the fp32 sums and the master weights are ours too).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,8 +121,8 @@ class DeepSpeedEngine:
         DeepSpeedEngine._alive -= 1
         deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
         del self.engine, self.optimizer, self._names
-        deepspeed_state.collect()
         self.groups.close()
+        gc.collect()  # its parts refer to each other, and its tensors are large
 
     def _deepspeed_config(self) -> dict[str, Any]:
         bucket = min(_BUCKET_NUMEL, sum(spec.numel for spec in self._table.values()))

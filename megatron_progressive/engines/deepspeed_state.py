@@ -7,7 +7,6 @@ and ``utils/groups.py``. Nothing else in this package touches DeepSpeed's inside
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import itertools
 import logging
@@ -112,11 +111,6 @@ def close(engine: Any, model: torch.nn.Module, last: bool) -> None:
     if last:
         comm.cdb = None
         groups._WORLD_GROUP = None
-
-
-def collect() -> None:
-    """Free a closed engine: its parts refer to each other, and its tensors are large."""
-    gc.collect()
 
 
 def attach(

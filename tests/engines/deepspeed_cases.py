@@ -18,6 +18,7 @@ from megatron_progressive.models import model_shape
 from megatron_progressive.optim import flat
 from megatron_progressive.runtime import distributed
 from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.state.boxes import ShardedState, whole
 from tests.engines import cases
 
 Run = tuple[list[tuple[float, float]], cases.Full]
@@ -36,9 +37,23 @@ def train(config: RunConfig, steps: int, exchange_numel: int | None = None) -> R
     engine = cases.start(config)
     metrics = [engine.train_step(batch(number), 0.01) for number in range(steps)]
     state = cases.gather(engine.state())
+    check_saved_once(engine.state())
     engine.close()
     flat.EXCHANGE_NUMEL = before
     return [(m.loss, m.grad_norm) for m in metrics], state
+
+
+def check_saved_once(state: ShardedState) -> None:
+    """Each element of each tensor is in exactly one rank's piece of replica 0."""
+    mine = [(p.key, p.global_shape, p.box) for p in state.pieces if not p.replica]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    counts: dict[Any, torch.Tensor] = {}
+    for key, shape, box in (piece for pieces in everyone for piece in pieces):
+        count = counts.setdefault(key, torch.zeros(shape, dtype=torch.int))
+        count[box.slices_within(whole(shape))] += 1
+    for key, count in counts.items():
+        assert bool((count == 1).all()), key
 
 
 def against_megatron(
