@@ -1,0 +1,112 @@
+"""Expansions between random engines, layouts and depths equal the reference, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.engines.base import GlobalBatch
+from megatron_progressive.models import model_shape
+from megatron_progressive.study.preflight import check_run
+from tests.engines import cases, reference
+from tests.pool import Pool
+
+CASES, EACH = 210, 15
+SAMPLES = 12  # a step: divides over 1 to 4 data-parallel ranks, and over stages
+
+
+def random_parallel(rng: random.Random, world: int) -> dict[str, Any]:
+    """Any engine, any layout that fits ``world`` ranks."""
+    parallel = {"engine": "megatron", "tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
+                "uneven": True, "zero_stage": rng.randint(0, 1)}  # fmt: skip
+    if rng.random() < 0.4:
+        return {**parallel, "engine": "deepspeed", "zero_stage": rng.randint(0, 3)}
+    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])
+    rest = world // parallel["tensor"]
+    parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
+    if parallel["pipeline"] > 1:
+        parallel["virtual_pipeline"] = rng.choice([1, 1, 2])
+    return parallel
+
+
+def random_case(seed: int, world: int) -> RunConfig:
+    rng = random.Random(seed)
+    source = rng.randint(0, 4)
+    copying = ["copying", "copying_zeroL", "copying_zeroN"] if source else []
+    after = random_parallel(rng, world)
+    expansion = {
+        "at": 2,
+        "to_layers": rng.randint(source + 1, 12),
+        "init": rng.choice(["random", "zero", *copying]),
+        "order": rng.choice(["stack", "inter", "last"]),
+        "insert": rng.choice(["bottom", "top"]),
+        "optimizer_state": rng.choice(["inherit", "copy", "reset"]),
+        "parallel": after,
+    }
+    words = [
+        f"model.num_layers={source}",
+        f"model.tie_embeddings={rng.choice(['true', 'false'])}",
+        f"model.linear_bias={rng.choice(['true', 'false'])}",
+        f"optim.name={rng.choice(['adamw', 'muon_nsgd'])}",
+        f"optim.embeddings={rng.choice(['muon', 'adamw'])}",
+        f"train.precision={rng.choice(['fp32', 'bf16'])}",
+        f"train.global_batch={SAMPLES}",
+        "train.micro_batch=1",
+        *(f"parallel.{key}={value}" for key, value in random_parallel(rng, world).items()),
+    ]
+    config = cases.small_config(words, expansion)
+    check_run(config, world)
+    return config
+
+
+def differences(configs: list[RunConfig]) -> list[list[str]] | None:
+    """Of each case, what is not as the reference says (rank 0 compares)."""
+    found = []
+    for config in configs:
+        engine = cases.start(config)
+        engine.train_step(GlobalBatch(cases.tokens, 0, SAMPLES), 0.01)
+        before = cases.gather(engine.state())
+        engine, _ = cases._expand(engine, config)
+        after = cases.gather(engine.state())
+        metrics = engine.train_step(GlobalBatch(cases.tokens, SAMPLES, SAMPLES), 0.01)
+        stepped = cases.gather(engine.state())
+        engine.close()
+        found.append(_compare(config, before, after, stepped, metrics.loss))
+    return found if dist.get_rank() == 0 else None
+
+
+def _compare(
+    config: RunConfig, before: cases.Full, after: cases.Full, stepped: cases.Full, loss: float
+) -> list[str]:
+    section, optim = config.expansion[0], config.optim
+    expected = reference.expanded(
+        before, model_shape(config, section.to_layers), model_shape(config).num_layers,
+        section.init, section.order, section.insert, section.optimizer_state, config.run.seed,
+        lambda name: optim.name == "adamw" or (
+            optim.embeddings == "adamw" and ("embedding" in name or "output" in name)),
+    )  # fmt: skip
+    wrong = [f"{key} only on one side" for key in after.keys() ^ expected.keys()]
+    wrong += [f"{key} differs" for key in after.keys() & expected.keys()
+              if not torch.equal(after[key], expected[key])]  # fmt: skip
+    if not 0 < loss < 20:
+        wrong.append(f"loss {loss} in the next step")
+    slot = "master" if config.train.precision == "bf16" else "param"
+    # zero sub-layers pass no gradient on, except to the biases at their ends
+    learns = section.init not in ("zero", "copying_zeroN", "copying_zeroL")
+    wrong += [f"{key} was not updated" for key in after
+              if key[1] == slot and learns and torch.equal(after[key], stepped[key])]  # fmt: skip
+    return wrong
+
+
+@pytest.mark.parametrize("first", range(0, CASES, EACH))
+def test_random_expansions_equal_the_reference(pool: Pool, first: int) -> None:
+    world = 1 + first // EACH % 4
+    configs = [random_case(seed, world) for seed in range(first, first + EACH)]
+    results = pool.run(world, differences, configs)[0]
+    for seed, config, wrong in zip(range(first, first + EACH), configs, results, strict=True):
+        assert not wrong, (seed, world, config.parallel, config.expansion, config.optim, wrong)
