@@ -22,20 +22,12 @@ import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.newton_schulz import orthogonalise
+from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 
-MUON, NSGD, ADAMW = "muon", "nsgd", "adamw"
-_STATE = {MUON: ("momentum",), NSGD: ("momentum",), ADAMW: ("exp_avg", "exp_avg_sq")}
-
-
-def rule_of(spec: TensorSpec, optim: OptimSection) -> str:
-    """Which rule updates a tensor: ``muon``, ``nsgd`` or ``adamw``."""
-    if optim.name == ADAMW:
-        return ADAMW
-    if spec.role in ("embedding", "position", "head"):
-        return optim.embeddings
-    return MUON if len(spec.shape) == 2 else NSGD
+__all__ = [
+    "ADAMW", "MUON", "NSGD", "MuonNSGD", "joined", "matrices_of", "rule_of", "update_scale",
+]  # fmt: skip
 
 
 def update_scale(n_out: int, n_in: int, scale: str) -> float:
@@ -100,10 +92,10 @@ class MuonNSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 slots = self.state[param]
-                for name in _STATE[group["rule"]]:
+                for name in STATE_SLOTS[group["rule"]]:
                     slots[name] = torch.zeros_like(param, dtype=torch.float32)
                 if group["rule"] == ADAMW:
-                    slots["step"] = torch.zeros((), dtype=torch.float32)
+                    slots[STEP] = torch.zeros((), dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
