@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -111,9 +112,11 @@ class MegatronEngine:
         self.groups.activate()
 
     def close(self) -> None:
-        # Buffers and parameters refer to each other; dropping the names frees them all.
         del self.model, self.optimizer, self._names, self._forward_backward
         self.groups.close()
+        # Buffers, parameters and groups refer to each other: memory, threads and connections
+        # would stay until some later collection.
+        gc.collect()
 
     def _run(self, batch: GlobalBatch, forward_only: bool) -> list[torch.Tensor]:
         """The mean loss of each of this rank's micro-batches (none but on the last stage)."""

@@ -7,6 +7,8 @@ with :meth:`ProcessGroups.activate`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -24,18 +26,43 @@ def _parallel_state_globals() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _one_group_for_the_same_ranks() -> Iterator[None]:
+    """Megatron-core makes some thirty groups, most with the ranks of another one.
+
+    On gloo each costs connections and four threads in every member, so one serves for all.
+    NCCL's are left as they are: each is a stream of its own.
+    """
+    if dist.get_backend() != "gloo":
+        yield
+        return
+    create, known = parallel_state.create_group, {}
+
+    def create_once(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
+        if tuple(ranks) not in known:
+            known[tuple(ranks)] = create(ranks, *args, **kwargs)
+        return known[tuple(ranks)]
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
+
+
 class ProcessGroups:
     """The process groups of one layout. Making one is collective over all ranks."""
 
     def __init__(self, layout: Layout) -> None:
         before = set(c10d._world.pg_map)
         parallel_state.destroy_model_parallel()  # clears the globals; groups stay with their owner
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            expert_model_parallel_size=layout.expert,
-            create_gloo_process_groups=False,
-        )
+        with _one_group_for_the_same_ranks():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                expert_model_parallel_size=layout.expert,
+                create_gloo_process_groups=False,
+            )
         self._globals = _parallel_state_globals()
         self._created = [group for group in c10d._world.pg_map if group not in before]
         self.layout = layout
@@ -69,3 +96,4 @@ class ProcessGroups:
                 dist.destroy_process_group(group)
         self._created = []
         self._globals = {}
+        del self.tensor_group, self.data_group, self.model_group
