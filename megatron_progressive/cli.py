@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_progressive import __version__
-from megatron_progressive.config import ConfigError, load
+from megatron_progressive.config import ConfigError, ExpansionSection, expansion_from_words, load
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -45,6 +46,25 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _checkpoint_inspect(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.state.inspection import inspect_checkpoint, render
+
+    found = inspect_checkpoint(Path(args.checkpoint))
+    print(json.dumps(found) if args.json else render(found))
+    return 0
+
+
+def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
+
+    fields = ("to_layers", "init", "order", "insert", "optimizer_state")
+    expansion = expansion_from_words({field: getattr(args, field) for field in fields})
+    plan = plan_expansion(Path(args.checkpoint), Path(args.out), expansion)
+    expand_checkpoint(plan)
+    print(f"{args.out}: {plan.from_layers} → {plan.progress.num_layers} layers")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mprog", description="Zero/one-layer progressive training on Megatron-core."
@@ -77,6 +97,28 @@ def _parser() -> argparse.ArgumentParser:
         dest="data_command", required=True, metavar="COMMAND"
     )
     takes_config(command(data, "prepare", _data_prepare, "corpus to Megatron's indexed dataset"))
+    checkpoint = commands.add_parser("checkpoint", help="checkpoints on disk").add_subparsers(
+        dest="checkpoint_command", required=True, metavar="COMMAND"
+    )
+    inspect = command(checkpoint, "inspect", _checkpoint_inspect, "what a checkpoint holds")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+    expand = command(checkpoint, "expand", _checkpoint_expand, "a deeper checkpoint, without a job")
+    expand.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
+    expand.add_argument("out", metavar="OUT", help="folder of the new checkpoint")
+    expand.add_argument("--to-layers", metavar="N", required=True, help="depth of the new one")
+    defaults = ExpansionSection()
+    for field, what in (
+        ("init", "new layers' weights: random, copying, zero, copying_zeroL, copying_zeroN"),
+        ("order", "of copied layers: stack, inter, last"),
+        ("insert", "new layers go to the bottom or the top"),
+        ("optimizer_state", "inherit, copy, reset"),
+    ):
+        default = getattr(defaults, field)
+        option = f"--{field.replace('_', '-')}"
+        expand.add_argument(
+            option, metavar="WORD", default=default, help=f"{what} (default: {default})"
+        )
     report = command(commands, "report", _report, "report.html, figures and report.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
     report.add_argument(

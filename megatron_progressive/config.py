@@ -425,6 +425,18 @@ def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> R
     return config
 
 
+def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
+    """A checked expansion outside of a run (``at`` is left open) from its fields as text.
+
+    Raises:
+        ConfigError: unknown key, wrong type or value.
+    """
+    _check_keys(words, ExpansionSection, "expansion.")
+    section = ExpansionSection(**{**words, "to_layers": int(words["to_layers"])})  # type: ignore[arg-type]
+    _check_fields(section, "expansion.")
+    return section
+
+
 def _parent(cfg: Any, key: str) -> tuple[Any, str]:
     *path, leaf = key.split(".")
     for part in path:

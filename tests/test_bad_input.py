@@ -186,7 +186,16 @@ def _no_progress(folder: Path) -> str:
     return "progress.json"
 
 
-@pytest.mark.parametrize("damage", [_truncate, _lose, _no_progress])
+def _no_model(folder: Path) -> str:
+    """As a version that did not describe its model has saved it."""
+    for path in folder.glob("checkpoints/*/progress.json"):
+        values = json.loads(path.read_text())
+        del values["model"]
+        path.write_text(json.dumps(values))
+    return "progress.json"
+
+
+@pytest.mark.parametrize("damage", [_truncate, _lose, _no_progress, _no_model])
 def test_damaged_checkpoint(
     finished: Path, corpus: Path, tmp_path: Path, capfd: Any, damage: Callable[[Path], str]
 ) -> None:
@@ -199,6 +208,68 @@ def test_damaged_checkpoint(
     code, lines = mprog(run_values(tmp_path, corpus, "run"), tmp_path, words, 1, capfd)
     assert_refused(code, lines, needed)
     assert contents(tmp_path / "run") == before
+
+
+# name, what is asked for beside the checkpoint, what the line must hold
+EXPAND_TABLE: list[tuple[str, dict[str, str], list[str]]] = [
+    ("no such checkpoint", {"checkpoint": "nothing"}, ["no folder", "nothing"]),
+    ("a run folder", {"checkpoint": "run"}, ["progress.json"]),
+    ("same depth", {"to-layers": "4"}, ["to_layers: got 4", "more than the 4 layers"]),
+    ("no layers", {"to-layers": "0"}, ["to_layers: got 0", "from 1"]),
+    ("no number", {"to-layers": "many"}, ["to_layers: got 'many'", "an integer"]),
+    ("unknown init", {"init": "copy"}, ["init: got 'copy'", "copying_zeroL"]),
+    ("unknown order", {"order": "up"}, ["order: got 'up'", "stack, inter, last"]),
+    ("unknown side", {"insert": "middle"}, ["insert: got 'middle'", "bottom, top"]),
+    ("unknown state policy", {"optimizer-state": "keep"}, ["optimizer_state: got 'keep'", "reset"]),
+    ("result is there", {"out": "run"}, ["out: ", "run is there"]),
+    ("no folder for the result", {"out": "no/such/folder"}, ["out: no folder", "no/such"]),
+]
+
+
+def expand_offline(folder: Path, checkpoint: str, changes: dict[str, str]) -> int:
+    options = {"to-layers": "6", **changes}
+    source = folder / options.pop("checkpoint", checkpoint)
+    words = [str(source), str(folder / options.pop("out", "out"))]
+    words += [word for key, value in options.items() for word in (f"--{key}", value)]
+    return cli.main(["checkpoint", "expand", *words])
+
+
+@pytest.mark.parametrize("case", EXPAND_TABLE, ids=[case[0] for case in EXPAND_TABLE])
+def test_offline_expansion_refused(
+    finished: Path, case: tuple[str, dict[str, str], list[str]], capfd: Any
+) -> None:
+    _, changes, needed = case
+    before = contents(finished.parent)
+    code = expand_offline(finished.parent, "run/checkpoints/step_0000045", changes)
+    assert_refused(code, capfd.readouterr().err.strip().splitlines(), needed)
+    assert contents(finished.parent) == before
+
+
+def test_offline_copying_from_nothing(finished: Path, tmp_path: Path, capfd: Any) -> None:
+    shutil.copytree(finished / "checkpoints" / "step_0000045", tmp_path / "source")
+    path = tmp_path / "source" / "progress.json"
+    values = json.loads(path.read_text())
+    values["num_layers"] = values["model"]["num_layers"] = 0
+    values["model"]["depth_history"] = [[0, 0]]
+    path.write_text(json.dumps(values))
+    code = expand_offline(tmp_path, "source", {"init": "copying"})
+    assert_refused(code, capfd.readouterr().err.strip().splitlines(), ["init", "random, zero"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _lose, _no_progress, _no_model])
+def test_damaged_checkpoint_is_neither_inspected_nor_expanded(
+    finished: Path, tmp_path: Path, capfd: Any, damage: Callable[[Path], str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    needed = ["checkpoint:", damage(tmp_path / "run")]
+    saved = "run/checkpoints/step_0000045"
+    before = contents(tmp_path)
+    for command in (["expand", saved, "out", "--to-layers", "6"], ["inspect", saved]):
+        words = [str(tmp_path / word) if word in (saved, "out") else word for word in command]
+        code = cli.main(["checkpoint", *words])
+        assert_refused(code, capfd.readouterr().err.strip().splitlines(), needed)
+    assert contents(tmp_path) == before
 
 
 def test_a_failing_rank_ends_the_job_with_its_cause(corpus: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Each slot of each global tensor is one entry, ``name/slot``, of ``torch_dist`` format, saved
 as the boxes that ranks hold and read back as the boxes that they will hold: loading on
 another layout is the same operation. ``progress.json`` is written last and lists the size of
-every file, so that a checkpoint without it, or whose files disagree, is not one.
+every file, so that a checkpoint without it, or whose files disagree, is not one; it also
+describes the model (:class:`.record.ModelRecord`). Reading it needs no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.state.boxes import ShardedState
+from megatron_progressive.state.record import ModelRecord
 
 PROGRESS_FILE = "progress.json"
 _NAME = re.compile(r"step_(\d{7,})")
@@ -68,9 +68,24 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         ConfigError: a file is missing or truncated.
     """
+    return read_description(checkpoint)[0]
+
+
+def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
+    """Progress and model of a checkpoint, after checking that all its files are whole.
+
+    Raises:
+        ConfigError: no such folder, or a file is missing or truncated.
+    """
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"checkpoint: no folder {checkpoint}; accepted: a checkpoint, as "
+            "RUN/checkpoints/step_0001200"
+        )
     try:
         values: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text())
         sizes = values.pop("files")
+        model = ModelRecord.from_values(values.pop("model"))
         progress = Progress(**values)
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
@@ -86,7 +101,17 @@ def read_progress(checkpoint: Path) -> Progress:
                 f"checkpoint: {path} is {got}; accepted: a whole checkpoint (remove "
                 f"{checkpoint.name} to resume from the one before)"
             )
-    return progress
+    return progress, model
+
+
+def seal(folder: Path, progress: Progress, model: ModelRecord) -> None:
+    """Make the files in ``folder`` a checkpoint: flush them to disk, then describe them."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    for path in files:
+        fsync_path(path)
+    sizes = {path.name: path.stat().st_size for path in files}
+    values = {**asdict(progress), "model": model.to_values(), "files": sizes}
+    write_json(folder / PROGRESS_FILE, values)
 
 
 def _sharded_tensors(state: ShardedState) -> dict[str, Any]:
@@ -111,6 +136,7 @@ def save(
     state: ShardedState,
     folder: Path,
     progress: Progress,
+    model: ModelRecord,
     keep: int,
     protected: Collection[int] = (),
 ) -> Path:
@@ -120,6 +146,7 @@ def save(
     save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all), and those
     of ``protected`` steps.
     """
+    import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -140,11 +167,7 @@ def save(
     )
     dist.barrier()
     if first:
-        files = [path for path in sorted(temporary.iterdir()) if path.is_file()]
-        for path in files:
-            fsync_path(path)
-        sizes = {path.name: path.stat().st_size for path in files}
-        write_json(temporary / PROGRESS_FILE, {**asdict(progress), "files": sizes})
+        seal(temporary, progress, model)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         fsync_path(final.parent)

@@ -20,7 +20,7 @@ from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.state.boxes import WEIGHT_SLOTS, Box, Piece, ShardedState
 
 _WORDS = 4  # 64-bit words that Philox 4x64 makes of one counter
-_CHUNK = 1 << 22  # elements drawn at once: bounds the fp64 working memory
+_CHUNK = 1 << 20  # elements drawn at once: bounds the fp64 working memory
 
 
 def _uniform_words(key: int, start: int, count: int) -> np.ndarray:

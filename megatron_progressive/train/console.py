@@ -10,15 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.runtime.progress import short_time
 
-
-def short_time(seconds: float) -> str:
-    """``1h05m``, ``4m10s`` or ``12s``."""
-    whole = max(0, round(seconds))
-    hours, minutes, seconds = whole // 3600, whole % 3600 // 60, whole % 60
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+__all__ = ["Monitor", "short_time"]
 
 
 class Monitor:

@@ -20,6 +20,7 @@ from megatron_progressive.runtime.signals import StopFlag
 from megatron_progressive.state import checkpoint
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
+from megatron_progressive.state.record import DepthHistory, record_of_run
 from megatron_progressive.study.flops import step_flops
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
@@ -50,6 +51,7 @@ class _Run:
         self.started = time.perf_counter() - self.progress.wall_s
         self.train_wall = self.progress.train_wall_s
         self.eval_loss = float("nan")
+        self.history: DepthHistory = ((0, depths[0]),)
         self.engine = self._first_engine()
         if self.resumed:
             self.recorder.event(
@@ -76,6 +78,7 @@ class _Run:
         if self.resumed:
             path = checkpoint.checkpoint_path(self.config.folder, self.progress.step)
             checkpoint.load(state, path)
+            self.history = checkpoint.read_description(path)[1].depth_history
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()
@@ -147,6 +150,7 @@ class _Run:
         self.progress = Progress(
             **{**asdict(self.progress), "expansions": done + 1, "num_layers": event.to_layers}
         )
+        self.history = (*self.history, (step, event.to_layers))
         self.recorder.event("expansion", step=step, **asdict(event))
         self.monitor.note(
             f"expanded {event.from_layers} → {event.to_layers} layers after step {step} "
@@ -185,11 +189,13 @@ class _Run:
         self.recorder.sync()
         wall = time.perf_counter() - self.started
         self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
+        model = record_of_run(self.config, self.engine.shape, self.engine.layout, self.history)
         start = time.perf_counter()
         path = checkpoint.save(
             self.engine.state(),
             self.config.folder,
             self.progress,
+            model,
             train.keep_checkpoints,
             protected=self.taus,
         )

@@ -1,0 +1,193 @@
+"""Expand a checkpoint on disk: the hook's depth map, one tensor at a time.
+
+One process without a job and with little memory: at most one tensor is held (twice while it is
+cut into boxes or read). The result is what :func:`.hook.expand` makes of the same state.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_progressive.config import ConfigError, ExpansionSection, OptimSection
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, depth_map
+from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
+from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
+from megatron_progressive.runtime.files import fsync_path
+from megatron_progressive.runtime.progress import show_bytes
+from megatron_progressive.state.boxes import MASTER, PARAM, WEIGHT_SLOTS, Key, whole
+from megatron_progressive.state.checkpoint import Progress, read_description, seal
+from megatron_progressive.state.record import ModelRecord
+from megatron_progressive.state.stored import Slots, StoredTensor, stored_tensors
+
+if TYPE_CHECKING:  # bad input is refused without loading torch
+    import torch
+
+    from megatron_progressive.state.streamed import TensorReader
+
+LAYOUT = "offline"
+"""What an expanded checkpoint names as its layout: no job has saved it."""
+
+
+@dataclass(frozen=True)
+class OfflineExpansion:
+    """All that is to be written, checked."""
+
+    checkpoint: Path
+    out: Path
+    progress: Progress
+    """Of the result."""
+    model: ModelRecord
+    """Of the result."""
+    from_layers: int
+    tensors: dict[Key, StoredTensor]
+    """Of the result."""
+    rules: dict[str, TensorRule]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> OfflineExpansion:
+    """Check everything and derive what the deeper checkpoint holds. Creates nothing.
+
+    Args:
+        expansion: as in a configuration; ``at`` and ``parallel`` are not read.
+
+    Raises:
+        ConfigError: no whole checkpoint, a depth or policy that does not fit it, or an ``out``
+            that is there or has no room.
+    """
+    progress, model = read_description(checkpoint)
+    depth, target = progress.num_layers, expansion.to_layers
+    if target <= depth:
+        raise ConfigError(
+            f"expansion.to_layers: got {target}; accepted: more than the {depth} "
+            f"layer{'s' * (depth != 1)} of {checkpoint}"
+        )
+    if depth == 0 and expansion.init.startswith("copying"):
+        raise ConfigError(
+            f"expansion.init: got {expansion.init!r} from 0 layers, where nothing can be copied; "
+            f"accepted: random, zero"
+        )
+    if os.path.lexists(out):
+        raise ConfigError(f"out: {out} is there; accepted: a folder that is not there yet")
+    if not out.parent.is_dir():
+        raise ConfigError(
+            f"out: no folder {out.parent}; accepted: a name in a folder that is there"
+        )
+    shape = replace(model.shape, num_layers=target)
+    table = tensor_table(shape)
+    rules = depth_map(
+        table, depth, target, expansion.init, expansion.order, expansion.insert,
+        expansion.optimizer_state,
+    )  # fmt: skip
+    stored = stored_tensors(checkpoint)
+    plan = OfflineExpansion(
+        checkpoint=checkpoint,
+        out=out,
+        progress=replace(progress, expansions=progress.expansions + 1, num_layers=target),
+        model=replace(
+            model,
+            shape=shape,
+            layout=LAYOUT,
+            depth_history=(*model.depth_history, (progress.step, target)),
+        ),
+        from_layers=depth,
+        tensors={
+            (name, slot): tensor
+            for name, spec in table.items()
+            for slot, tensor in _slots(name, spec, rules[name], stored, model).items()
+        },
+        rules=rules,
+    )
+    for (name, slot), tensor in plan.tensors.items():
+        if _action(rules[name], slot) == COPY:
+            source = rules[name].source or name
+            if stored.get(source, {}).get(slot) != tensor:
+                raise ConfigError(
+                    f"checkpoint: {checkpoint} has {source}/{slot} as "
+                    f"{stored.get(source, {}).get(slot)}; accepted: {tensor}"
+                )
+    free = shutil.disk_usage(out.parent).free
+    if plan.nbytes > free:
+        raise ConfigError(
+            f"out: {plan.nbytes / 1e9:.1f} GB do not fit on {out.parent}; accepted: a folder with "
+            f"more than its {free / 1e9:.1f} GB free"
+        )
+    return plan
+
+
+def _slots(
+    name: str, spec: TensorSpec, rule: TensorRule, stored: dict[str, Slots], model: ModelRecord
+) -> Slots:
+    """Slots of a target tensor: those of its kind in the source, or else as the optimizer has."""
+    alike = rule.source or (name if layer_number(name) is None else with_layer_number(name, 0))
+    if alike in stored:
+        return {
+            slot: replace(tensor, shape=spec.shape if slot != STEP else tensor.shape)
+            for slot, tensor in stored[alike].items()
+        }
+    rule_name = rule_of(spec, OptimSection(name=model.optimizer, embeddings=model.embeddings))
+    full = StoredTensor(spec.shape, "float32")
+    slots = {PARAM: full}
+    if model.precision == "bf16":
+        slots = {PARAM: StoredTensor(spec.shape, "bfloat16"), MASTER: full}
+    slots |= dict.fromkeys(STATE_SLOTS[rule_name], full)
+    if rule_name == ADAMW:
+        slots[STEP] = StoredTensor((1,), "float32")
+    return slots
+
+
+def _action(rule: TensorRule, slot: str) -> str:
+    return rule.weights if slot in WEIGHT_SLOTS else rule.state
+
+
+def expand_checkpoint(plan: OfflineExpansion) -> None:
+    """Write the deeper checkpoint. ``plan.out`` appears when all of it is on disk.
+
+    The files go to a hidden folder beside it, which an error removes.
+    """
+    from megatron_progressive.state.streamed import TensorReader, TensorWriter
+
+    temporary = plan.out.with_name(f".{plan.out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an expansion that was killed
+    temporary.mkdir()
+    try:
+        reader = TensorReader(plan.checkpoint)
+        with (
+            TensorWriter(temporary, reader) as writer,
+            show_bytes("expand", plan.nbytes) as advance,
+        ):
+            for key, tensor in plan.tensors.items():
+                writer.write(key, _value(plan, reader, key))
+                advance(tensor.nbytes)
+        seal(temporary, plan.progress, plan.model)
+        os.rename(temporary, plan.out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(plan.out.parent)
+
+
+def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tensor:
+    """One slot of one target tensor, filled by its rule."""
+    import torch
+
+    from megatron_progressive.state.init import initial_values
+
+    name, slot = key
+    rule, tensor = plan.rules[name], plan.tensors[key]
+    action, dtype = _action(rule, slot), getattr(torch, tensor.dtype)
+    if action == COPY:
+        return reader.read((rule.source or name, slot))
+    if action == INIT:
+        spec = tensor_table(plan.model.shape)[name]
+        box, generation = whole(tensor.shape), plan.progress.expansions
+        return initial_values(plan.model.seed, generation, name, spec, box).to(dtype)
+    return torch.zeros(tensor.shape, dtype=dtype)

@@ -1,0 +1,63 @@
+"""What a checkpoint says of its model, so that it can be read without its run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.runtime.layout import Layout
+
+DepthHistory = tuple[tuple[int, int], ...]
+"""(step after which, layers from then on) of each depth of a run, oldest first."""
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The ``model`` of ``progress.json``: which tensors and slots there are, and from where."""
+
+    shape: ModelShape
+    precision: str
+    """``fp32`` or ``bf16`` (then there are fp32 master weights)."""
+    optimizer: str
+    embeddings: str
+    """Muon-NSGD's rule of embeddings and LM head: with ``adamw`` they have AdamW's slots."""
+    seed: int
+    layout: str
+    """Layout of the job that saved it, for people: any layout can load it."""
+    depth_history: DepthHistory
+
+    def to_values(self) -> dict[str, Any]:
+        """As JSON has it: the shape's fields beside the others."""
+        values = asdict(self)
+        return {**values.pop("shape"), **values}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> ModelRecord:
+        """The inverse of :meth:`to_values`.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, or of another kind.
+        """
+        rest = dict(values)
+        shape = ModelShape(**{field.name: rest.pop(field.name) for field in fields(ModelShape)})
+        history = tuple((int(step), int(layers)) for step, layers in rest.pop("depth_history"))
+        if not history or history[-1][1] != shape.num_layers:
+            raise ValueError(f"depth_history {history} of {shape.num_layers} layers")
+        return cls(shape=shape, depth_history=history, **rest)
+
+
+def record_of_run(
+    config: RunConfig, shape: ModelShape, layout: Layout, history: DepthHistory
+) -> ModelRecord:
+    """What a run writes into its checkpoints."""
+    return ModelRecord(
+        shape=shape,
+        precision=config.train.precision,
+        optimizer=config.optim.name,
+        embeddings=config.optim.embeddings,
+        seed=config.run.seed,
+        layout=str(layout),
+        depth_history=history,
+    )

@@ -1,0 +1,219 @@
+"""Expanding a checkpoint on disk gives what expanding the running job gives, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_progressive import cli
+from megatron_progressive.config import to_yaml
+from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
+from megatron_progressive.models import model_shape
+from megatron_progressive.state import checkpoint, streamed
+from megatron_progressive.state.checkpoint import read_description
+from megatron_progressive.state.inspection import inspect_checkpoint
+from tests.engines import cases
+from tests.expansion.cases import loaded, saved_and_expanded
+from tests.pool import Pool
+from tests.train.cases import run_config, train_here
+from tests.train.test_training import losses
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TARGETS: list[tuple[int, dict[str, int]]] = [(4, {"tensor": 2, "pipeline": 2}), (1, {})]
+
+
+GROWTHS: list[tuple[int, dict[str, Any], dict[str, int]]] = [
+    (0, {"to_layers": 4, "init": "random"}, {}),
+    (1, {"to_layers": 4, "init": "random", "optimizer_state": "reset"}, {"tensor": 2}),
+    (1, {"to_layers": 4, "init": "copying_zeroL", "optimizer_state": "copy"}, {"tensor": 2}),
+    (2, {"to_layers": 6, "init": "copying", "order": "inter", "insert": "top"}, {}),
+    (2, {"to_layers": 6, "init": "copying_zeroN", "order": "stack"}, {"pipeline": 2}),
+    (2, {"to_layers": 6, "init": "zero"}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("growth", range(len(GROWTHS)))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+def test_equals_the_expansion_in_memory_bit_for_bit(
+    pool: Pool, tmp_path: Path, optimizer: str, precision: str, growth: int
+) -> None:
+    layers, expansion, parallel = GROWTHS[growth]
+    words = [
+        f"model.num_layers={layers}",
+        f"model.tie_embeddings={'true' if growth % 2 else 'false'}",
+        f"optim.name={optimizer}",
+        f"optim.embeddings={'adamw' if growth % 3 == 0 else 'muon'}",
+        f"train.precision={precision}",
+        "train.micro_batch=1",
+    ]
+    config = cases.small_config(
+        [*words, *(f"parallel.{k}={v}" for k, v in parallel.items())], {"at": 2, **expansion}
+    )
+    expected = pool.run(2, saved_and_expanded, config, tmp_path, 2)[0]
+    source = checkpoint.checkpoint_path(tmp_path, 2)
+    out = tmp_path / "out"
+    expand_checkpoint(plan_expansion(source, out, config.expansion[0]))
+    for world, target in TARGETS:
+        changed = cases.small_config([*words, *(f"parallel.{k}={v}" for k, v in target.items())])
+        got = pool.run(world, loaded, changed, expansion["to_layers"], out)[0]
+        assert set(got) == set(expected)
+        assert all(got[key].dtype == expected[key].dtype for key in expected)
+        assert [key for key in expected if not torch.equal(got[key], expected[key])] == []
+    progress, model = read_description(out)
+    assert (progress.step, progress.samples, progress.flops) == (2, 16, 1e6)
+    assert (progress.expansions, progress.num_layers) == (1, expansion["to_layers"])
+    assert model.depth_history == ((0, layers), (2, expansion["to_layers"]))
+    assert model.shape == model_shape(config, expansion["to_layers"])
+    # the index agrees with what the engine asked for
+    tensors = inspect_checkpoint(out)["tensors"]
+    assert {(t["name"], slot) for t in tensors for slot in t["slots"]} == set(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+def test_resumed_run_is_the_run_that_expanded_in_memory(
+    pool: Pool, corpus: Path, tmp_path: Path, optimizer: str, capsys: Any
+) -> None:
+    words = [f"optim.name={optimizer}", "train.micro_batch=2", "train.keep_checkpoints=0"]
+    whole = run_config(tmp_path, corpus, "whole", *words)  # 1 → 4 layers after step 40
+    pool.run(2, train_here, whole)
+    shallow = run_config(tmp_path, corpus, "shallow", *words, expansion=[])
+    pool.run(2, train_here, shallow)
+    grown = run_config(tmp_path, corpus, "grown", *words)
+    (grown.folder / "checkpoints").mkdir(parents=True)
+    (grown.folder / "config.yaml").write_text(to_yaml(grown))
+    shutil.copy(shallow.folder / "metrics.jsonl", grown.folder)
+    source, out = (checkpoint.checkpoint_path(c.folder, 40) for c in (shallow, grown))
+    command = ["checkpoint", "expand", str(source), str(out), "--to-layers", "4"]
+    assert cli.main([*command, "--init", "copying"]) == 0
+    assert "expand: " in capsys.readouterr().err  # plain lines in a log
+    pool.run(2, train_here, grown)
+    assert losses(grown.folder) == losses(whole.folder)
+    in_memory = checkpoint.checkpoint_path(whole.folder, 60)
+    resumed = checkpoint.checkpoint_path(grown.folder, 60)
+    assert read_description(resumed)[1] == read_description(in_memory)[1]
+    assert read_description(resumed)[1].depth_history == ((0, 1), (40, 4))
+    expected = pool.run(1, loaded, grown, 4, in_memory)[0]
+    got = pool.run(1, loaded, grown, 4, resumed)[0]
+    assert [key for key in expected if not torch.equal(got[key], expected[key])] == []
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from megatron_progressive import config
+from megatron_progressive.expansion import offline
+from megatron_progressive.state import init, streamed
+# getrusage's peak would be the parent's, which a new process inherits
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+words = dict(zip(("to_layers", "init", "optimizer_state"), sys.argv[3:]))
+source, out = map(Path, sys.argv[1:3])
+plan = offline.plan_expansion(source, out, config.expansion_from_words(words))
+before = peak()
+offline.expand_checkpoint(plan)
+largest = max(tensor.nbytes for tensor in plan.tensors.values())
+print(plan.nbytes / 2**20, largest / 2**20, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("init", ["random", "copying"])
+def test_memory_is_that_of_one_tensor(pool: Pool, tmp_path: Path, init: str) -> None:
+    words = ["model.hidden_size=512", "model.num_layers=4", "data.vocab_size=8192",
+             "optim.name=adamw"]  # fmt: skip
+    pool.run(1, saved_and_expanded, cases.small_config(words), tmp_path, 0)
+    source = checkpoint.checkpoint_path(tmp_path, 2)
+    command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out"), "10", init,
+               "copy" if init == "copying" else "inherit"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    total, largest, growth = (float(word) for word in done.stdout.split())
+    print(f"{init}: {total:.0f} MiB, largest tensor {largest:.0f} MiB, growth {growth:.0f} MiB")
+    assert total > 390
+    assert largest <= 20
+    assert 16 < growth < 120
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def source(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    pool.run(2, saved_and_expanded, cases.small_config(["model.num_layers=1"]), folder, 1)
+    return checkpoint.checkpoint_path(folder, 2)
+
+
+def test_an_expansion_that_fails_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["checkpoint", "expand", str(source), str(tmp_path / "out"), "--to-layers", "3"]
+    write, calls = streamed.TensorWriter.write, []
+
+    def full_disk(self: Any, key: Any, tensor: Any) -> None:
+        calls.append(key)
+        if len(calls) == 20:
+            raise OSError("disk full")
+        write(self, key, tensor)
+
+    monkeypatch.setattr(streamed.TensorWriter, "write", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        cli.main(command)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    # a killed one leaves its hidden folder, which the next one replaces
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "__0_0.distcp").write_text("half")
+    assert cli.main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_large_tensors_are_cut_into_boxes(
+    source: Path, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expansion = cases.small_config([], {"at": 2, "to_layers": 4}).expansion[0]
+    monkeypatch.setattr(streamed, "_BOX_ELEMENTS", 100)
+    expand_checkpoint(plan_expansion(source, tmp_path / "cut", expansion))
+    monkeypatch.undo()
+    expand_checkpoint(plan_expansion(source, tmp_path / "whole", expansion))
+    config = cases.small_config(["parallel.tensor=2"])
+    whole = pool.run(2, loaded, config, 4, tmp_path / "whole")[0]
+    cut = pool.run(2, loaded, config, 4, tmp_path / "cut")[0]
+    assert [key for key in whole if not torch.equal(whole[key], cut[key])] == []
+    sizes = [sum(p.stat().st_size for p in (tmp_path / n).iterdir()) for n in ("cut", "whole")]
+    assert sizes[0] > sizes[1]
+    # every box is saved alone, not with the tensor that it was cut from
+    assert sizes[0] < 12 * sizes[1]
+
+
+def test_inspect(source: Path, capsys: Any) -> None:
+    assert cli.main(["checkpoint", "inspect", str(source), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["progress"]["step"] == 2
+    assert found["model"]["layout"] == "DP=2"
+    assert found["model"]["depth_history"] == [[0, 1]]
+    embedding = next(t for t in found["tensors"] if t["name"].startswith("embedding.word"))
+    assert embedding["slots"]["momentum"] == {
+        "shape": [256, 32], "dtype": "float32", "bytes": 256 * 32 * 4
+    }  # fmt: skip
+    params = 256 * 32 + 16 * 32 + (12 * 32 * 32 + 13 * 32) + 2 * 32
+    assert found["totals"]["params"] == params
+    assert found["totals"]["bytes"] == 2 * 4 * params  # weight and momentum
+    assert cli.main(["checkpoint", "inspect", str(source)]) == 0
+    text = capsys.readouterr().out
+    assert "1 at the start" in text
+    assert "fp32 32.0 KiB" in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_inspect_does_not_load_torch(source: Path) -> None:
+    code = (
+        "import sys; from megatron_progressive import cli;"
+        f"code = cli.main(['checkpoint', 'inspect', {str(source)!r}]);"
+        "assert code == 0 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
