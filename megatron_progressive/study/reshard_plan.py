@@ -170,17 +170,26 @@ def _totals(
     pairs, starts = np.unique(pair[order], return_index=True)
     sizes = np.add.reduceat(rows[order, 2], starts) if len(pairs) else np.zeros(0, np.int64)
     owners, lists = np.divmod(pairs, len(receivers))
+    owner_rank, list_rank = _one_rank(holders)[owners], _one_rank(receivers)[lists]
     # Nearly all pairs are of one rank and one rank: shard to shard.
-    alone = _one_rank(holders)[owners], _one_rank(receivers)[lists]
-    single = (alone[0] >= 0) & (alone[1] >= 0)
-    crossing = single & (alone[0] != alone[1])
-    np.add.at(sent, alone[0][crossing], sizes[crossing])
-    np.add.at(received, alone[1][crossing], sizes[crossing])
+    crossing = (owner_rank >= 0) & (list_rank >= 0) & (owner_rank != list_rank)
+    np.add.at(sent, owner_rank[crossing], sizes[crossing])
+    np.add.at(received, list_rank[crossing], sizes[crossing])
+    # From shards to weights that many ranks hold: all of a list at once.
+    spread = np.flatnonzero((owner_rank >= 0) & (list_rank < 0))
+    spread = spread[np.argsort(lists[spread], kind="stable")]
+    for part in np.split(spread, np.flatnonzero(np.diff(lists[spread])) + 1):
+        if not len(part):
+            continue
+        ranks, origin = receivers[lists[part[0]]], owner_rank[part]
+        own = np.isin(origin, ranks)
+        received[ranks] += sizes[part].sum()
+        np.subtract.at(received, origin[own], sizes[part][own])
+        np.add.at(sent, origin, sizes[part] * (len(ranks) - own))
+    rest = owner_rank < 0
     turns = [0] * len(holders)
     holds = np.zeros(world, bool)
-    for owner, receiver, nbytes in zip(
-        owners[~single], lists[~single], sizes[~single], strict=True
-    ):
+    for owner, receiver, nbytes in zip(owners[rest], lists[rest], sizes[rest], strict=True):
         ranks = holders[owner]
         holds[ranks] = True
         missing = receivers[receiver][~holds[receivers[receiver]]]
