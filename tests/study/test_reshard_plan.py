@@ -87,6 +87,24 @@ def test_bytes_equal_those_of_masks_of_whole_tensors(seed: int) -> None:
         assert least <= sent <= most
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_bytes_from_sharded_weights(seed: int) -> None:
+    """From DeepSpeed's ZeRO stage 3, whose weights are shards, and from stage 2."""
+    rng = random.Random(seed)
+    after = {"engine": "megatron", "zero_stage": 1, "tensor": rng.choice([1, 2])}
+    expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
+    words = [f"optim.name={rng.choice(['adamw', 'muon_nsgd'])}", "model.num_layers=1"]
+    words += ["parallel.engine=deepspeed", f"parallel.zero_stage={rng.choice([2, 3])}"]
+    config = cases.small_config(words, expansion)
+    world = 2 * rng.randint(1, 3)
+    planned = reshard_bytes(config, 0, world)
+    missed, only, could = by_masks(config, world)
+    assert planned.received.tolist() == missed
+    assert planned.least == planned.sent.sum()
+    for sent, least, most in zip(planned.sent.tolist(), only, could, strict=True):
+        assert least <= sent <= most
+
+
 def test_random_cases_move_something() -> None:
     moved: dict[str, int] = defaultdict(int)
     for seed in range(24):
