@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -43,10 +43,9 @@ def random_case(rng: random.Random, world: int) -> RunConfig:
         [(t, p) for t in (1, 2, 4) for p in (1, 2, 3, 4) if world % (t * p) == 0]
     )
     heads = 4
+    virtual = rng.choice([1, 2, 3]) if pipeline > 1 else 1
     words = {
-        "model.num_layers": pipeline * rng.randint(1, 2)
-        if rng.random() < 0.6
-        else rng.randint(0, pipeline),
+        "model.num_layers": rng.randint(0, 3 * pipeline),
         "model.num_attention_heads": heads,
         "model.hidden_size": heads * rng.choice([3, 5, 8, 16]),
         "model.ffn_hidden_size": 4 * rng.randint(1, 40),
@@ -59,6 +58,8 @@ def random_case(rng: random.Random, world: int) -> RunConfig:
         "optim.embeddings": rng.choice(["muon", "adamw"]),
         "parallel.tensor": tensor,
         "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": virtual,
+        "parallel.uneven": "true",
         "parallel.zero_stage": rng.choice([0, 1, 1, 1]),
     }
     return from_dict({"model": {"family": "gpt2"}}, [f"{k}={v}" for k, v in words.items()])
@@ -68,6 +69,36 @@ def random_case(rng: random.Random, world: int) -> RunConfig:
 def test_prediction_equals_what_real_megatron_engines_hold(pool: Pool, world: int) -> None:
     rng = random.Random(world)
     configs = [random_case(rng, world) for _ in range(4 if world == 1 else 9)]
+    check(pool, world, configs)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_prediction_equals_what_real_deepspeed_engines_hold(pool: Pool, world: int) -> None:
+    """Every stage and precision, at odd sizes, so that no share ends without padding."""
+    rng = random.Random(world)
+    configs = []
+    for stage, precision in product(range(4), ("fp32", "bf16")):
+        words = {
+            "model.num_layers": rng.randint(0, 2),
+            "model.num_attention_heads": 1,
+            "model.hidden_size": rng.choice([5, 7, 13]),
+            "model.ffn_hidden_size": rng.randint(3, 30),
+            "model.tie_embeddings": rng.choice(["true", "false"]),
+            "data.vocab_size": 100,
+            "data.sequence_length": rng.choice([3, 17, 32]),
+            "train.precision": precision,
+            "optim.name": rng.choice(["adamw", "muon_nsgd"]),
+            "optim.embeddings": rng.choice(["muon", "adamw"]),
+            "parallel.engine": "deepspeed",
+            "parallel.zero_stage": stage,
+        }
+        configs.append(
+            from_dict({"model": {"family": "gpt2"}}, [f"{k}={v}" for k, v in words.items()])
+        )
+    check(pool, world, configs)
+
+
+def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:
     held = pool.run(world, cases.held_pieces_of, configs)
     for index, config in enumerate(configs):
         expected = predicted(config, world)
