@@ -18,6 +18,7 @@ from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.state import checkpoint
 from megatron_progressive.state.boxes import PieceMeta, ShardedState
 from megatron_progressive.state.init import initialise_all
+from megatron_progressive.state.record import record_of_run
 
 SMALL = {
     "model": {"family": "gpt2", "hidden_size": 32, "num_attention_heads": 4},
@@ -94,7 +95,7 @@ def _expand(engine: Engine, config: RunConfig) -> tuple[Engine, Any]:
         layout = make_layout(config.parallel_after(1), dist.get_world_size())
         return make_engine(config, model_shape(config, config.expansion[0].to_layers), layout)
 
-    probe = GlobalBatch(tokens, 10_000, 8)
+    probe = GlobalBatch(tokens, 10_000, config.train.global_batch)
     return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, 1 << 14)
 
 
@@ -130,7 +131,8 @@ def saved_and_loaded(source: RunConfig, target: RunConfig, folder: Path) -> tupl
         step(engine, number)
     saved = gather(engine.state())
     progress = checkpoint.Progress(2, 0, engine.shape.num_layers, 16, 0.0, 0.0, 0.0)
-    path = checkpoint.save(engine.state(), folder, progress, keep=1)
+    model = record_of_run(source, engine.shape, engine.layout, ((0, engine.shape.num_layers),))
+    path = checkpoint.save(engine.state(), folder, progress, model, keep=1)
     expected = step(engine, 2)
     engine.close()
     engine = start(target)

@@ -137,6 +137,7 @@ def in_memory(args: argparse.Namespace) -> None:
     from megatron_progressive.models import tensor_table
     from megatron_progressive.state import checkpoint
     from megatron_progressive.state.init import initialise_all
+    from megatron_progressive.state.record import record_of_run
 
     config, rank = bench_config(args), dist.get_rank()
     engine = build(config, 0)
@@ -146,7 +147,8 @@ def in_memory(args: argparse.Namespace) -> None:
     dist.barrier()
     started = time.time()
     progress = checkpoint.Progress(5, 0, args.from_layers, 5 * args.ranks, 0.0, 0.0, 0.0)
-    checkpoint.save(engine.state(), args.folder, progress, 0)
+    model = record_of_run(config, engine.shape, engine.layout, ((0, args.from_layers),))
+    checkpoint.save(engine.state(), args.folder, progress, model, 0)
     saved = time.time()
     old, least, sizes = engine, [0], [0]
     close = old.close
