@@ -7,6 +7,7 @@ given to :meth:`Pool.run` is imported by name in each worker and called as
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,6 +32,7 @@ def _worker(connection: Connection, rank: int) -> None:
     from megatron_progressive.runtime import cpu
 
     cpu.install()
+    gc.freeze()
     while True:
         message = connection.recv()
         if message is None:

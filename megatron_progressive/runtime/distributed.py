@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -73,6 +74,8 @@ def world_group(place: Place) -> Iterator[None]:
     from megatron_progressive.runtime import cpu
 
     cpu.install()
+    # What imports have made stays: collections at an expansion need not look through it.
+    gc.freeze()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())

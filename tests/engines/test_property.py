@@ -34,11 +34,22 @@ def random_parallel(rng: random.Random, world: int) -> dict[str, Any]:
     return parallel
 
 
+def largest_micro_batch(world: int, *phases: dict[str, Any]) -> int:
+    """Few micro-batches are quick; an interleaved pipeline needs a multiple of its stages."""
+    data = [world // (p["tensor"] * p["pipeline"]) for p in phases]
+    return next(
+        size
+        for size in range(SAMPLES, 0, -1)
+        if all(SAMPLES % (size * ranks * p["pipeline"]) == 0
+               for ranks, p in zip(data, phases, strict=True))
+    )  # fmt: skip
+
+
 def random_case(seed: int, world: int) -> RunConfig:
     rng = random.Random(seed)
     source = rng.randint(0, 4)
     copying = ["copying", "copying_zeroL", "copying_zeroN"] if source else []
-    after = random_parallel(rng, world)
+    before, after = random_parallel(rng, world), random_parallel(rng, world)
     expansion = {
         "at": 2,
         "to_layers": rng.randint(source + 1, 12),
@@ -56,8 +67,8 @@ def random_case(seed: int, world: int) -> RunConfig:
         f"optim.embeddings={rng.choice(['muon', 'adamw'])}",
         f"train.precision={rng.choice(['fp32', 'bf16'])}",
         f"train.global_batch={SAMPLES}",
-        "train.micro_batch=1",
-        *(f"parallel.{key}={value}" for key, value in random_parallel(rng, world).items()),
+        f"train.micro_batch={largest_micro_batch(world, before, after)}",
+        *(f"parallel.{key}={value}" for key, value in before.items()),
     ]
     config = cases.small_config(words, expansion)
     check_run(config, world)
