@@ -26,6 +26,7 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.muon_nsgd import ADAMW, MuonNSGD, rule_of
 from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.memory import zeros_like
 
 
 def is_sharded(optim: OptimSection, zero_stage: int) -> bool:
@@ -125,6 +126,6 @@ def _init_adamw_state(inner: torch.optim.Optimizer) -> None:
             step_device = parameter.device if fused else torch.device("cpu")
             inner.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=step_device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                "exp_avg": zeros_like(parameter),
+                "exp_avg_sq": zeros_like(parameter),
             }

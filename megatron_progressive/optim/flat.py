@@ -29,6 +29,7 @@ from megatron_progressive.optim.muon_nsgd import (
     rule_of,
     with_momentum,
 )
+from megatron_progressive.runtime.memory import zeros_like
 
 EXCHANGE_NUMEL = 1 << 24
 """Elements of matrices that a rank gathers and orthogonalises at a time (or one matrix)."""
@@ -102,7 +103,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight)
             names = ("exp_avg", "exp_avg_sq") if fragment.rule == ADAMW else ("momentum",)
             if start < end:
-                fragment.slots = {name: torch.zeros_like(weight) for name in names}
+                fragment.slots = {name: zeros_like(weight) for name in names}
                 if fragment.rule == ADAMW:
                     fragment.slots["step"] = torch.zeros((), dtype=torch.float32)
             fragments.append(fragment)

@@ -24,6 +24,7 @@ from torch.optim.adamw import adamw
 from megatron_progressive.config import OptimSection
 from megatron_progressive.optim.newton_schulz import orthogonalise
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
+from megatron_progressive.runtime.memory import zeros_like
 
 __all__ = [
     "ADAMW", "MUON", "NSGD", "MuonNSGD", "joined", "matrices_of", "rule_of", "update_scale",
@@ -120,7 +121,7 @@ class MuonNSGD(torch.optim.Optimizer):
             for param in group["params"]:
                 slots = self.state[param]
                 for name in STATE_SLOTS[group["rule"]]:
-                    slots[name] = torch.zeros_like(param, dtype=torch.float32)
+                    slots[name] = zeros_like(param, torch.float32)
                 if group["rule"] == ADAMW:
                     slots[STEP] = torch.zeros((), dtype=torch.float32)
 

@@ -48,12 +48,15 @@ def prepare_imports() -> None:
 
     Leaves out notes of Megatron-core and torch that no user of this program can act on
     (deprecations of names they call themselves, missing optional accelerators); errors stay.
-    Without CUDA it turns off the compiler, which would start for tens of seconds on a CPU.
+    Without CUDA it turns off the compiler, which would start for tens of seconds on a CPU, and
+    asks for huge pages.
     """
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Huge pages: fresh memory, which is what an expansion is made of, costs a quarter.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

@@ -154,23 +154,25 @@ def transfer(
     for move in own.local:
         _view(wanted[move.target], move.box).copy_(_view(held[move.source], move.box))
     # One message to and one from each peer at a time; both ends must cut alike.
-    message_bytes = max(1 << 10, staging_bytes // (2 * max(1, int(limits[0]))))
-    sends = {peer: _messages(moves, message_bytes) for peer, moves in own.sends.items()}
-    receives = {peer: _messages(moves, message_bytes) for peer, moves in own.receives.items()}
-    peak = 0
-    rounds = max((len(m) for m in (*sends.values(), *receives.values())), default=0)
-    for turn in range(rounds):
-        outgoing = {
-            peer: [_view(held[move.source], part) for move, part in messages[turn]]
-            for peer, messages in sorted(sends.items())
+    message_bytes = max(1 << 10, staging_bytes // (2 * max(1, int(limits[0]))) // 8 * 8)
+    sends = {peer: _messages(moves, message_bytes) for peer, moves in sorted(own.sends.items())}
+    receives = {peer: _messages(m, message_bytes) for peer, m in sorted(own.receives.items())}
+    # Staging is allocated once: fresh memory costs more than the copy into it.
+    outbox = {peer: _staging(messages, device) for peer, messages in sends.items()}
+    inbox = {peer: _staging(messages, device) for peer, messages in receives.items()}
+    for turn in range(max((len(m) for m in (*sends.values(), *receives.values())), default=0)):
+        outgoing = [
+            (peer, outbox[peer], [_view(held[move.source], part) for move, part in messages[turn]])
+            for peer, messages in sends.items()
             if turn < len(messages)
-        }
-        incoming = {
-            peer: [_view(wanted[move.target], part) for move, part in messages[turn]]
-            for peer, messages in sorted(receives.items())
+        ]
+        incoming = [
+            (peer, inbox[peer], [_view(wanted[move.target], part) for move, part in messages[turn]])
+            for peer, messages in receives.items()
             if turn < len(messages)
-        }
-        peak = max(peak, _exchange(outgoing, incoming, device))
+        ]
+        _exchange(outgoing, incoming)
+    peak = sum(buffer.numel() for buffer in (*outbox.values(), *inbox.values()))
     sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
     largest = torch.tensor([peak, target.nbytes], dtype=torch.int64, device=device)
     dist.all_reduce(sent)
@@ -202,40 +204,44 @@ def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / 8) * 8  # so that every type can be viewed in the byte buffer
 
 
-def _exchange(
-    outgoing: dict[int, list[torch.Tensor]],
-    incoming: dict[int, list[torch.Tensor]],
-    device: torch.device,
-) -> int:
-    """Send and receive one message of each peer; returns the bytes staged."""
-    operations, arriving, staged = [], [], 0
-    for peer, views in outgoing.items():
-        buffer = _pack(views, device)
-        staged += buffer.numel()
-        operations.append(dist.P2POp(dist.isend, buffer, peer))
-    for peer, views in incoming.items():
-        total = sum(_aligned(v.numel() * v.element_size()) for v in views)
-        buffer = torch.empty(total, dtype=torch.uint8, device=device)
-        staged += total
-        arriving.append((buffer, views))
-        operations.append(dist.P2POp(dist.irecv, buffer, peer))
+def _staging(messages: list[list[tuple[Move, Box]]], device: torch.device) -> torch.Tensor:
+    """Room for the longest of one peer's messages, in bytes."""
+    longest = max(
+        sum(_aligned(part.numel * (move.nbytes // move.box.numel)) for move, part in message)
+        for message in messages
+    )
+    return torch.empty(longest, dtype=torch.uint8, device=device)
+
+
+Message = tuple[int, torch.Tensor, list[torch.Tensor]]
+"""Peer, staging buffer, and the views that it is packed from or unpacked into."""
+
+
+def _exchange(outgoing: list[Message], incoming: list[Message]) -> None:
+    """Send and receive one message of each peer."""
+    operations = []
+    for peer, buffer, views in outgoing:
+        for slot, view in zip(_slots(buffer, views), views, strict=True):
+            slot.copy_(view)
+        operations.append(dist.P2POp(dist.isend, buffer[: _length(views)], peer))
+    for peer, buffer, views in incoming:
+        operations.append(dist.P2POp(dist.irecv, buffer[: _length(views)], peer))
     for request in dist.batch_isend_irecv(operations) if operations else ():
         request.wait()
-    for buffer, views in arriving:
-        start = 0
-        for view in views:
-            nbytes = view.numel() * view.element_size()
-            view.copy_(buffer[start : start + nbytes].view(view.dtype).view(view.shape))
-            start += _aligned(nbytes)
-    return staged
+    for _, buffer, views in incoming:
+        for slot, view in zip(_slots(buffer, views), views, strict=True):
+            view.copy_(slot)
 
 
-def _pack(views: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    total = sum(_aligned(v.numel() * v.element_size()) for v in views)
-    buffer = torch.empty(total, dtype=torch.uint8, device=device)
-    start = 0
+def _length(views: list[torch.Tensor]) -> int:
+    return sum(_aligned(view.numel() * view.element_size()) for view in views)
+
+
+def _slots(buffer: torch.Tensor, views: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The places of some views in a byte buffer, of their types and shapes."""
+    slots, start = [], 0
     for view in views:
         nbytes = view.numel() * view.element_size()
-        buffer[start : start + nbytes].view(view.dtype).view(view.shape).copy_(view)
+        slots.append(buffer[start : start + nbytes].view(view.dtype).view(view.shape))
         start += _aligned(nbytes)
-    return buffer
+    return slots

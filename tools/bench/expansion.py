@@ -100,9 +100,9 @@ def reset_peak() -> None:
 
 
 def engine_bytes(engine: Any) -> int:
-    """Weights, gradient sums and optimizer state of this rank: every tensor that it holds."""
-    gradients = sum(p.numel() * 4 for p in engine.model.parameters())
-    return int(engine.state().nbytes) + gradients
+    """Weights, fp32 gradient sums and optimizer state of this rank."""
+    pieces = engine.state().pieces
+    return sum(p.nbytes + (4 * p.box.numel if p.slot == "param" else 0) for p in pieces)
 
 
 def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
@@ -164,15 +164,12 @@ def in_memory(args: argparse.Namespace) -> None:
         return new_engine[0]
 
     gc.collect()
-    before = peak_bytes() if not Path("/proc/self/clear_refs").exists() else 0
-    if not before:
-        reset_peak()
-        before = peak_bytes()
+    reset_peak()
+    before = peak_bytes()
     old.close = measure_and_close
     engine, event = hook.expand(
         old, config.expansion[0], build_new, batch(args.ranks), 1, 1, args.staging_mib << 20
     )
-    # loss_after needs activations; the peak of a second look at the same would be no smaller
     extra = peak_bytes() - before
     totals = torch.tensor([least[0]], dtype=torch.int64)
     dist.all_reduce(totals)
