@@ -19,7 +19,7 @@ from megatron_progressive.models.base import TensorSpec, layer_number, with_laye
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.files import fsync_path
 from megatron_progressive.runtime.progress import show_bytes
-from megatron_progressive.state.boxes import MASTER, PARAM, WEIGHT_SLOTS, Key, whole
+from megatron_progressive.state.boxes import MASTER, PARAM, Key, whole
 from megatron_progressive.state.checkpoint import Progress, read_description, seal
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import Slots, StoredTensor, stored_tensors
@@ -107,7 +107,7 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
         rules=rules,
     )
     for (name, slot), tensor in plan.tensors.items():
-        if _action(rules[name], slot) == COPY:
+        if rules[name].action(slot) == COPY:
             source = rules[name].source or name
             if stored.get(source, {}).get(slot) != tensor:
                 raise ConfigError(
@@ -142,10 +142,6 @@ def _slots(
     if rule_name == ADAMW:
         slots[STEP] = StoredTensor((1,), "float32")
     return slots
-
-
-def _action(rule: TensorRule, slot: str) -> str:
-    return rule.weights if slot in WEIGHT_SLOTS else rule.state
 
 
 def expand_checkpoint(plan: OfflineExpansion) -> None:
@@ -183,7 +179,7 @@ def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tens
 
     name, slot = key
     rule, tensor = plan.rules[name], plan.tensors[key]
-    action, dtype = _action(rule, slot), getattr(torch, tensor.dtype)
+    action, dtype = rule.action(slot), getattr(torch, tensor.dtype)
     if action == COPY:
         return reader.read((rule.source or name, slot))
     if action == INIT:

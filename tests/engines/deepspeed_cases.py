@@ -153,3 +153,34 @@ def output(configs: list[RunConfig]) -> str:
                 os.close(copy)
         file.seek(0)
         return file.read().decode()
+
+
+def losses_after_expansion(configs: list[RunConfig], steps: int) -> list[list[float]]:
+    """Of each run, the losses of the steps after an expansion that follows three."""
+    results = []
+    for config in configs:
+        engine = cases.start(config)
+        for number in range(3):
+            engine.train_step(batch(number), 0.003)
+        engine = _expanded(engine, config)
+        results.append([engine.train_step(batch(3 + n), 0.003).loss for n in range(steps)])
+        engine.close()
+    return results
+
+
+def resources_over_expansions(configs: list[RunConfig]) -> list[tuple[int, int, int, int]]:
+    """(process groups, open files, threads, resident bytes) after each of several expansions."""
+    import psutil
+    import torch.distributed.distributed_c10d as c10d
+
+    found = []
+    for config in configs:
+        engine = cases.start(config)
+        engine.train_step(batch(0), 0.003)
+        engine = _expanded(engine, config)
+        engine.train_step(batch(1), 0.003)
+        engine.close()
+        own = psutil.Process()
+        groups = len(c10d._world.pg_map)
+        found.append((groups, own.num_fds(), own.num_threads(), own.memory_info().rss))
+    return found

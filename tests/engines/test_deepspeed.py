@@ -146,3 +146,30 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.20.0")
     with pytest.raises(RuntimeError, match=r"^deepspeed: got version 0.20.0; accepted: 0.19.8$"):
         deepspeed_state.check_version()
+
+
+def test_twenty_losses_after_an_expansion_equal_the_megatron_engines(pool: Pool) -> None:
+    section = {"at": 3, "to_layers": 6, "init": "random"}
+    words = ["optim.name=adamw", "model.num_layers=0"]
+    runs = [[], zero(1), zero(2), zero(3)]
+    configs = [cases.small_config([*words, *w], section) for w in runs]
+    expected, *found = pool.run(2, deepspeed_cases.losses_after_expansion, configs, 20)[0]
+    assert len(expected) == 20
+    assert len({round(loss, 3) for loss in expected}) > 10
+    for losses in found:
+        difference = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+        print(difference)
+        assert difference < 2e-4
+
+
+def test_ten_expansions_leave_nothing(pool: Pool) -> None:
+    """Onto each engine in turn, in one process, after two that load modules and fill pools."""
+    layouts: list[dict[str, Any]] = [stage(3), {**MEGATRON, "tensor": 2}]
+    configs = [expansion(1, "copying", zero(3), after, []) for after in layouts]
+    found = pool.run(2, deepspeed_cases.resources_over_expansions, configs * 6)[0]
+    groups, files, threads, memory = zip(*found[2:], strict=True)
+    print(found)
+    assert set(groups) == {1}  # the world's own
+    assert len(set(files[0::2])) == len(set(files[1::2])) == 1  # by engine
+    assert len(set(threads)) == 1
+    assert max(memory) - memory[0] < 4 << 20
