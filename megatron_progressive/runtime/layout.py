@@ -30,7 +30,8 @@ class Layout:
         parts += [f"TP={self.tensor}"] if self.tensor > 1 else []
         parts += [f"PP={self.pipeline}"] if self.pipeline > 1 else []
         parts += [f"VPP={self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
-        return " x ".join(parts)
+        zero = f" (DeepSpeed, ZeRO stage {self.zero_stage})" if self.engine == "deepspeed" else ""
+        return " x ".join(parts) + zero
 
     @property
     def virtual_stages(self) -> int:

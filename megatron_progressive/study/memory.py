@@ -76,22 +76,30 @@ def _rank_memory(
     ]
     held = sum(count for _, count in counts)
     adamw = sum(count for spec, count in counts if _uses_adamw(spec, optim))
-    # Megatron-core's distributed optimizer divides all of AdamW's state over data-parallel
-    # ranks; Muon-NSGD, AdamW embeddings included, keeps its state on every one of them.
-    shards = layout.data if optim.name == "adamw" and layout.zero_stage >= 1 else 1
+    zero, deepspeed = layout.zero_stage, layout.engine == "deepspeed"
+    shards = layout.data if divides_state(optim, layout) else 1
     state = {
-        # an fp32 model is its own master
-        MASTER: held if precision == "bf16" else 0,
+        # an fp32 model is its own master; DeepSpeed's partitions are copies all the same
+        MASTER: held if precision == "bf16" or (deepspeed and zero >= 1) else 0,
         MOMENTUM: held - adamw,
         MOMENTS: 2 * adamw,
     }
     sizes = {kind: -(-count // shards) * _FP32_BYTES for kind, count in state.items()}
+    weights = -(-held // layout.data) if deepspeed and zero == 3 else held
+    gradients = -(-held // layout.data) if deepspeed and zero >= 2 else held
     return RankMemory(
         stage=stage,
-        parameters=held * _BYTES[precision],
-        gradients=held * _FP32_BYTES,
+        parameters=weights * _BYTES[precision],
+        gradients=gradients * _FP32_BYTES,
         optimizer={kind: size for kind, size in sizes.items() if size},
     )
+
+
+def divides_state(optim: OptimSection, layout: Layout) -> bool:
+    """Whether optimizer state is divided over data-parallel ranks. Megatron-core's distributed
+    optimizer divides AdamW's; Muon-NSGD, AdamW embeddings included, has its own on every rank
+    there. DeepSpeed's ZeRO divides everything."""
+    return layout.zero_stage >= 1 and (optim.name == "adamw" or layout.engine == "deepspeed")
 
 
 def largest_rank(shape: ModelShape, config: RunConfig, layout: Layout) -> RankMemory:

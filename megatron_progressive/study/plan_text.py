@@ -6,6 +6,8 @@ import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
+from megatron_progressive.study.memory import divides_state
+
 if TYPE_CHECKING:  # plan.py offers render() beside make_plan()
     from megatron_progressive.study.plan import Plan
 
@@ -139,14 +141,10 @@ def _memory_table(plan: Plan) -> list[str]:
     lines = ["Memory of the fullest rank, GiB; activations and temporary buffers are NOT counted"]
     lines += _table(rows)
     stores = "parameters " + plan.config.train.precision + ", everything else fp32"
-    if plan.config.optim.name == "adamw":
-        by = {0: "on every data-parallel rank", 1: "divided over data-parallel ranks"}
-        stages = " → ".join(dict.fromkeys(by[p.layout.zero_stage] for p in plan.phases))
-        lines += textwrap.wrap(
-            f"{stores}; optimizer state {stages}", _WIDTH - 2, break_on_hyphens=False
-        )
-    else:
-        lines.append(f"{stores}; optimizer state is held on every data-parallel rank")
+    by = {False: "on every data-parallel rank", True: "divided over data-parallel ranks"}
+    divided = [by[divides_state(plan.config.optim, p.layout)] for p in plan.phases]
+    text = f"{stores}; optimizer state {' → '.join(dict.fromkeys(divided))}"
+    lines += textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)
     if len(plan.phases) > 1:
         peaks = [
             before.memory.total + after.memory.total

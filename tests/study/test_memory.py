@@ -47,6 +47,22 @@ def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
         assert predicted.optimizer.get(kind, 0) == pytest.approx(size, rel=0.05 if sharded else 0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_prediction_equals_what_a_zero_stage_holds(pool: Pool, stage: int, optimizer: str) -> None:
+    config = small_config(
+        ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}", "model.num_layers=2",
+         f"optim.name={optimizer}", "train.precision=bf16"]
+    )  # fmt: skip
+    predicted = largest_rank(model_shape(config), config, make_layout(config.parallel, 2))
+    held = pool.run(2, ranks.state_bytes, config)[0]
+    assert predicted.parameters == pytest.approx(held["param"], rel=0.05 if stage == 3 else 0)
+    for kind, slots in {MASTER: ["master"], MOMENTUM: ["momentum"],
+                        MOMENTS: ["exp_avg", "exp_avg_sq"]}.items():  # fmt: skip
+        size = sum(held.get(slot, 0) for slot in slots)
+        assert predicted.optimizer.get(kind, 0) == pytest.approx(size, rel=0.05)
+
+
 @pytest.mark.parametrize("layers", [0, 1, 3, 4, 12])
 @pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 3)])
 @pytest.mark.parametrize("tie", [True, False])
