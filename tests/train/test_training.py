@@ -116,6 +116,45 @@ def test_resume_on_another_layout(
     assert json.loads((part.folder / "summary.json").read_text())["resumed"] is True
 
 
+def test_runs_on_deepspeed_and_onto_it(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """The same curve where the engine, the ZeRO stage or both change at τ, and after resuming a
+    DeepSpeed run's checkpoint on Megatron's engine in another layout."""
+    deepspeed = ["parallel.engine=deepspeed", "optim.name=adamw", "train.save_every=20"]
+    runs = {
+        "megatron": ["optim.name=adamw"],
+        "stage_1_to_3": [*deepspeed, "expansion.0.parallel.zero_stage=3"],
+        "stage_3_to_megatron": [
+            *deepspeed,
+            "parallel.zero_stage=3",
+            "expansion.0.parallel.engine=megatron",
+            "expansion.0.parallel.zero_stage=1",
+            "expansion.0.parallel.tensor=2",
+        ],
+        "megatron_to_stage_2": [
+            "optim.name=adamw",
+            "parallel.tensor=2",
+            "expansion.0.parallel.tensor=1",
+            "expansion.0.parallel.engine=deepspeed",
+            "expansion.0.parallel.zero_stage=2",
+        ],
+    }
+    curves = {}
+    for name, words in runs.items():
+        config = run_config(tmp_path, corpus, name, "train.keep_checkpoints=0", *words)
+        assert set(pool.run(2, train_here, config)) == {0}
+        curves[name] = losses(config.folder)
+    for name, curve in curves.items():
+        assert largest_difference(curves["megatron"], curve) < 2e-4, name
+    folder = tmp_path / "stage_1_to_3"
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step_0000060")
+    shutil.rmtree(folder / "checkpoints" / "step_0000040")
+    words = ["optim.name=adamw", "train.keep_checkpoints=0", "expansion.0.parallel.pipeline=2"]
+    pool.run(2, train_here, run_config(tmp_path, corpus, "stage_1_to_3", *words))
+    assert largest_difference(curves["megatron"], losses(folder)) < 2e-4
+    assert [e["layout"] for e in events(folder, "resume")] == ["DP=2"]
+
+
 def test_multi_stage_expansion_and_summary(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     stages = [{"at": 10, "to_layers": 2}, {"at": 0.5, "to_layers": 4, "init": "copying",
                                          "order": "inter"}]  # fmt: skip
