@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -30,7 +31,7 @@ def random_parallel(rng: random.Random, world: int) -> dict[str, Any]:
     rest = world // parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
     if parallel["pipeline"] > 1:
-        parallel["virtual_pipeline"] = rng.choice([1, 1, 2])
+        parallel["virtual_pipeline"] = rng.choice([1, 2])
     return parallel
 
 
@@ -114,9 +115,28 @@ def _compare(
     return wrong
 
 
+def world_of(seed: int) -> int:
+    return (1, 2, 4, 3, 4, 2, 4)[seed // EACH % 7]  # most layouts are of 4
+
+
+def test_cases_cover_what_they_are_meant_to() -> None:
+    configs = [random_case(seed, world_of(seed)) for seed in range(CASES)]
+    assert len(configs) >= 200
+    phases = [(c.parallel, c.parallel_after(1)) for c in configs]
+    assert {(a.engine, b.engine) for a, b in phases} == set(
+        itertools.product(["megatron", "deepspeed"], repeat=2)
+    )
+    stages = [p.zero_stage for pair in phases for p in pair if p.engine == "deepspeed"]
+    assert set(stages) == {0, 1, 2, 3}
+    virtual = {(a.virtual_pipeline, b.virtual_pipeline) for a, b in phases}
+    assert virtual == set(itertools.product([1, 2], repeat=2))
+    assert {c.model.num_layers for c in configs} == set(range(5))
+    assert {c.expansion[0].to_layers for c in configs} >= set(range(2, 13))
+
+
 @pytest.mark.parametrize("first", range(0, CASES, EACH))
 def test_random_expansions_equal_the_reference(pool: Pool, first: int) -> None:
-    world = 1 + first // EACH % 4
+    world = world_of(first)
     configs = [random_case(seed, world) for seed in range(first, first + EACH)]
     results = pool.run(world, differences, configs)[0]
     for seed, config, wrong in zip(range(first, first + EACH), configs, results, strict=True):
