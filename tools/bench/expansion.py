@@ -45,6 +45,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=2)
     parser.add_argument("--staging-mib", type=int, default=64)
+    parser.add_argument("--rehearse", action="store_true", help="build and drop a deeper model "
+                        "first: a virtual machine then has the memory from its host")  # fmt: skip
     parser.add_argument("--worker", choices=["memory", "relaunch"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -164,6 +166,13 @@ def in_memory(args: argparse.Namespace) -> None:
         new_engine.append(build(config, 1))
         return new_engine[0]
 
+    if args.rehearse:
+        rehearsed = build(config, 1)
+        for piece in rehearsed.state().pieces:
+            piece.data.fill_(1)
+        rehearsed.close()
+        old.activate()
+        del rehearsed, piece
     gc.collect()
     reset_peak()
     before = peak_bytes()
