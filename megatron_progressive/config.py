@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import re
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -456,8 +455,3 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML; :func:`load` reads it back to an equal one."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def to_json(config: RunConfig) -> str:
-    """One line of JSON, for passing a configuration to another process."""
-    return json.dumps(asdict(config))

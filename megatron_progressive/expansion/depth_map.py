@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_progressive.config import ConfigError, ExpansionSection
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
 from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key
 
@@ -112,6 +113,43 @@ def depth_map(
             )
             rules[name] = TensorRule(ZERO if zeroed else COPY, state, source)
     return rules
+
+
+def rules_of(
+    expansion: ExpansionSection, target_table: dict[str, TensorSpec], from_layers: int
+) -> dict[str, TensorRule]:
+    """:func:`depth_map` of a configured expansion."""
+    return depth_map(
+        target_table,
+        from_layers,
+        expansion.to_layers,
+        expansion.init,
+        expansion.order,
+        expansion.insert,
+        expansion.optimizer_state,
+    )
+
+
+def check_depths(expansion: ExpansionSection, from_layers: int, field: str, whose: str) -> None:
+    """Check that an expansion can start from ``from_layers``.
+
+    Args:
+        field: what the expansion is called in messages.
+        whose: which layers these are, as in "the 2 layers before it".
+
+    Raises:
+        ConfigError: a target that is not deeper, or copies of nothing.
+    """
+    if expansion.to_layers <= from_layers:
+        raise ConfigError(
+            f"{field}.to_layers: got {expansion.to_layers}; accepted: more than the {from_layers} "
+            f"layer{'s' * (from_layers != 1)} {whose}"
+        )
+    if from_layers == 0 and expansion.init.startswith("copying"):
+        raise ConfigError(
+            f"{field}.init: got {expansion.init!r} from 0 layers, where nothing can be copied; "
+            f"accepted: random, zero"
+        )
 
 
 def copied_from(rules: dict[str, TensorRule]) -> Callable[[Key], Key | None]:

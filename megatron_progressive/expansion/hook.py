@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_progressive.config import ExpansionSection
 from megatron_progressive.engines.base import Engine, GlobalBatch
-from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, copied_from, depth_map
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, copied_from, rules_of
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.runtime.agreement import all_succeed
@@ -93,15 +93,7 @@ def expand(
     with all_succeed(f"expansion {generation}"):
         new = build()
         table = tensor_table(new.shape)
-        rules = depth_map(
-            table,
-            old.shape.num_layers,
-            new.shape.num_layers,
-            expansion.init,
-            expansion.order,
-            expansion.insert,
-            expansion.optimizer_state,
-        )
+        rules = rules_of(expansion, table, old.shape.num_layers)
         stats = apply_rules(old.state(), new.state(), rules, table, seed, generation, staging_bytes)
         new.loaded()
     event = ExpansionEvent(

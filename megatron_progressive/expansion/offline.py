@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_progressive.config import ConfigError, ExpansionSection, OptimSection
-from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, depth_map
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, check_depths, rules_of
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
@@ -65,16 +65,7 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
     """
     progress, model = read_description(checkpoint)
     depth, target = progress.num_layers, expansion.to_layers
-    if target <= depth:
-        raise ConfigError(
-            f"expansion.to_layers: got {target}; accepted: more than the {depth} "
-            f"layer{'s' * (depth != 1)} of {checkpoint}"
-        )
-    if depth == 0 and expansion.init.startswith("copying"):
-        raise ConfigError(
-            f"expansion.init: got {expansion.init!r} from 0 layers, where nothing can be copied; "
-            f"accepted: random, zero"
-        )
+    check_depths(expansion, depth, "expansion", f"of {checkpoint}")
     if os.path.lexists(out):
         raise ConfigError(f"out: {out} is there; accepted: a folder that is not there yet")
     if not out.parent.is_dir():
@@ -83,10 +74,7 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
         )
     shape = replace(model.shape, num_layers=target)
     table = tensor_table(shape)
-    rules = depth_map(
-        table, depth, target, expansion.init, expansion.order, expansion.insert,
-        expansion.optimizer_state,
-    )  # fmt: skip
+    rules = rules_of(expansion, table, depth)
     stored = stored_tensors(checkpoint)
     plan = OfflineExpansion(
         checkpoint=checkpoint,

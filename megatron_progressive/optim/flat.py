@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,13 +23,10 @@ from torch.optim.adamw import adamw
 from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.muon_nsgd import (
-    ADAMW,
-    MUON,
-    NSGD,
     orthogonalised,
-    rule_of,
     with_momentum,
 )
+from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
 
 EXCHANGE_NUMEL = 1 << 24
@@ -46,7 +44,7 @@ class Cut:
     offset: int
     """Where this rank's range starts in its partition."""
 
-    @property
+    @cached_property
     def holders(self) -> list[int]:
         return [rank for rank, (start, end) in enumerate(self.ranges) if start < end]
 
@@ -101,11 +99,10 @@ class FlatOptimizer(torch.optim.Optimizer):
             start, end = cut.ranges[self.rank]
             weight = partition.detach().view(-1)[cut.offset : cut.offset + end - start]
             fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight)
-            names = ("exp_avg", "exp_avg_sq") if fragment.rule == ADAMW else ("momentum",)
             if start < end:
-                fragment.slots = {name: zeros_like(weight) for name in names}
+                fragment.slots = {name: zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
                 if fragment.rule == ADAMW:
-                    fragment.slots["step"] = torch.zeros((), dtype=torch.float32)
+                    fragment.slots[STEP] = torch.zeros((), dtype=torch.float32)
             fragments.append(fragment)
         self._fragments[param] = fragments
 
@@ -147,7 +144,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 [f.slots["exp_avg"] for f in same],
                 [f.slots["exp_avg_sq"] for f in same],
                 [],
-                [f.slots["step"] for f in same],
+                [f.slots[STEP] for f in same],
                 amsgrad=False,
                 beta1=self.optim.beta1,
                 beta2=self.optim.beta2,

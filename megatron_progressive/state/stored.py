@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.state.schedule import DTYPE_BYTES
 
 INDEX_FILE = ".metadata"
 
@@ -32,8 +32,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        return self.numel * (int(bits.group()) // 8 if bits else 1)
+        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 Slots = dict[str, StoredTensor]

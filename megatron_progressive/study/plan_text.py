@@ -155,18 +155,18 @@ def _memory_table(plan: Plan) -> list[str]:
 
 
 def _reshard_table(plan: Plan) -> list[str]:
-    rows = [["After step", "received", "mean", "sent", "mean", "total", "least", "time"]]
+    rows = [["After step", "received", "mean", "sent", "mean", "total", "time"]]
     for expansion in plan.expansions:
         moved = expansion.reshard
         sizes: list[float] = []
         for counts in (moved.received, moved.sent):
             sizes += [int(counts.max()), float(counts.mean())]
-        sizes += [int(moved.received.sum()), moved.least]
+        sizes.append(moved.total)
         seconds = f"{moved.seconds(plan.link_gb_per_s):.3g} s"
         rows.append([f"{expansion.step:,}", *(_bytes_text(size) for size in sizes), seconds])
     note = (
-        "received and sent: by the rank with most, then the mean over ranks; least: what ranks "
-        "miss in all; time: of the busiest rank where each sends and receives "
+        "received and sent: by the rank with most, then the mean over ranks; each rank gets what "
+        "it lacks, once; time: of the busiest rank where each sends and receives "
         f"{plan.link_gb_per_s:g} GB/s at once; building the new model is NOT counted"
     )
     wrapped = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
+from megatron_progressive.expansion.depth_map import check_depths
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import make_layout
@@ -58,16 +59,7 @@ def _check_expansions(config: RunConfig) -> None:
                 f"{field}.at: got {expansion.at} (step {step}) after one at step {before}; "
                 f"accepted: expansions in increasing order of step"
             )
-        if expansion.to_layers <= depth:
-            raise ConfigError(
-                f"{field}.to_layers: got {expansion.to_layers}; accepted: more than the {depth} "
-                f"layer{'s' * (depth != 1)} before it"
-            )
-        if depth == 0 and expansion.init.startswith("copying"):
-            raise ConfigError(
-                f"{field}.init: got {expansion.init!r} from 0 layers, where nothing can be copied; "
-                f"accepted: random, zero"
-            )
+        check_depths(expansion, depth, field, "before it")
         before, depth = step, expansion.to_layers
 
 

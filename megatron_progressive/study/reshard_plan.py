@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.partitions import held_pieces
-from megatron_progressive.expansion.depth_map import copied_from, depth_map
+from megatron_progressive.expansion.depth_map import copied_from, rules_of
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.state.schedule import PieceTable, Schedule
@@ -29,8 +29,11 @@ class ReshardBytes:
     """From other ranks: all that a rank is to hold, is copied, and it does not hold already."""
     sent: Ints
     """To other ranks, each missing box by one of those that hold it, in turn."""
-    least: int
-    """Fewest bytes that can cross between ranks, in all: what each rank misses, once."""
+
+    @property
+    def total(self) -> int:
+        """Over all ranks. No reshard needs fewer: each rank gets what it misses, once."""
+        return int(self.received.sum())
 
     def seconds(self, gb_per_s: float) -> float:
         """Time of the exchange where every rank sends and receives at ``gb_per_s`` (1e9 bytes
@@ -58,16 +61,8 @@ def reshard_bytes(config: RunConfig, index: int, world: int) -> ReshardBytes:
             (index + 1, model_shape(config, expansion.to_layers)),
         )
     ]
-    rules = depth_map(
-        tensor_table(model_shape(config, expansion.to_layers)),
-        model_shape(config, depth).num_layers,
-        expansion.to_layers,
-        expansion.init,
-        expansion.order,
-        expansion.insert,
-        expansion.optimizer_state,
-    )
-
+    table = tensor_table(model_shape(config, expansion.to_layers))
+    rules = rules_of(expansion, table, model_shape(config, depth).num_layers)
     old, new = ([(PieceTable.of(pieces), ranks) for pieces, ranks in side] for side in sides)
     sent, received = Schedule(old, new, copied_from(rules)).bytes_by_rank(world)
-    return ReshardBytes(received, sent, int(received.sum()))
+    return ReshardBytes(received, sent)

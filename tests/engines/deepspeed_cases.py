@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,24 +116,6 @@ def expansions(configs: list[RunConfig]) -> list[tuple[cases.Full, cases.Full, l
     return results
 
 
-def leftovers(configs: list[RunConfig]) -> list[tuple[int, int]]:
-    """(process groups, live tensors) after each of several expansions in a row."""
-    import torch.distributed.distributed_c10d as c10d
-
-    counts = []
-    for config in configs:
-        engine = cases.start(config)
-        engine.train_step(batch(0), 0.01)
-        engine = _expanded(engine, config)
-        engine.train_step(batch(1), 0.01)
-        engine.close()
-        del engine
-        gc.collect()
-        tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects() if _plain(o))
-        counts.append((len(c10d._world.pg_map), tensors))
-    return counts
-
-
 def _plain(thing: Any) -> bool:
     return type(thing) in (torch.Tensor, torch.nn.Parameter)
 
@@ -168,8 +151,19 @@ def losses_after_expansion(configs: list[RunConfig], steps: int) -> list[list[fl
     return results
 
 
-def resources_over_expansions(configs: list[RunConfig]) -> list[tuple[int, int, int, int]]:
-    """(process groups, open files, threads, resident bytes) after each of several expansions."""
+@dataclass(frozen=True)
+class Resources:
+    """What a process has after an engine was closed."""
+
+    groups: int
+    files: int
+    threads: int
+    resident_bytes: int
+    tensors: int
+
+
+def resources_over_expansions(configs: list[RunConfig]) -> list[Resources]:
+    """After each of several expansions, every one from a fresh engine."""
     import psutil
     import torch.distributed.distributed_c10d as c10d
 
@@ -180,7 +174,14 @@ def resources_over_expansions(configs: list[RunConfig]) -> list[tuple[int, int, 
         engine = _expanded(engine, config)
         engine.train_step(batch(1), 0.003)
         engine.close()
+        del engine
+        gc.collect()
         own = psutil.Process()
-        groups = len(c10d._world.pg_map)
-        found.append((groups, own.num_fds(), own.num_threads(), own.memory_info().rss))
+        tensors = sum(_plain(thing) for thing in gc.get_objects())
+        found.append(
+            Resources(
+                len(c10d._world.pg_map), own.num_fds(), own.num_threads(),
+                own.memory_info().rss, tensors,
+            )
+        )  # fmt: skip
     return found

@@ -126,10 +126,9 @@ def test_nothing_outlives_an_engine(pool: Pool) -> None:
         expansion(1, "copying", zero(a), stage(b), ["optim.name=adamw"])
         for a, b in [*turns[:1], *turns]
     ]
-    counts = pool.run(2, deepspeed_cases.leftovers, configs)[0]
-    assert [groups for groups, _ in counts] == [1] * len(counts)  # the world's own
-    tensors = [tensors for _, tensors in counts[1:]]  # the first engine loads modules
-    assert tensors == [tensors[0]] * len(turns)
+    found = pool.run(2, deepspeed_cases.resources_over_expansions, configs)[0]
+    assert {r.groups for r in found} == {1}  # the world's own
+    assert len({r.tensors for r in found[1:]}) == 1  # the first engine loads modules
 
 
 def test_nothing_is_printed(pool: Pool) -> None:
@@ -167,9 +166,12 @@ def test_ten_expansions_leave_nothing(pool: Pool) -> None:
     layouts: list[dict[str, Any]] = [stage(3), {**MEGATRON, "tensor": 2}]
     configs = [expansion(1, "copying", zero(3), after, []) for after in layouts]
     found = pool.run(2, deepspeed_cases.resources_over_expansions, configs * 6)[0]
-    groups, files, threads, memory = zip(*found[2:], strict=True)
     print(found)
-    assert set(groups) == {1}  # the world's own
-    assert len(set(files[0::2])) == len(set(files[1::2])) == 1  # by engine
-    assert len(set(threads)) == 1
-    assert max(memory) - memory[0] < 4 << 20
+    found = found[2:]
+    assert {r.groups for r in found} == {1}
+    for same_engine in (found[0::2], found[1::2]):
+        # gloo's threads may close a last socket a moment later; one kept each time would be 8
+        files = [r.files for r in same_engine]
+        assert max(files) - min(files) < 3
+    assert len({r.threads for r in found}) == len({r.tensors for r in found}) == 1
+    assert max(r.resident_bytes for r in found) - found[0].resident_bytes < 4 << 20

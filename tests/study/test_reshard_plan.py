@@ -83,7 +83,7 @@ def test_bytes_equal_those_of_masks_of_whole_tensors(seed: int) -> None:
     planned = reshard_bytes(config, 0, world)
     missed, only, could = by_masks(config, world)
     assert planned.received.tolist() == missed
-    assert planned.least == sum(missed) == planned.sent.sum()
+    assert planned.total == sum(missed) == planned.sent.sum()
     for sent, least, most in zip(planned.sent.tolist(), only, could, strict=True):
         assert least <= sent <= most
 
@@ -101,7 +101,7 @@ def test_bytes_from_sharded_weights(seed: int) -> None:
     planned = reshard_bytes(config, 0, world)
     missed, only, could = by_masks(config, world)
     assert planned.received.tolist() == missed
-    assert planned.least == planned.sent.sum()
+    assert planned.total == planned.sent.sum()
     for sent, least, most in zip(planned.sent.tolist(), only, could, strict=True):
         assert least <= sent <= most
 
@@ -110,7 +110,7 @@ def test_random_cases_move_something() -> None:
     moved: dict[str, int] = defaultdict(int)
     for seed in range(24):
         config = random_case(seed, 1 + seed % 4)
-        moved[config.optim.name] += reshard_bytes(config, 0, 1 + seed % 4).least
+        moved[config.optim.name] += reshard_bytes(config, 0, 1 + seed % 4).total
     assert set(moved) == {"adamw", "muon_nsgd"}
     assert all(moved.values())
 
@@ -128,7 +128,7 @@ def test_a_real_expansion_moves_the_planned_bytes(
     expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
     config = cases.small_config(["model.num_layers=2", "train.micro_batch=1", *words], expansion)
     event = pool.run(world, cases.expand_and_gather, config)[0][2]
-    assert event.bytes_moved == reshard_bytes(config, 0, world).least > 0
+    assert event.bytes_moved == reshard_bytes(config, 0, world).total > 0
 
 
 def test_replicas_send_in_turn() -> None:
@@ -150,7 +150,7 @@ def test_plan_says_bytes_and_time() -> None:
     assert moved.seconds(0.001) == pytest.approx(busiest / 1e6)
     text = " ".join(render(plan).split())
     assert f"{busiest / 1e6:.3g} s" in text
-    assert f"{moved.least / 1e3:.3g} kB" in text
+    assert f"{moved.total / 1e3:.3g} kB" in text
     assert "0.001 GB/s" in text
     with pytest.raises(ConfigError, match=r"--link-gb-per-s: got 0; accepted: a number above 0"):
         make_plan(config, 2, link_gb_per_s=0.0)

@@ -110,21 +110,17 @@ def engine_bytes(engine: Any) -> int:
 
 def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
     """Bytes that this rank needs from others, whoever sends them: plain code over boxes."""
-    from megatron_progressive.expansion.depth_map import COPY, depth_map
+    from megatron_progressive.expansion.depth_map import COPY, rules_of
     from megatron_progressive.models import tensor_table
 
-    expansion = config.expansion[0]
-    rules = depth_map(
-        tensor_table(new.shape), old.shape.num_layers, new.shape.num_layers, expansion.init,
-        expansion.order, expansion.insert, expansion.optimizer_state,
-    )  # fmt: skip
+    rules = rules_of(config.expansion[0], tensor_table(new.shape), old.shape.num_layers)
     have: dict[Any, list[Any]] = {}
     for piece in old.state().pieces:
         have.setdefault(piece.key, []).append(piece.box)
     total = 0
     for piece in new.state().pieces:
         rule = rules[piece.name]
-        if (rule.weights if piece.slot in ("param", "master") else rule.state) != COPY:
+        if rule.action(piece.slot) != COPY:
             continue
         shared = [piece.box.intersect(b) for b in have.get((rule.source, piece.slot), [])]
         missing = piece.box.numel - sum(s.numel for s in shared if s)
