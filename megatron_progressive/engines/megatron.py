@@ -24,10 +24,16 @@ from megatron_progressive.engines.base import GlobalBatch, StepMetrics
 from megatron_progressive.engines.megatron_model import (
     TIED_HEAD,
     build_chunk,
+    canonical_buffers,
     canonical_names,
+    engine_table,
     transformer_config,
 )
-from megatron_progressive.engines.megatron_optimizer import build_optimizer, is_sharded
+from megatron_progressive.engines.megatron_optimizer import (
+    build_optimizer,
+    clip_gradients,
+    is_sharded,
+)
 from megatron_progressive.engines.megatron_state import sharded_state, table_with_tied_head
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape
@@ -56,9 +62,9 @@ class MegatronEngine:
             build_chunk(shape, self.groups, transformer, chunk)
             for chunk in range(layout.virtual_pipeline)
         ]
-        named = [canonical_names(chunk) for chunk in chunks]
+        named = [canonical_names(chunk, self.groups) for chunk in chunks]
         self._names = {name: weight for names in named for name, weight in names.items()}
-        table = tensor_table(shape)
+        table = engine_table(tensor_table(shape))
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
         sharded = is_sharded(config.optim, layout.zero_stage)
         buffers = DistributedDataParallelConfig(
@@ -74,7 +80,7 @@ class MegatronEngine:
                 buffers,
                 Float16Module(transformer, chunk) if bf16 else chunk,
                 full_param_layout=DistributedOptimizer.compute_full_param_layout(
-                    list(names.values()), None, layout.data, buffers
+                    list(names.values()), None, layout.data, buffers, layout.expert_data
                 )
                 if sharded
                 else None,
@@ -84,6 +90,11 @@ class MegatronEngine:
         self.optimizer = build_optimizer(
             self.chunks, self._names, self._table, config.optim, self.groups, bf16
         )
+        self._buffers = {
+            name: buffer
+            for chunk in chunks
+            for name, buffer in canonical_buffers(chunk, self.groups).items()
+        }
         transformer.grad_scale_func = None
         transformer.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
@@ -98,10 +109,10 @@ class MegatronEngine:
         for group in self.optimizer.param_groups if self._names else ():
             group["lr"] = lr
         self.optimizer.prepare_grads()
-        grad_norm = self.optimizer.clip_grad_norm(self.config.optim.clip_grad)
+        grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
         total, stops = self._sum_over_ranks(losses, float(stop))
-        return StepMetrics(total, float(grad_norm), stops > 0)
+        return StepMetrics(total, grad_norm, stops > 0)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
@@ -113,7 +124,8 @@ class MegatronEngine:
         return sum(means) / len(means)
 
     def state(self) -> ShardedState:
-        return sharded_state(self._names, self._table, self.optimizer, self.groups)
+        optimizers = self.optimizer.chained_optimizers
+        return sharded_state(self._names, self._buffers, self._table, optimizers, self.groups)
 
     def loaded(self) -> None:
         pass  # the pieces are all there is
@@ -122,7 +134,7 @@ class MegatronEngine:
         self.groups.activate()
 
     def close(self) -> None:
-        del self.chunks, self.optimizer, self._names, self._forward_backward
+        del self.chunks, self.optimizer, self._names, self._buffers, self._forward_backward
         self.groups.close()
         # Buffers, parameters and groups refer to each other: memory, threads and connections
         # would stay until some later collection.

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
+from megatron_progressive.engines.megatron_spec import (
+    decoder_spec,
+    mtp_spec,
+    transformer_engine_available,
+)
 from megatron_progressive.models import FAMILIES
-from megatron_progressive.models.base import LAYER_PREFIX, ModelShape
+from megatron_progressive.models.base import LAYER_PREFIX, MOE, ModelShape, TensorSpec
+from megatron_progressive.models.blocks import MTP_PREFIX
+from megatron_progressive.models.transformer import transformer_config_kwargs
 from megatron_progressive.runtime.groups import ProcessGroups
 
 TIED_HEAD = "output_layer.weight"
@@ -24,47 +30,16 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 # Transformer Engine's spec fuses each norm into the linear behind it.
 _FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(.*)")
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
 
 # "GPTModel is deprecated" at every build: the layer specs of this release are still its own.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-
-
-class CausalAttention(MegatronModule):  # type: ignore[misc]
-    """Causal core attention on torch's ``scaled_dot_product_attention``.
-
-    Used with the local spec, in place of Megatron-core's unfused attention (its causal mask
-    is S x S per layer and its softmax is written out). Shapes: query [S, B, heads, d], key and
-    value [S, B, groups, d]; output [S, B, heads * d].
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> torch.Tensor:
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        grouped = query.size(1) != key.size(1)
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
-        out = out.permute(2, 0, 1, 3)
-        return out.reshape(out.size(0), out.size(1), -1)
-
-
-def transformer_engine_available() -> bool:
-    """Whether the fused layers of Transformer Engine can run here."""
-    if not torch.cuda.is_available():
-        return False
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return bool(HAVE_TE)
 
 
 def _untouched(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,14 +59,17 @@ def transformer_config(
         for stage in chunks
     ]
     virtual_stages[0].insert(0, "embedding")
-    virtual_stages[-1].append("loss")
-    config = TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        ffn_hidden_size=shape.ffn_hidden_size,
+    virtual_stages[-1] += ["mtp"] * shape.mtp_depth + ["loss"]
+    experts = MOE in shape.layer_kinds()
+    kind = TransformerConfig if shape.mla is None else MLATransformerConfig
+    config = kind(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        # a model that has no experts yet has no use for their groups
+        expert_model_parallel_size=layout.expert if experts else 1,
+        expert_tensor_parallel_size=layout.expert_tensor if experts else None,
+        # Megatron-core has experts under tensor parallelism only with it
+        sequence_parallel=experts and layout.tensor > 1,
         # it also sets the number of model chunks: virtual stages / stages
         pipeline_model_parallel_layout=virtual_stages if layout.pipeline > 1 else None,  # type: ignore[arg-type]
         pipeline_dtype=dtype,
@@ -102,6 +80,7 @@ def transformer_config(
         deallocate_pipeline_outputs=cuda,
         use_cpu_initialization=not cuda,
         perform_initialization=False,
+        transformer_impl="transformer_engine" if transformer_engine_available() else "local",
         init_method=_untouched,
         output_layer_init_method=_untouched,  # the default divides by the number of layers
         hidden_dropout=0.0,
@@ -110,8 +89,10 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=cuda,
+        apply_rope_fusion=False,
         persist_layer_norm=False,
-        **FAMILIES[shape.family].transformer_config_kwargs(shape),
+        moe_grouped_gemm=experts and transformer_engine_available(),
+        **transformer_config_kwargs(shape),
     )
     if not cuda:
         check_gloo_pipeline(config)
@@ -136,37 +117,114 @@ def build_chunk(
     shape: ModelShape, groups: ProcessGroups, config: TransformerConfig, chunk: int
 ) -> GPTModel:
     """One model chunk of this rank, with uninitialised weights."""
-    first, last = chunk == 0, chunk == groups.layout.virtual_pipeline - 1
-    if transformer_engine_available():
-        spec = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = get_gpt_layer_local_spec(normalization=config.normalization)
-        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    layout, family = groups.layout, FAMILIES[shape.family]
+    first = chunk == 0 and groups.first_stage
+    last = chunk == layout.virtual_pipeline - 1 and groups.last_stage
+    numbers = layout.chunk_layers(shape.num_layers)[groups.pipeline_rank][chunk]
+    kinds = shape.layer_kinds()
+    rope: dict[str, Any] = {}
+    if shape.rope is not None:
+        rope = dict(
+            rotary_base=shape.rope.theta,
+            rope_scaling=shape.rope.scaling == "llama3",
+            rope_scaling_factor=shape.rope.factor,
+        )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=decoder_spec(config, [kinds[number] for number in numbers]),
+        mtp_block_spec=mtp_spec(config, kinds[-1], shape.mtp_depth)
+        if last and shape.mtp_depth
+        else None,
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.sequence_length,
-        pre_process=first and groups.first_stage,
-        post_process=last and groups.last_stage,
+        pre_process=first,
+        post_process=last,
         share_embeddings_and_output_weights=shape.tie_embeddings,
-        position_embedding_type=FAMILIES[shape.family].POSITION_EMBEDDING,
-        vp_stage=chunk if groups.layout.virtual_pipeline > 1 else None,
+        position_embedding_type="learned_absolute" if family.learned_positions else "rope",
+        vp_stage=chunk if layout.virtual_pipeline > 1 else None,
+        **rope,
     )
+    if last and shape.vocab_size < shape.padded_vocab_size:
+        _mask_padding(model.output_layer, shape, groups.tensor_rank, layout.tensor)
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def canonical_names(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+def _mask_padding(
+    output_layer: torch.nn.Module, shape: ModelShape, tensor_rank: int, tensor_ranks: int
+) -> None:
+    """Give the vocabulary's padding logits of -infinity: it takes no part in the softmax, and its
+    rows get no gradient."""
+    columns = shape.padded_vocab_size // tensor_ranks
+    live = max(0, shape.vocab_size - columns * tensor_rank)
+
+    def mask(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        output[0][..., live:] = -torch.inf
+        return output
+
+    if live < columns:
+        output_layer.register_forward_hook(mask)
+
+
+def engine_table(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The family's table as the layer spec in use has it.
+
+    Transformer Engine's spec keeps latent attention's down-projections whole on every
+    tensor-parallel rank.
+    """
+    if not transformer_engine_available():
+        return table
+    return {
+        name: dataclasses.replace(spec, tp_axis=None) if spec.role in ("q_down", "kv_down") else spec
+        for name, spec in table.items()
+    }  # fmt: skip
+
+
+def canonical_names(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.nn.Parameter]:
     """The parameters of one model chunk by canonical name.
 
     The LM head of a tied model on a later stage than the embedding is named
     ``output_layer.weight``: the caller knows that it is a copy.
     """
-    named: dict[str, torch.nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith(LAYER_PREFIX):
-            index, rest = name[len(LAYER_PREFIX) :].split(".", 1)
-            number = model.decoder.layers[int(index)].layer_number - 1  # theirs is 1-based
-            name = f"{LAYER_PREFIX}{number}.{_FUSED_NORMS.get(rest, rest)}"
-        named[name] = parameter
-    return named
+    return {
+        _canonical_name(name, model, groups): parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def canonical_buffers(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.Tensor]:
+    """Tensors of one model chunk that training changes and the optimizer does not have: the
+    routers' expert biases."""
+    return {
+        _canonical_name(name, model, groups): buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(".router.expert_bias")
+    }
+
+
+def _canonical_name(name: str, model: GPTModel, groups: ProcessGroups) -> str:
+    if name.startswith(LAYER_PREFIX):
+        index, rest = name[len(LAYER_PREFIX) :].split(".", 1)
+        number = model.decoder.layers[int(index)].layer_number - 1  # theirs is 1-based
+        prefix = f"{LAYER_PREFIX}{number}."
+    elif name.startswith(MTP_PREFIX):
+        prefix, middle, rest = name.partition(".mtp_model_layer.")
+        if not middle:
+            return name
+        prefix += middle
+    else:
+        return name
+    for fused, norm in _FUSED_NORMS.items():
+        rest = rest.replace(fused, norm)
+    return prefix + _global_expert(rest, model.config, groups)
+
+
+def _global_expert(name: str, config: TransformerConfig, groups: ProcessGroups) -> str:
+    """Experts are numbered on each rank; the canonical number is the global one."""
+
+    def number(local: str) -> int:
+        assert config.num_moe_experts is not None
+        each = config.num_moe_experts // groups.layout.expert
+        return groups.expert_rank * each + int(local)
+
+    name = _EXPERT.sub(lambda m: f"experts.{number(m[1])}.{m[2]}", name)
+    return _GROUPED_EXPERT.sub(lambda m: f"experts.{number(m[2])}.{m[1]}.weight", name)

@@ -8,15 +8,19 @@ step count is one for a whole group, while layers that are new at τ start at st
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
     MegatronOptimizer,
@@ -44,12 +48,16 @@ def parameter_groups(
     for name, parameter in parameters.items():
         spec = table[name]
         decay = optim.weight_decay if len(spec.shape) > 1 else 0.0
-        key = (rule_of(spec, optim), decay, spec.tp_axis, spec.row_blocks)
+        stack = math.prod(spec.shape[:-2])
+        key = (rule_of(spec, optim), decay, spec.tp_axis, spec.row_blocks, stack)
         members[key].append(parameter)
     return [
-        dict(params=params, rule=rule, weight_decay=decay, tp_axis=axis, row_blocks=blocks)
-        for (rule, decay, axis, blocks), params in members.items()
-    ]
+        dict(
+            params=params, rule=rule, weight_decay=decay, row_blocks=blocks, stack=stack,
+            tp_axis=axis,
+        )
+        for (rule, decay, axis, blocks, stack), params in members.items()
+    ]  # fmt: skip
 
 
 def build_optimizer(
@@ -59,12 +67,43 @@ def build_optimizer(
     optim: OptimSection,
     groups: ProcessGroups,
     bf16: bool,
-) -> MegatronOptimizer:
+) -> ChainedOptimizer:
     """The optimizer of one rank, with its state allocated and zero.
+
+    One wrapper for the experts, where they have data-parallel groups of their own, and one for
+    all else.
 
     ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between
     the first and the last has no tensors while the model has no layers.
     """
+    separate = {name for name in parameters if table[name].expert is not None}
+    if not groups.layout.separate_experts:
+        separate = set()
+    wrappers = [
+        _wrapper(
+            chunks,
+            {name: p for name, p in parameters.items() if (name in separate) == experts},
+            table,
+            optim,
+            groups,
+            bf16,
+            experts,
+        )
+        # the norm of the gradient is a sum over the ranks of every wrapper, so all have both
+        for experts in ((False, True) if groups.layout.separate_experts else (False,))
+    ]
+    return ChainedOptimizer(wrappers)
+
+
+def _wrapper(
+    chunks: list[DistributedDataParallel],
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+    groups: ProcessGroups,
+    bf16: bool,
+    experts: bool,
+) -> MegatronOptimizer:
     sharded = is_sharded(optim, groups.layout.zero_stage)
     config = OptimizerConfig(
         optimizer="adam",  # a label: the optimizer object is passed in
@@ -84,20 +123,27 @@ def build_optimizer(
             members, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused
         )
     elif members:
-        inner = MuonNSGD(members, optim, groups.tensor_group)
+        inner = MuonNSGD(
+            members, optim, groups.expert_tensor_group if experts else groups.tensor_group
+        )
     wrapper: MegatronOptimizer
     if sharded:
+        buffers = {
+            index: chunk.expert_parallel_buffers if experts else chunk.buffers
+            for index, chunk in enumerate(chunks)
+        }
         wrapper = DistributedOptimizer(
             inner,
             config,
             None,
             lambda *_: None,
             model_chunks=chunks,
-            per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
-            data_parallel_group=groups.data_group,
+            per_model_buffers=buffers,
+            data_parallel_group=groups.expert_data_group if experts else groups.data_group,
             data_parallel_group_gloo=None,
-            data_parallel_group_idx=groups.pipeline_rank * groups.layout.tensor
-            + groups.tensor_rank,
+            data_parallel_group_idx=dist.get_rank(
+                groups.expert_model_group if experts else groups.model_group
+            ),
             distributed_optimizer_instance_id=0,
         )
         wrapper.grad_stats_parallel_group = (
@@ -108,14 +154,27 @@ def build_optimizer(
             wrapper = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
         else:
             wrapper = FP32Optimizer(inner, config, lambda *_: None)
-        wrapper.grad_stats_parallel_group = groups.model_group
+        wrapper.grad_stats_parallel_group = (
+            groups.expert_model_group if experts else groups.model_group
+        )
     wrapper.tp_group = groups.tensor_group
-    wrapper.expert_tp_group = groups.tensor_group
+    wrapper.expert_tp_group = groups.expert_tensor_group
     if isinstance(inner, MuonNSGD):
         inner.init_state()
     elif inner is not None:
         _init_adamw_state(inner)
     return wrapper
+
+
+def clip_gradients(optimizer: ChainedOptimizer, most: float) -> float:
+    """Scale the gradients so that the norm of all is at most ``most`` (0: leave them); returns the
+    norm before."""
+    norm = float(optimizer.get_grad_norm())
+    if most > 0:
+        for wrapper in optimizer.chained_optimizers:
+            if parameters := wrapper.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, most, norm)
+    return norm
 
 
 def _init_adamw_state(inner: torch.optim.Optimizer) -> None:

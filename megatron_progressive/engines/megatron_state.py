@@ -6,11 +6,12 @@ parameter that this data-parallel rank owns, and the fp32 shard that stands for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 
 from megatron_progressive.engines.megatron_model import EMBEDDING, TIED_HEAD
 from megatron_progressive.models.base import TensorSpec
@@ -23,6 +24,7 @@ from megatron_progressive.state.boxes import (
     ShardedState,
     flat_range_boxes,
     scalar_piece,
+    whole,
 )
 
 
@@ -34,53 +36,92 @@ def table_with_tied_head(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
 def local_box(name: str, spec: TensorSpec, parameter: torch.Tensor, groups: ProcessGroups) -> Box:
     """The box of a global tensor that this rank's parameter is.
 
+    The parameter may have fewer axes: it is the box, flattened along its first ones.
+
     Raises:
         RuntimeError: Megatron-core built another shape than the family's table says.
     """
+    ranks, rank = groups.layout.tensor, groups.tensor_rank
+    if spec.expert is not None:
+        ranks, rank = groups.layout.expert_tensor, groups.expert_tensor_rank
     shape, offset = list(spec.shape), [0] * len(spec.shape)
     if spec.tp_axis is not None:
-        shape[spec.tp_axis] //= groups.layout.tensor
-        offset[spec.tp_axis] = shape[spec.tp_axis] * groups.tensor_rank
-    if tuple(shape) != tuple(parameter.shape):
-        raise RuntimeError(f"{name}: Megatron-core built {tuple(parameter.shape)}, not {shape}")
+        shape[spec.tp_axis] //= ranks
+        offset[spec.tp_axis] = shape[spec.tp_axis] * rank
+    built = tuple(parameter.shape)
+    flattened = (math.prod(shape[: 1 - len(built)] if len(built) > 1 else shape), *shape[len(shape) - len(built) + 1 :])
+    if flattened != built:
+        raise RuntimeError(f"{name}: Megatron-core built {built}, not {shape}")
     return Box(tuple(offset), tuple(shape))
+
+
+def _replicas(spec: TensorSpec, groups: ProcessGroups) -> tuple[int, int]:
+    """(among the ranks that hold the same box of a tensor, among those of them that a data-parallel
+    optimizer does not divide it over): the number of this rank.
+
+    The same box are on all tensor-parallel ranks of an uncut tensor, and on all data-parallel
+    ranks.
+    """
+    if spec.expert is not None:
+        across = groups.expert_tensor_rank if spec.tp_axis is None else 0
+        return groups.expert_data_rank + groups.layout.expert_data * across, across
+    across = groups.tensor_rank if spec.tp_axis is None else 0
+    return groups.data_rank + groups.layout.data * across, across
 
 
 def sharded_state(
     parameters: dict[str, torch.nn.Parameter],
+    buffers: dict[str, torch.Tensor],
     table: dict[str, TensorSpec],
-    optimizer: MegatronOptimizer,
+    optimizers: Sequence[MegatronOptimizer],
     groups: ProcessGroups,
 ) -> ShardedState:
     """Views of every weight and optimizer slot that this rank holds.
 
     Args:
         parameters: of all model chunks, by canonical name (:func:`canonical_names`).
+        buffers: tensors that no optimizer has, by canonical name.
         table: of the global model, the tied head included.
+        optimizers: each parameter is in one of them.
     """
-    tied_model = TIED_HEAD in parameters and EMBEDDING not in parameters
     pieces: list[Piece] = []
+    owners = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for parameter in model_parameters(optimizer)
+    }
     for local_name, parameter in parameters.items():
         spec = table[local_name]
-        tied = tied_model and local_name == TIED_HEAD and table[local_name] is table[EMBEDDING]
-        name = EMBEDDING if tied else local_name
+        head = local_name == TIED_HEAD and table[local_name] is table[EMBEDDING]
+        # a tied head, or the embedding that multi-token prediction has, on a later stage
+        tied = (head or local_name == EMBEDDING) and not groups.first_stage
+        name = EMBEDDING if head else local_name
         box = local_box(name, spec, parameter, groups)
-        # Ranks that hold the same box: all tensor-parallel ranks of an uncut tensor, and all
-        # data-parallel ranks of what is not sharded over them.
-        tensor_replica = groups.tensor_rank if spec.tp_axis is None else 0
-        data_replica = groups.data_rank + groups.layout.data * tensor_replica
+        replica, across = _replicas(spec, groups)
         pieces.append(
-            Piece(name, PARAM, spec.shape, box, parameter.data, data_replica, tied)
-        )  # fmt: skip
+            Piece(name, PARAM, spec.shape, box, parameter.data.view(box.shape), replica, tied)
+        )
+        optimizer = owners[parameter]
         if isinstance(optimizer, DistributedOptimizer):
-            pieces.extend(
-                _shard_pieces(name, spec, box, parameter, optimizer, tensor_replica, tied)
-            )
+            pieces.extend(_shard_pieces(name, spec, box, parameter, optimizer, across, tied))
         else:
-            pieces.extend(
-                _replicated_pieces(name, spec, box, parameter, optimizer, data_replica, tied)
-            )
+            pieces.extend(_replicated_pieces(name, spec, box, parameter, optimizer, replica, tied))
+    for name, buffer in buffers.items():
+        spec = table[name]
+        replica, _ = _replicas(spec, groups)
+        pieces.append(Piece(name, PARAM, spec.shape, whole(spec.shape), buffer, replica))
     return ShardedState(pieces)
+
+
+def model_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
+    """The model's parameters that an optimizer updates, also those of which another rank has the
+    shard."""
+    if isinstance(optimizer, DistributedOptimizer):
+        return [p for buffer in optimizer.buffers for p in buffer.params]
+    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        groups = [*optimizer.float16_groups, *optimizer.fp32_from_fp32_groups]
+        return [parameter for group in groups for parameter in group]
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _replicated_pieces(
@@ -94,12 +135,12 @@ def _replicated_pieces(
 ) -> Iterator[Piece]:
     main = getattr(parameter, "main_param", None)
     if main is not None:
-        yield Piece(name, MASTER, spec.shape, box, main.data, replica, tied)
+        yield Piece(name, MASTER, spec.shape, box, main.data.view(box.shape), replica, tied)
     for slot, value in optimizer.optimizer.state[parameter if main is None else main].items():
         if value.dim() == 0:
             yield scalar_piece(name, slot, value, replica, tied)
         else:
-            yield Piece(name, slot, spec.shape, box, value, replica, tied)
+            yield Piece(name, slot, spec.shape, box, value.view(box.shape), replica, tied)
 
 
 def _shard_pieces(

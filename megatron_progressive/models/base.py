@@ -2,7 +2,7 @@
 
 The table is the single source for initialisation, parameter counts, the optimizer's choice
 of matrices, expansion and planning. Names are canonical: Megatron-core's, with the *global*
-layer number on every pipeline stage.
+layer and expert numbers on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,53 @@ LAYER_PREFIX = "decoder.layers."
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this on every layout, so that tensor parallelism
-never changes the model."""
+never changes the model. Rows of the padding are zero and stay so: no token has them, and their
+logits are masked."""
+
+DENSE, MOE = "dense", "moe"
+"""Kinds of layers, by their feed-forward part."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions (:class:`.config.RopeSection`)."""
+
+    theta: float
+    scaling: str = "none"
+    factor: float = 1.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class MLA:
+    """Multi-head latent attention (:class:`.config.MLASection`)."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query and of a key, both parts."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Mixture of experts (:class:`.config.MoESection`)."""
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int
+    shared_experts: int = 0
+    first_k_dense: int = 0
+    num_groups: int = 1
+    top_k_groups: int = 1
+    routed_scaling_factor: float = 1.0
+    bias_update_rate: float = 0.0
+    aux_loss_coeff: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -25,16 +71,37 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
     ffn_hidden_size: int
+    """Of the dense MLP."""
     vocab_size: int
     """Vocabulary before padding."""
     sequence_length: int
     tie_embeddings: bool
     linear_bias: bool
+    norm_epsilon: float
+    rope: Rope | None = None
+    mla: MLA | None = None
+    """Then ``num_query_groups`` and ``head_dim`` have no meaning."""
+    moe: MoE | None = None
+    mtp_layers: int = 0
+    """Multi-token prediction modules, where there are layers."""
+    mtp_loss_coeff: float = 0.0
 
     @property
     def padded_vocab_size(self) -> int:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def mtp_depth(self) -> int:
+        """Multi-token prediction modules of this model: none without layers."""
+        return self.mtp_layers if self.num_layers else 0
+
+    def layer_kinds(self) -> list[str]:
+        """``dense`` or ``moe`` of each layer, by its global number."""
+        dense = self.moe.first_k_dense if self.moe else self.num_layers
+        return [DENSE if number < dense else MOE for number in range(self.num_layers)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +109,11 @@ class TensorSpec:
     """One global tensor.
 
     ``role`` says what it does: ``embedding``, ``position``, ``head``, ``qkv``, ``proj``,
-    ``fc1``, ``fc2``, ``bias`` (of the linear named ``of``), ``norm_gain`` or ``norm_bias``.
+    ``q_proj``, ``q_down``, ``q_up``, ``kv_down``, ``kv_up``, ``fc1``, ``fc2``, ``router``,
+    ``expert_bias``, ``mtp_proj``, ``bias`` (of a linear), ``norm_gain`` or ``norm_bias``.
+
+    The last two axes of a weight are (n_out, n_in); an axis before them counts separate matrices
+    (gate and up of a gated MLP).
     """
 
     shape: tuple[int, ...]
@@ -53,10 +124,16 @@ class TensorSpec:
     tp_axis: int | None = None
     """Axis that tensor parallelism cuts; None is replicated."""
     row_blocks: tuple[int, ...] = ()
-    """Rows of the separate matrices that interleave along axis 0, for one attention head
-    group (QKV: query, key, value rows of a group); empty where the tensor is one matrix."""
+    """Rows of the separate matrices that interleave along the axis of n_out, for one attention
+    head or group of heads (QKV: query, key, value rows of a group); empty where they do not."""
     last_linear: bool = False
     """Whether it belongs to the last linear of a sub-layer (what ``zeroL`` zeroes)."""
+    live_rows: int | None = None
+    """Rows that are no padding of the vocabulary; None: all. The others are zero."""
+    expert: int | None = None
+    """Global number of the routed expert that it belongs to."""
+    trainable: bool = True
+    """Whether the optimizer has it. Others are fp32 in every precision."""
 
     @property
     def numel(self) -> int:

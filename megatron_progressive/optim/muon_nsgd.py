@@ -43,11 +43,14 @@ def update_scale(n_out: int, n_in: int, scale: str) -> float:
 
 
 def matrices_of(tensor: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch.Tensor]:
-    """The separate matrices of a 2-D tensor, as copies or views.
+    """The separate matrices of a whole tensor, as copies or views.
 
-    With ``row_blocks`` the rows interleave per head group (Q rows, K rows, V rows of group 0,
-    then of group 1, ...); each block over all groups is one matrix.
+    An axis before the last two counts matrices. With ``row_blocks`` the rows interleave per head
+    group (Q rows, K rows, V rows of group 0, then of group 1, ...); each block over all groups
+    is one matrix.
     """
+    if tensor.dim() > 2:
+        return list(tensor.flatten(0, -3))
     if not row_blocks:
         return [tensor]
     grouped = tensor.view(-1, sum(row_blocks), tensor.size(1))
@@ -57,9 +60,9 @@ def matrices_of(tensor: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch
 
 
 def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of :func:`matrices_of`."""
+    """The inverse of :func:`matrices_of`; several matrices without blocks are stacked."""
     if not row_blocks:
-        return matrices[0]
+        return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
     parts = [m.view(-1, n, m.size(1)) for m, n in zip(matrices, row_blocks, strict=True)]
     return torch.cat(parts, dim=1).reshape(-1, matrices[0].size(1))
 
@@ -74,7 +77,7 @@ def with_momentum(grad: torch.Tensor, momentum: torch.Tensor, optim: OptimSectio
 def orthogonalised(
     tensors: list[torch.Tensor], row_blocks: list[tuple[int, ...]], optim: OptimSection
 ) -> list[torch.Tensor]:
-    """Muon's scaled update of each whole 2-D tensor (:func:`matrices_of` names its matrices).
+    """Muon's scaled update of each whole tensor (:func:`matrices_of` names its matrices).
 
     Newton-Schulz runs on one batch a shape: small matrices are bound by launches.
     """
@@ -95,11 +98,12 @@ class MuonNSGD(torch.optim.Optimizer):
     """One optimizer for all tensors; see the module's docstring.
 
     Each parameter group names its ``rule`` and, for tensors that tensor parallelism cuts,
-    ``tp_axis``; ``row_blocks`` names matrices that share a tensor.
+    ``tp_axis``; ``row_blocks`` and ``stack`` name matrices that share a tensor.
 
     Args:
-        params: parameter groups with ``params``, ``rule``, ``weight_decay``, ``tp_axis`` and
-            ``row_blocks``.
+        params: parameter groups with ``params``, ``rule``, ``weight_decay``, ``tp_axis``,
+            ``row_blocks`` and ``stack`` (matrices along a first axis that the parameter itself
+            has in its rows; ``tp_axis`` counts that axis where it is above 1).
         optim: hyperparameters; ``lr`` is the initial one, later set on the groups.
         tensor_group: the tensor-parallel group; None without tensor parallelism.
     """
@@ -110,7 +114,7 @@ class MuonNSGD(torch.optim.Optimizer):
         optim: OptimSection,
         tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, dict(lr=optim.lr, tp_axis=None, row_blocks=()))
+        super().__init__(params, dict(lr=optim.lr, tp_axis=None, row_blocks=(), stack=1))
         self.optim = optim
         self.tensor_group = tensor_group if tensor_group and tensor_group.size() > 1 else None
 
@@ -143,12 +147,19 @@ class MuonNSGD(torch.optim.Optimizer):
     @staticmethod
     def _apply(group: dict[str, Any], param: torch.Tensor, update: torch.Tensor) -> None:
         param.mul_(1 - group["lr"] * group["weight_decay"])
-        param.add_(update.to(param.dtype), alpha=-group["lr"])
+        param.add_(update.reshape(param.shape).to(param.dtype), alpha=-group["lr"])
 
     def _orthogonalise(
         self, updates: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]
     ) -> None:
-        whole = [self._gathered(update, group["tp_axis"]) for group, _, update in updates]
+        stacked = [
+            update if group["stack"] == 1 else update.view(group["stack"], -1, update.size(-1))
+            for group, _, update in updates
+        ]
+        whole = [
+            self._gathered(update, group["tp_axis"])
+            for (group, _, _), update in zip(updates, stacked, strict=True)
+        ]
         blocks = [group["row_blocks"] for group, _, _ in updates]
         for (group, param, _), update in zip(
             updates, orthogonalised(whole, blocks, self.optim), strict=True

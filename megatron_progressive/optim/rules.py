@@ -19,4 +19,4 @@ def rule_of(spec: TensorSpec, optim: OptimSection) -> str:
         return ADAMW
     if spec.role in ("embedding", "position", "head"):
         return optim.embeddings
-    return MUON if len(spec.shape) == 2 else NSGD
+    return MUON if len(spec.shape) > 1 and spec.role != "bias" else NSGD

@@ -25,7 +25,13 @@ _CPU = torch.device("cpu")
 
 # Modules that must be imported before the names are rebound: all that the engine reaches,
 # also late (Megatron-core imports some of its own inside functions).
-_MODULES = ("models.gpt.gpt_model", "models.gpt.gpt_layer_specs")
+_MODULES = (
+    "models.gpt.gpt_model",
+    "models.gpt.gpt_layer_specs",
+    "transformer.multi_latent_attention",
+    "transformer.multi_token_prediction",
+    "transformer.moe.moe_layer",
+)
 _PACKAGES = (
     "dist_checkpointing",
     "dist_checkpointing.strategies",
@@ -187,7 +193,21 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
+    _patch_token_dispatcher()
     _patch_tensor_methods()
+
+
+def _patch_token_dispatcher() -> None:
+    """The all-to-all token dispatcher takes the sizes of what it sends as numpy arrays, which it
+    makes of CUDA tensors only (0.19.2: transformer/moe/moe_utils.py)."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
 def _patch_tensor_methods() -> None:

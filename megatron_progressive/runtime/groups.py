@@ -64,6 +64,7 @@ class ProcessGroups:
                 if layout.virtual_pipeline > 1
                 else None,
                 expert_model_parallel_size=layout.expert,
+                expert_tensor_parallel_size=layout.expert_tensor,
                 create_gloo_process_groups=False,
             )
         self._globals = _parallel_state_globals()
@@ -72,9 +73,15 @@ class ProcessGroups:
         self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
         self.pipeline_rank: int = parallel_state.get_pipeline_model_parallel_rank()
         self.data_rank: int = parallel_state.get_data_parallel_rank()
+        self.expert_rank: int = parallel_state.get_expert_model_parallel_rank()
+        self.expert_tensor_rank: int = parallel_state.get_expert_tensor_parallel_rank()
+        self.expert_data_rank: int = parallel_state.get_expert_data_parallel_rank()
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_group = parallel_state.get_model_parallel_group()
+        self.expert_tensor_group = parallel_state.get_expert_tensor_parallel_group()
+        self.expert_data_group = parallel_state.get_expert_data_parallel_group()
+        self.expert_model_group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
 
     @property
     def first_stage(self) -> bool:
@@ -100,3 +107,4 @@ class ProcessGroups:
         self._created = []
         self._globals = {}
         del self.tensor_group, self.data_group, self.model_group
+        del self.expert_tensor_group, self.expert_data_group, self.expert_model_group

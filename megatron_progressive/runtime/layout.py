@@ -18,6 +18,9 @@ class Layout:
     virtual_pipeline: int = 1
     """Model chunks of each pipeline stage."""
     expert: int = 1
+    """Ranks over which experts are divided; they divide the data-parallel ranks."""
+    expert_tensor: int = 1
+    """Tensor-parallel ranks of an expert."""
     zero_stage: int = 1
 
     @property
@@ -25,11 +28,23 @@ class Layout:
         """Data-parallel ranks."""
         return self.world // (self.tensor * self.pipeline)
 
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same part of the same experts."""
+        return self.world // (self.expert_tensor * self.expert * self.pipeline)
+
+    @property
+    def separate_experts(self) -> bool:
+        """Whether experts have parallel groups of their own."""
+        return self.expert > 1 or self.expert_tensor != self.tensor
+
     def __str__(self) -> str:
         parts = [f"DP={self.data}"]
         parts += [f"TP={self.tensor}"] if self.tensor > 1 else []
         parts += [f"PP={self.pipeline}"] if self.pipeline > 1 else []
         parts += [f"VPP={self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
+        parts += [f"EP={self.expert}"] if self.expert > 1 else []
+        parts += [f"ETP={self.expert_tensor}"] if self.expert_tensor != self.tensor else []
         zero = f" (DeepSpeed, ZeRO stage {self.zero_stage})" if self.engine == "deepspeed" else ""
         return " x ".join(parts) + zero
 
@@ -79,13 +94,23 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
     """The layout of ``parallel`` over ``world`` ranks.
 
     Raises:
-        ConfigError: tensor x pipeline does not divide the ranks.
+        ConfigError: tensor x pipeline, or that of the experts, does not divide the ranks.
     """
     ranks = parallel.tensor * parallel.pipeline
     if world % ranks:
         raise ConfigError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {ranks} does not "
             f"divide the {world} rank{'s' if world > 1 else ''}; accepted: a divisor of {world}"
+        )
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    ranks = expert_tensor * parallel.expert * parallel.pipeline
+    if world % ranks:
+        name = "expert_tensor" if parallel.expert_tensor else "tensor"
+        others = world // parallel.pipeline // expert_tensor
+        fix = f"a divisor of {others}" if others else f"less {name}"
+        raise ConfigError(
+            f"parallel.expert: got {parallel.expert}, with {name} {expert_tensor} and pipeline "
+            f"{parallel.pipeline} for {world} rank{'s' if world > 1 else ''}; accepted: {fix}"
         )
     return Layout(
         world=world,
@@ -94,5 +119,6 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         expert=parallel.expert,
+        expert_tensor=expert_tensor,
         zero_stage=parallel.zero_stage,
     )

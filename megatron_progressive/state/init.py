@@ -63,17 +63,39 @@ def initial_values(
         raise ValueError(f"{name}: unknown init {spec.init!r}")
     key = tensor_key(seed, generation, name)
     values = np.empty(box.shape, dtype=np.float32)
-    row_length = math.prod(spec.shape[1:])
-    # Rows of the box, each drawn at its full length: a box cut along a later axis
-    # (row-parallel weights) throws away the columns of the other ranks.
-    inner = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.shape[1:], strict=True))
-    rows_at_once = max(1, _CHUNK // max(1, row_length))
-    for row in range(0, box.shape[0], rows_at_once):
-        rows = min(rows_at_once, box.shape[0] - row)
-        drawn = _normal(key, (box.offset[0] + row) * row_length, rows * row_length)
-        drawn = drawn.reshape(rows, *spec.shape[1:])[(slice(None), *inner)]
-        values[row : row + rows] = drawn * spec.std
+    if len(box.shape) < 3:
+        _fill(values, key, spec.std, spec.shape, box.offset)
+    else:
+        for index in np.ndindex(*box.shape[:-2]):
+            place = tuple(o + i for o, i in zip(box.offset, index, strict=False))
+            matrix = int(np.ravel_multi_index(place, spec.shape[:-2]))
+            base = matrix * math.prod(spec.shape[-2:])
+            _fill(values[index], key, spec.std, spec.shape[-2:], box.offset[-2:], base)
+    if spec.live_rows is not None:
+        values[max(0, spec.live_rows - box.offset[0]) :] = 0
     return torch.from_numpy(values)
+
+
+def _fill(
+    values: np.ndarray,
+    key: int,
+    std: float,
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    base: int = 0,
+) -> None:
+    """Draw a box of a tensor of at most two axes, whose first element is element ``base``.
+
+    Rows are drawn at their full length: a box that is cut along the second axis (row-parallel
+    weights) throws away the columns of the other ranks.
+    """
+    row_length = math.prod(shape[1:])
+    inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], values.shape[1:], strict=True))
+    rows_at_once = max(1, _CHUNK // max(1, row_length))
+    for row in range(0, values.shape[0], rows_at_once):
+        rows = min(rows_at_once, values.shape[0] - row)
+        drawn = _normal(key, base + (offset[0] + row) * row_length, rows * row_length)
+        values[row : row + rows] = drawn.reshape(rows, *shape[1:])[(slice(None), *inner)] * std
 
 
 def initialise(piece: Piece, spec: TensorSpec, seed: int, generation: int) -> None:

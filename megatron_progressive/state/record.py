@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.models import shape_from_values
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout
 
@@ -41,7 +42,7 @@ class ModelRecord:
             KeyError, TypeError, ValueError: something is missing, or of another kind.
         """
         rest = dict(values)
-        shape = ModelShape(**{field.name: rest.pop(field.name) for field in fields(ModelShape)})
+        shape = shape_from_values({f.name: rest.pop(f.name) for f in fields(ModelShape)})
         history = tuple((int(step), int(layers)) for step, layers in rest.pop("depth_history"))
         if not history or history[-1][1] != shape.num_layers:
             raise ValueError(f"depth_history {history} of {shape.num_layers} layers")

@@ -25,6 +25,26 @@ SMALL = {
     "data": {"vocab_size": 250, "sequence_length": 16},
     "train": {"global_batch": 8, "micro_batch": 2, "steps": 20},
 }
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+       "v_head_dim": 8}  # fmt: skip
+SMALL_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama3": {"num_query_groups": 4, "num_attention_heads": 4},
+    "qwen3": {"num_query_groups": 4, "head_dim": 8},
+    "mixtral": {"num_query_groups": 4, "moe": {"num_experts": 4, "ffn_hidden_size": 24}},
+    "deepseek_v3": {"mla": MLA, "moe": {"num_experts": 4, "ffn_hidden_size": 16}},
+}
+
+
+def family_config(
+    family: str, words: list[str], expansion: dict[str, Any] | None = None
+) -> RunConfig:
+    """A model of any family that two and four ranks can cut."""
+    model = {**SMALL["model"], "family": family, "ffn_hidden_size": 48, **SMALL_FAMILIES[family]}
+    values: dict[str, Any] = {**SMALL, "model": model}
+    return configuration.from_dict(
+        {**values, "expansion": [expansion] if expansion else []}, words
+    )
 
 
 def small_config(words: list[str], expansion: dict[str, Any] | None = None) -> RunConfig:

@@ -1,23 +1,12 @@
-"""Run configuration: nested frozen dataclasses, filled from YAML and ``key=value`` words.
-
-Every field has a docstring with its unit. A value that cannot work raises
-:class:`ConfigError` with one line that names the field, what it got and what it accepts;
-the command line turns that into exit code 2.
-"""
+"""What a configuration holds: nested frozen dataclasses. Every field has its meaning and unit."""
 
 from __future__ import annotations
 
-import copy
-import difflib
-import re
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 
 class ConfigError(ValueError):
@@ -35,9 +24,65 @@ class RunSection:
 
 
 @dataclass(frozen=True)
+class RopeSection:
+    """Rotary positions; every field defaults to the preset's."""
+
+    theta: Optional[float] = None
+    """Base period."""
+    scaling: Optional[str] = None
+    """``none``, ``llama3`` (Llama 3.1's by frequency) or ``yarn`` (with MLA only)."""
+    factor: Optional[float] = None
+    """How much longer sequences are than ``original_length``, for the scaling."""
+    original_length: Optional[int] = None
+    """Tokens a sample before the scaling."""
+
+
+@dataclass(frozen=True)
+class MLASection:
+    """Multi-head latent attention; every field defaults to the preset's."""
+
+    q_lora_rank: Optional[int] = None
+    """Width of the compressed queries; 0 projects queries directly."""
+    kv_lora_rank: Optional[int] = None
+    """Width of the compressed keys and values."""
+    qk_nope_head_dim: Optional[int] = None
+    """Width of a query and key without position."""
+    qk_rope_head_dim: Optional[int] = None
+    """Width of a query and key that is rotated by position; one for all heads of the keys."""
+    v_head_dim: Optional[int] = None
+    """Width of a value."""
+
+
+@dataclass(frozen=True)
+class MoESection:
+    """Mixture of experts; every field defaults to the preset's."""
+
+    num_experts: Optional[int] = None
+    """Routed experts of a layer."""
+    top_k: Optional[int] = None
+    """Routed experts of a token."""
+    ffn_hidden_size: Optional[int] = None
+    """Width of one expert's MLP."""
+    shared_experts: Optional[int] = None
+    """Experts that every token takes: one MLP of that many times the width."""
+    first_k_dense: Optional[int] = None
+    """Layers at the bottom that have a dense MLP instead of experts."""
+    num_groups: Optional[int] = None
+    """Groups of experts for group-limited routing; 1 does not limit."""
+    top_k_groups: Optional[int] = None
+    """Groups that a token's experts come from."""
+    routed_scaling_factor: Optional[float] = None
+    """Factor of the routed experts' output."""
+    bias_update_rate: Optional[float] = None
+    """Step of the expert bias, which balances the load without an auxiliary loss; 0 keeps it."""
+    aux_loss_coeff: Optional[float] = None
+    """Weight of the load-balancing loss; 0 has none."""
+
+
+@dataclass(frozen=True)
 class ModelSection:
     family: str = MISSING
-    """Model family: ``gpt2``."""
+    """Model family: ``gpt2``, ``llama3``, ``qwen3``, ``mixtral`` or ``deepseek_v3``."""
     preset: str = "tiny"
     """Named shape of the family; the fields below override it."""
     num_layers: Optional[int] = None
@@ -46,12 +91,29 @@ class ModelSection:
     """Width of the residual stream (default: the preset's)."""
     num_attention_heads: Optional[int] = None
     """Attention heads (default: the preset's)."""
+    num_query_groups: Optional[int] = None
+    """Heads of keys and values, each for a group of query heads (default: the preset's)."""
+    head_dim: Optional[int] = None
+    """Width of a head (default: the preset's, or hidden_size / num_attention_heads)."""
     ffn_hidden_size: Optional[int] = None
-    """Width of the MLP (default: the preset's, or 4 x hidden_size where that is set)."""
-    tie_embeddings: bool = True
-    """Whether the LM head is the embedding's weight."""
-    linear_bias: bool = True
-    """Whether linear layers have biases, as GPT-2's have."""
+    """Width of the dense MLP (default: in the preset's proportion to hidden_size)."""
+    tie_embeddings: Optional[bool] = None
+    """Whether the LM head is the embedding's weight (default: the preset's)."""
+    linear_bias: Optional[bool] = None
+    """Whether linear layers have biases (``gpt2`` only; default: the family's)."""
+    norm_epsilon: Optional[float] = None
+    """Added under the root of norms (default: the preset's)."""
+    mtp_layers: Optional[int] = None
+    """Multi-token prediction modules (``deepseek_v3`` only; default: the preset's). A model
+    without layers has none."""
+    mtp_loss_coeff: float = 0.1
+    """Weight of their loss."""
+    rope: RopeSection = field(default_factory=RopeSection)
+    """Rotary positions, of families that have them."""
+    mla: MLASection = field(default_factory=MLASection)
+    """Multi-head latent attention, of families that have it."""
+    moe: MoESection = field(default_factory=MoESection)
+    """Experts, of families that have them."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +210,10 @@ class ParallelSection:
     """Whether stages may differ by one layer; otherwise stages x chunks divide the layers (or
     are more than them, which leaves some empty)."""
     expert: int = 1
-    """Expert-parallel ranks (1: the families so far have no experts)."""
+    """Expert-parallel ranks, which divide the data-parallel ones; each has its share of the
+    experts."""
+    expert_tensor: Optional[int] = None
+    """Tensor-parallel ranks of the experts (default: ``tensor``)."""
     zero_stage: int = 1
     """megatron: 1 shards AdamW's state over data-parallel ranks (Megatron's distributed
     optimizer), 0 does not; Muon-NSGD keeps its state on every data-parallel rank. deepspeed: 0
@@ -167,6 +232,7 @@ class ParallelOverride:
     virtual_pipeline: Optional[int] = None
     uneven: Optional[bool] = None
     expert: Optional[int] = None
+    expert_tensor: Optional[int] = None
     zero_stage: Optional[int] = None
     staging_mib: Optional[int] = None
 
@@ -218,7 +284,8 @@ class RunConfig:
         return current
 
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
     "optim.name": ("muon_nsgd", "adamw"),
     "optim.scale": ("out_in", "moonlight"),
@@ -226,23 +293,44 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule.name": ("wsd", "cosine", "linear"),
     "parallel.engine": ("megatron", "deepspeed"),
     "parallel.zero_stage": (0, 1, 2, 3),
-    "parallel.expert": (1,),
     "expansion.init": ("random", "copying", "zero", "copying_zeroL", "copying_zeroN"),
     "expansion.order": ("stack", "inter", "last"),
     "expansion.insert": ("bottom", "top"),
     "expansion.optimizer_state": ("inherit", "copy", "reset"),
     "expansion.parallel.engine": (None, "megatron", "deepspeed"),
     "expansion.parallel.zero_stage": (None, 0, 1, 2, 3),
-    "expansion.parallel.expert": (None, 1),
 }
 
 # Least and greatest value (inclusive) of numeric fields; None is no bound.
-_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "run.seed": (0, 2**63 - 1),
     "model.num_layers": (0, None),
     "model.hidden_size": (1, None),
     "model.num_attention_heads": (1, None),
+    "model.num_query_groups": (1, None),
+    "model.head_dim": (1, None),
     "model.ffn_hidden_size": (1, None),
+    "model.norm_epsilon": (0, 1),
+    "model.mtp_layers": (0, None),
+    "model.mtp_loss_coeff": (0, None),
+    "model.rope.theta": (1, None),
+    "model.rope.factor": (1, None),
+    "model.rope.original_length": (1, None),
+    "model.mla.q_lora_rank": (0, None),
+    "model.mla.kv_lora_rank": (1, None),
+    "model.mla.qk_nope_head_dim": (1, None),
+    "model.mla.qk_rope_head_dim": (2, None),
+    "model.mla.v_head_dim": (1, None),
+    "model.moe.num_experts": (1, None),
+    "model.moe.top_k": (1, None),
+    "model.moe.ffn_hidden_size": (1, None),
+    "model.moe.shared_experts": (0, None),
+    "model.moe.first_k_dense": (0, None),
+    "model.moe.num_groups": (1, None),
+    "model.moe.top_k_groups": (1, None),
+    "model.moe.routed_scaling_factor": (0, None),
+    "model.moe.bias_update_rate": (0, None),
+    "model.moe.aux_loss_coeff": (0, None),
     "data.vocab_size": (2, None),
     "data.sequence_length": (1, None),
     "data.validation_fraction": (0.0001, 0.5),
@@ -268,190 +356,14 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
     "parallel.virtual_pipeline": (1, None),
+    "parallel.expert": (1, None),
+    "parallel.expert_tensor": (1, None),
     "parallel.staging_mib": (1, None),
     "expansion.to_layers": (1, None),
     "expansion.parallel.tensor": (1, None),
     "expansion.parallel.pipeline": (1, None),
     "expansion.parallel.virtual_pipeline": (1, None),
+    "expansion.parallel.expert": (1, None),
+    "expansion.parallel.expert_tensor": (1, None),
     "expansion.parallel.staging_mib": (1, None),
 }
-
-
-def _known_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for name, kind, _ in _field_kinds(cls):
-        keys.append(prefix + name)
-        if is_dataclass(kind):
-            keys += _known_keys(typing.cast(type, kind), prefix + name + ".")
-    return keys
-
-
-def _field_kinds(cls: type) -> list[tuple[str, Any, bool]]:
-    """(name, type or element type, whether it is a list) of each field."""
-    hints = typing.get_type_hints(cls)
-    kinds = []
-    for f in fields(cls):
-        kind, is_list = hints[f.name], typing.get_origin(hints[f.name]) is list
-        if is_list or typing.get_origin(kind) is typing.Union:
-            kind = typing.get_args(kind)[0]
-        kinds.append((f.name, kind, is_list))
-    return kinds
-
-
-def _unknown_key(full_key: str) -> ConfigError:
-    known = _known_keys(RunConfig)
-    plain = re.sub(r"\[\d+\]|\.\d+", "", full_key)
-    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-    if not close:  # the right key in the wrong section, or a word close to a last part
-        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-        leaf = difflib.get_close_matches(plain.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
-        close = [leaves[leaf[0]]] if leaf else []
-    accepted = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(known)}"
-    return ConfigError(f"{full_key}: unknown key; {accepted}")
-
-
-_KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-
-
-def _check_keys(values: Any, cls: type, prefix: str) -> None:
-    """Raise on unknown keys and wrong types, naming the whole path (lists included)."""
-    if not isinstance(values, dict):
-        section = prefix.rstrip(".") or "configuration"
-        raise ConfigError(f"{section}: got {values!r}; accepted: a mapping of keys")
-    kinds = {name: (kind, is_list) for name, kind, is_list in _field_kinds(cls)}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in kinds:
-            raise _unknown_key(name)
-        kind, is_list = kinds[key]
-        if is_list:
-            if not isinstance(value, list):
-                raise ConfigError(f"{name}: got {value!r}; accepted: a list")
-            for index, item in enumerate(value):
-                _check_keys(item, kind, f"{name}[{index}].")
-        elif is_dataclass(kind):
-            _check_keys(value, typing.cast(type, kind), name + ".")
-        elif value is not None and not _fits(value, kind):
-            raise ConfigError(f"{name}: got {value!r}; accepted: {_KIND_NAMES[kind]}")
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if isinstance(value, str):  # YAML reads 1e-3 as text; OmegaConf converts it
-        if kind is str:
-            return True
-        try:
-            kind(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, kind) or (kind is float and isinstance(value, int))
-
-
-def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"CONFIG: no file {path}; accepted: the path of a YAML file")
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"CONFIG: {path} is not YAML: {line}") from None
-    if loaded is None:
-        loaded = {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"CONFIG: {path} holds {type(loaded).__name__}; accepted: a mapping of sections"
-        )
-    return loaded
-
-
-def _check_fields(section: Any, prefix: str) -> None:
-    for f in fields(section):
-        value, name = getattr(section, f.name), f"{prefix}{f.name}"
-        if is_dataclass(value):
-            _check_fields(value, name + ".")
-        elif isinstance(value, list):
-            for item in value:
-                _check_fields(item, name + ".")
-        elif name in _CHOICES and value not in _CHOICES[name]:
-            accepted = ", ".join(str(c) for c in _CHOICES[name] if c is not None)
-            raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
-        elif name in _BOUNDS and value is not None:
-            low, high = _BOUNDS[name]
-            # written so that NaN fails too
-            if not ((low is None or value >= low) and (high is None or value <= high)):
-                accepted = f"from {low}" + (f" to {high}" if high is not None else "")
-                raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
-
-
-def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """A checked configuration from nested ``values`` and ``key=value`` words.
-
-    Raises:
-        ConfigError: unknown key, wrong type, missing or unaccepted value.
-    """
-    plain = OmegaConf.create(copy.deepcopy(values))
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{word}: not understood; accepted: key=value words")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: got {text!r}; accepted: a YAML value") from None
-        try:
-            OmegaConf.update(plain, key, value, merge=isinstance(value, dict))
-        except (OmegaConfBaseException, IndexError, TypeError, AttributeError):
-            raise _unknown_key(key) from None
-    _check_keys(OmegaConf.to_container(plain), RunConfig, "")
-    try:
-        cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
-    except OmegaConfBaseException as error:
-        message = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{error.full_key or 'configuration'}: {message}") from None
-    for key in _known_keys(RunConfig):
-        if key.startswith("expansion"):
-            continue
-        if OmegaConf.is_missing(*_parent(cfg, key)):
-            raise ConfigError(f"{key}: missing; accepted: a value (it has no default)")
-    for index in range(len(cfg.expansion)):
-        for key in ("at", "to_layers"):
-            if OmegaConf.is_missing(cfg.expansion[index], key):
-                raise ConfigError(f"expansion[{index}].{key}: missing; accepted: a number")
-    config = typing.cast(RunConfig, OmegaConf.to_object(cfg))
-    _check_fields(config, "")
-    return config
-
-
-def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
-    """A checked expansion outside of a run (``at`` is left open) from its fields as text.
-
-    Raises:
-        ConfigError: unknown key, wrong type or value.
-    """
-    _check_keys(words, ExpansionSection, "expansion.")
-    section = ExpansionSection(**{**words, "to_layers": int(words["to_layers"])})  # type: ignore[arg-type]
-    _check_fields(section, "expansion.")
-    return section
-
-
-def _parent(cfg: Any, key: str) -> tuple[Any, str]:
-    *path, leaf = key.split(".")
-    for part in path:
-        cfg = cfg[part]
-    return cfg, leaf
-
-
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """A checked configuration from a YAML file and ``key=value`` words.
-
-    Raises:
-        ConfigError: no such file, not YAML, unknown key, wrong type or value.
-    """
-    return from_dict(_read_yaml(Path(path)), overrides)
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML; :func:`load` reads it back to an equal one."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)

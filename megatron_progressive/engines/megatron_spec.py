@@ -1,0 +1,123 @@
+"""Layer specs: Transformer Engine's on CUDA, Megatron-core's local one elsewhere.
+
+The local spec of 0.19.2 lacks what latent attention and experts need: a core attention that
+takes heads of two widths, and norms that know of sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_progressive.models.base import MOE
+
+
+class CausalAttention(MegatronModule):  # type: ignore[misc]
+    """Causal core attention on torch's ``scaled_dot_product_attention``.
+
+    Used with the local spec, in place of Megatron-core's unfused attention (its causal mask
+    is S x S per layer and its softmax is written out). Shapes: query [S, B, heads, d], key
+    [S, B, groups, d], value [S, B, groups, v]; output [S, B, heads * v].
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        grouped = query.size(1) != key.size(1)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )
+        out = out.permute(2, 0, 1, 3)
+        return out.reshape(out.size(0), out.size(1), -1)
+
+
+def local_norm(
+    config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+) -> torch.nn.Module:
+    """torch's LayerNorm or RMSNorm, with the mark by which Megatron-core adds up the gradients of
+    a norm that each tensor-parallel rank applies to its part of the sequence."""
+    kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+    norm = kind(hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+def transformer_engine_available() -> bool:
+    """Whether the fused layers of Transformer Engine can run here."""
+    if not torch.cuda.is_available():
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
+    """The spec of one layer, ``dense`` or ``moe``."""
+    common: dict[str, Any] = dict(
+        num_experts=config.num_moe_experts if kind == MOE else None,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    if transformer_engine_available():
+        return get_gpt_layer_with_transformer_engine_spec(
+            moe_grouped_gemm=config.moe_grouped_gemm and kind == MOE, **common
+        )
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, **common)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
+    if config.qk_layernorm:
+        for name in ("q_layernorm", "kv_layernorm" if config.multi_latent_attention else "k_layernorm"):
+            setattr(attention, name, local_norm)
+    return spec
+
+
+def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> TransformerBlockSubmodules:
+    """The spec of layers of these kinds and the norm behind them."""
+    if transformer_engine_available():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm: Any = TENorm
+    else:
+        norm = local_norm
+    specs = {kind: layer_spec(config, kind) for kind in set(kinds)}
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[kind] for kind in kinds], layer_norm=norm
+    )
+
+
+def mtp_spec(config: TransformerConfig, kind: str, depth: int) -> MultiTokenPredictionBlockSubmodules:
+    """The spec of ``depth`` multi-token prediction modules, whose layers are of this kind."""
+    if transformer_engine_available():
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        backend: Any = TESpecProvider()
+    else:
+        backend = LocalSpecProvider()
+    spec = get_mtp_layer_spec_for_backend(layer_spec(config, kind), backend)
+    if not transformer_engine_available():
+        for name in ("enorm", "hnorm", "layer_norm"):
+            setattr(spec.submodules, name, local_norm)
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[spec] * depth)
