@@ -16,7 +16,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     get_mtp_layer_spec_for_backend,
@@ -50,6 +56,28 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         )
         out = out.permute(2, 0, 1, 3)
         return out.reshape(out.size(0), out.size(1), -1)
+
+
+class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Latent attention whose rotated key part gets its whole gradient under tensor parallelism.
+
+    All heads share it. With the local spec Megatron-core 0.19.2 gathers it from the ranks that
+    each project a part, and sends back to them the gradient from each rank's own heads alone
+    (``multi_latent_attention.py``: the gather's backward pass only splits).
+    """
+
+    def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        queries, latent = super()._qkv_down_projection(hidden_states)
+        width, rotated = self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim
+        if latent.size(-1) == width + rotated:
+            return queries, latent
+        latent = gather_from_tensor_model_parallel_region(latent)
+        if self.config.sequence_parallel:
+            # the base class gathers the rotated part again, and sums its gradient as it does
+            return queries, scatter_to_sequence_parallel_region(latent)
+        compressed, keys = torch.split(latent, [width, rotated], dim=-1)
+        keys = copy_to_tensor_model_parallel_region(keys)  # sums its gradient
+        return queries, torch.cat([compressed, keys], dim=-1)
 
 
 def local_norm(
@@ -86,6 +114,8 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
         )
     spec = get_gpt_layer_local_spec(normalization=config.normalization, **common)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    if config.multi_latent_attention:
+        layer.self_attention.module = LatentAttention
     attention.core_attention = CausalAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
     if config.qk_layernorm:

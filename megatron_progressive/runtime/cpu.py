@@ -194,6 +194,7 @@ def install() -> None:
         torch.get_rng_state()
     )
     _patch_token_dispatcher()
+    _patch_uneven_collectives()
     _patch_tensor_methods()
 
 
@@ -208,6 +209,43 @@ def _patch_token_dispatcher() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _patch_uneven_collectives() -> None:
+    """Experts that are cut over tensor-parallel ranks gather tokens, of which each rank has its own
+    number; gloo's all-gather takes equal sizes only, and it has no reduce-scatter of a list
+    (0.19.2: tensor_parallel/mappings.py)."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    def gather_along_first_dim(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, *args, **kwargs)  # type: ignore[no-any-return]
+        sizes = [int(size) for size in output_split_sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: input_.size(0)] = input_
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_along_first_dim(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, *args, **kwargs)  # type: ignore[no-any-return]
+        total = input_.clone()
+        dist.all_reduce(total, group=group)
+        return torch.split(total, [int(size) for size in input_split_sizes])[group.rank()]
+
+    mappings._gather_along_first_dim = gather_along_first_dim
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
 
 
 def _patch_tensor_methods() -> None:
