@@ -116,6 +116,8 @@ def sharded_state(
 def model_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
     """The model's parameters that an optimizer updates, also those of which another rank has the
     shard."""
+    if getattr(optimizer, "is_stub_optimizer", False):
+        return []
     if isinstance(optimizer, DistributedOptimizer):
         return [p for buffer in optimizer.buffers for p in buffer.params]
     if isinstance(optimizer, Float16OptimizerWithFloat16Params):
