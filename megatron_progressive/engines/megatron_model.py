@@ -144,6 +144,10 @@ def build_chunk(
         vp_stage=chunk if layout.virtual_pipeline > 1 else None,
         **rope,
     )
+    if last and not first and shape.mtp_depth and shape.tie_embeddings:
+        # The head computes with the embedding that multi-token prediction has on this stage; the
+        # weight that was made for it would never be used.
+        model.output_layer.weight = None
     if last and shape.vocab_size < shape.padded_vocab_size:
         _mask_padding(model.output_layer, shape, groups.tensor_rank, layout.tensor)
     return model.cuda() if torch.cuda.is_available() else model

@@ -27,7 +27,7 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
                 "uneven": True, "expert": 1, "expert_tensor": None,
                 "zero_stage": rng.randint(0, 1)}  # fmt: skip
     if rng.random() < 0.4:
-        return {**parallel, "engine": "deepspeed", "zero_stage": rng.randint(0, 3)}
+        return {**parallel, "engine": "deepspeed", "expert_tensor": 1, "zero_stage": rng.randint(0, 3)}
     parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])
     rest = world // parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
@@ -78,6 +78,9 @@ def random_case(seed: int, world: int) -> RunConfig:
     family, parts = random_family(rng)
     experts = family in ("mixtral", "deepseek_v3")
     before, after = (random_parallel(rng, world, experts) for _ in range(2))
+    if {"model.mtp_layers=1", "model.tie_embeddings=true"} <= set(parts):
+        for parallel in (before, after):  # DeepSpeed's stage 3 cannot run this
+            parallel["zero_stage"] = min(parallel["zero_stage"], 2)
     expansion = {
         "at": 2,
         "to_layers": rng.randint(source + 1, 12),
