@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,71 @@ def test_prediction_equals_what_real_deepspeed_engines_hold(pool: Pool, world: i
             from_dict({"model": {"family": "gpt2"}}, [f"{k}={v}" for k, v in words.items()])
         )
     check(pool, world, configs)
+
+
+SIZES: dict[str, Any] = {
+    "gpt2": {},
+    "llama3": {"num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 44},
+    "qwen3": {"num_attention_heads": 4, "num_query_groups": 4, "head_dim": 6,
+              "ffn_hidden_size": 20},
+    "mixtral": {"num_attention_heads": 8, "num_query_groups": 4,
+                "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}},
+    "deepseek_v3": {
+        "num_attention_heads": 4, "ffn_hidden_size": 36,
+        "mla": {"q_lora_rank": 20, "kv_lora_rank": 14, "qk_nope_head_dim": 6,
+                "qk_rope_head_dim": 2, "v_head_dim": 5},
+        "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 20, "num_groups": 1,
+                "top_k_groups": 1},
+    },
+}  # fmt: skip
+
+
+def random_family_case(rng: random.Random, family: str, world: int) -> RunConfig:
+    """A model of any family, at odd sizes, in any layout that cuts it: experts too."""
+    moe = "moe" in SIZES[family]
+    layouts = [
+        (t, p, e, x)
+        for t in (1, 2, 4) for p in (1, 2, 4) for e in ((1, 2, 4) if moe else (1,))
+        for x in ((1, 2, 4) if moe else (t,))
+        if world % (t * p) == 0 and world % (x * e * p) == 0
+    ]  # fmt: skip
+    tensor, pipeline, expert, expert_tensor = rng.choice(layouts)
+    virtual = rng.choice([1, 2]) if pipeline > 1 else 1
+    words = {
+        "model.num_layers": rng.randint(0, 2 * pipeline * virtual),
+        "model.hidden_size": 16 * rng.randint(1, 4),
+        "model.tie_embeddings": rng.choice(["true", "false"]),
+        "data.vocab_size": rng.randint(100, 600),
+        "data.sequence_length": 4 * rng.randint(1, 9),
+        "train.precision": rng.choice(["fp32", "bf16"]),
+        "optim.name": rng.choice(["adamw", "adamw", "muon_nsgd"]),
+        "optim.embeddings": rng.choice(["muon", "adamw"]),
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": virtual,
+        "parallel.uneven": "true",
+        "parallel.expert": expert,
+        "parallel.expert_tensor": expert_tensor,
+        "parallel.zero_stage": rng.choice([0, 1, 1, 1]),
+    }
+    if family == "deepseek_v3":
+        words |= {
+            "model.mtp_layers": rng.randint(0, 2),
+            "model.moe.first_k_dense": rng.randint(0, 2),
+            "model.moe.shared_experts": rng.randint(0, 1),
+            "model.moe.bias_update_rate": rng.choice([0, 0.001]),
+        }
+    return from_dict(
+        {"model": {"family": family, **SIZES[family]}}, [f"{k}={v}" for k, v in words.items()]
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_prediction_for_every_family_and_for_experts(pool: Pool, family: str, world: int) -> None:
+    rng = random.Random(f"{family} {world}")
+    many = 2 + 2 * world if "moe" in SIZES[family] else 3
+    check(pool, world, [random_family_case(rng, family, world) for _ in range(many)])
 
 
 def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:
