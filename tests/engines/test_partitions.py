@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_prediction_equals_what_real_deepspeed_engines_hold(pool: Pool, world: i
             from_dict({"model": {"family": "gpt2"}}, [f"{k}={v}" for k, v in words.items()])
         )
     check(pool, world, configs)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_prediction_for_families_under_deepspeed(pool: Pool, family: str) -> None:
+    rng = random.Random(family)
+    configs = []
+    for stage in range(4):
+        config = random_family_case(rng, family, 1)
+        parallel = replace(config.parallel, engine="deepspeed", zero_stage=stage)
+        configs.append(replace(config, parallel=parallel))
+    check(pool, 2, configs)
 
 
 SIZES: dict[str, Any] = {
