@@ -40,6 +40,8 @@ Held = tuple[list[PieceMeta], Sequence[int]]
 _WEIGHT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _STATE_DTYPE = "float32"
 
+FINAL_NORM = "decoder.final_layernorm."
+
 _TENSOR_ALIGNMENT = 64
 """Elements: where a tensor may start in a buffer of the distributed optimizer."""
 _BUCKET_ALIGNMENT = 128
@@ -65,9 +67,10 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
     """The tensors of each model chunk of each stage, as Megatron-core registers them.
 
     Embedding and positions are on the first stage; final norm, multi-token prediction and head
-    on the last. It has a copy of the embedding where the head is tied to it, and where there is
-    multi-token prediction (of a tied model two then: Megatron-core's head keeps a weight that it
-    does not use).
+    on the last. With multi-token prediction the final norm is where the last layer is. The last
+    stage has a copy of the embedding where the head is tied to it, and where there is multi-token
+    prediction (of a tied model two then: Megatron-core's head keeps a weight that it does not
+    use).
     """
     first: list[HeldTensor] = []
     layers: dict[int, list[HeldTensor]] = {number: [] for number in range(shape.num_layers)}
@@ -88,6 +91,8 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
                 copies_behind = [HeldTensor(name, spec, tied_copy=True, alone=not predicts)]
         elif spec.role == "position":
             first.append(HeldTensor(name, spec))
+        elif predicts and name.startswith(FINAL_NORM):
+            layers[shape.num_layers - 1].append(HeldTensor(name, spec))
         else:
             last.append(HeldTensor(name, spec))
     chunks = [

@@ -187,6 +187,18 @@ def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:
             assert Counter(alone) == expected[rank]
 
 
+def test_prediction_modules_behind_stages_without_layers(pool: Pool) -> None:
+    """The final norm stays with the last layer then; a tied model has two copies of the
+    embedding."""
+    words = ["model.num_layers=1", "model.mtp_layers=2", "parallel.pipeline=4"]
+    configs = [
+        cases.family_config("deepseek_v3", [*words, f"model.tie_embeddings={tie}", *more])
+        for tie in (True, False)
+        for more in (["optim.name=adamw"], ["train.precision=bf16", "optim.embeddings=adamw"])
+    ]
+    check(pool, 4, configs)
+
+
 @pytest.mark.parametrize("data_ranks", [1, 3, 128, 4096])
 def test_shares_of_a_buffer_cover_every_tensor_once(data_ranks: int) -> None:
     rng = random.Random(data_ranks)
