@@ -298,10 +298,10 @@ def _parts(
     separate, ranks = layout.separate_experts, layout.expert_tensor
     for stage, chunks in enumerate(chunk_tensors(shape, layout)):
         first = stage * layout.tensor * layout.data
-        divided = _by_expert_rank(chunks, experts // layout.expert) if separate else {None: chunks}
+        divided = _by_expert_rank(chunks, experts // layout.expert) if separate else {}
         yield _Part(
-            divided[None], range(first, first + layout.tensor), layout.tensor, layout.data,
-            optim, precision, layout,
+            divided[None] if separate else chunks, range(first, first + layout.tensor),
+            layout.tensor, layout.data, optim, precision, layout,
         )  # fmt: skip
         for expert_rank in range(layout.expert if separate else 0):
             begin = first + ranks * expert_rank

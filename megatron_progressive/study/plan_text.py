@@ -88,7 +88,9 @@ def _head(plan: Plan) -> list[str]:
     lines += _line("", arrow(f"{p.params:,}" for p in phases) + "  (all)")
     if shape.moe is not None:
         active = [p.active_params for p in plan.phases]
-        lines += _line("active", arrow(short_counts(active)) + "  (that one token is computed with)")
+        lines += _line(
+            "active", arrow(short_counts(active)) + "  (that one token is computed with)"
+        )
         lines += _line("", arrow(f"{count:,}" for count in active))
     lines += _line("model", ", ".join([*_parts(shape), train.precision, config.optim.name]))
     if shape.moe is not None:

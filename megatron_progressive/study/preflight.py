@@ -42,7 +42,10 @@ def smallest_world(config: RunConfig) -> int:
         *(
             ranks * section.pipeline
             for section in sections
-            for ranks in (section.tensor, (section.expert_tensor or section.tensor) * section.expert)
+            for ranks in (
+                section.tensor,
+                (section.expert_tensor or section.tensor) * section.expert,
+            )
         )
     )
 

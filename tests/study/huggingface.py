@@ -42,7 +42,8 @@ def build(shape: ModelShape, device: str = "cpu") -> Any:
             num_local_experts=shape.moe.num_experts, num_experts_per_tok=shape.moe.top_k,
         )  # fmt: skip
     else:
-        assert shape.moe is not None and shape.mla is not None
+        assert shape.moe is not None
+        assert shape.mla is not None
         moe, mla = shape.moe, shape.mla
         config = hf.DeepseekV3Config(
             **common, num_key_value_heads=shape.num_attention_heads, intermediate_size=ffn,

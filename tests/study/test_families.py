@@ -39,7 +39,11 @@ def random_shape(family: str, seed: int) -> ModelShape:
     if family in ("llama3", "qwen3", "mixtral"):
         model |= {"num_query_groups": groups, "head_dim": 2 * rng.randint(2, 9)}
     experts = 4 * rng.randint(1, 3)
-    moe = {"num_experts": experts, "top_k": rng.randint(2, 4), "ffn_hidden_size": rng.randint(5, 60)}
+    moe = {
+        "num_experts": experts,
+        "top_k": rng.randint(2, 4),
+        "ffn_hidden_size": rng.randint(5, 60),
+    }
     if family == "mixtral":
         model["moe"] = moe
     if family == "deepseek_v3":

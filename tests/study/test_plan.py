@@ -60,7 +60,11 @@ PRESETS = [(family, preset) for family, found in FAMILIES.items() for preset in 
 @pytest.mark.parametrize(("family", "preset"), PRESETS)
 def test_every_preset_has_a_plan(family: str, preset: str) -> None:
     shape = model_shape(from_dict({"model": {"family": family, "preset": preset}}))
-    growth: dict[str, Any] = {"at": 0.8, "to_layers": shape.num_layers, "parallel": {"tensor": 2, "uneven": True}}
+    growth: dict[str, Any] = {
+        "at": 0.8,
+        "to_layers": shape.num_layers,
+        "parallel": {"tensor": 2, "uneven": True},
+    }
     growth["parallel"] |= {"pipeline": 2} | ({"expert": 4} if shape.moe else {})
     plan = make_plan(
         from_dict(

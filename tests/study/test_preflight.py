@@ -101,7 +101,9 @@ def test_errors_are_one_line_that_names_field_value_and_fix(
     assert "\n" not in message
 
 
-def family(name: str, layers: int = 4, after: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+def family(
+    name: str, layers: int = 4, after: dict[str, Any] | None = None, **sections: Any
+) -> RunConfig:
     """The tiny preset of a family; with ``after`` it grows from 0 layers to that layout."""
     model = {"family": name, "num_layers": layers, **sections.pop("model", {})}
     train = {"steps": 100, "global_batch": 64, "micro_batch": 2}
