@@ -13,13 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import (
+    _update_router_expert_bias,
+    reset_model_temporary_tensors,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines import deepspeed_state
 from megatron_progressive.engines.base import GlobalBatch, StepMetrics
 from megatron_progressive.engines.megatron_model import (
     build_chunk,
+    canonical_buffers,
     canonical_names,
     transformer_config,
 )
@@ -55,9 +62,9 @@ class DeepSpeedEngine:
         self._stage, self._bf16 = layout.zero_stage, config.train.precision == "bf16"
         model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        core = build_chunk(shape, self.groups, transformer_config(shape, self.groups, dtype), 0)
-        core = core.to(dtype)
-        self._names, self._table = canonical_names(core), tensor_table(shape)
+        self._transformer = transformer_config(shape, self.groups, dtype)
+        core = build_chunk(shape, self.groups, self._transformer, 0).to(dtype)
+        self._names, self._table = canonical_names(core, self.groups), tensor_table(shape)
         _check_shapes(self._names, self._table)
         parameters = list(self._names.values())
         rank, optim = self.groups.data_rank, config.optim
@@ -67,6 +74,8 @@ class DeepSpeedEngine:
             else ReplicatedOptimizer(parameters, optim)
         )
         self.engine = deepspeed_state.start(core, self.optimizer, self._deepspeed_config())
+        # after the start, which converts them to the weights' type
+        self._buffers = canonical_buffers(core, self.groups)
         if isinstance(self.optimizer, ReplicatedOptimizer):
             self.optimizer.attach_replicated(self._names, self._table)
         else:
@@ -81,12 +90,19 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         samples = self._samples(batch)
+        # losses of their own that Megatron-core adds in the backward pass
+        scale = torch.full((1,), 1 / len(samples), device=self._device)
+        MoEAuxLossAutoScaler.set_loss_scale(scale)
+        MTPLossAutoScaler.set_loss_scale(scale)
         losses = []
         for number, sample in enumerate(samples, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(samples))
             loss = self._loss(sample)
             losses.append(loss.detach())
             self.engine.backward(loss / len(samples), scale_wrt_gas=False)
+        if self._buffers:
+            _update_router_expert_bias([self.engine.module], self._transformer)
+            reset_model_temporary_tensors(self._transformer, [self.engine.module])
         self.engine.step()
         total, stops = self._sum_over_ranks(losses, float(stop))
         if isinstance(self.optimizer, ReplicatedOptimizer):
@@ -108,7 +124,7 @@ class DeepSpeedEngine:
 
     def state(self) -> ShardedState:
         return deepspeed_state.sharded_state(
-            self.optimizer, self._names, self._table, self._stage, self._bf16
+            self.optimizer, self._names, self._buffers, self._table, self._stage, self._bf16
         )
 
     def loaded(self) -> None:
@@ -120,7 +136,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         DeepSpeedEngine._alive -= 1
         deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
-        del self.engine, self.optimizer, self._names
+        del self.engine, self.optimizer, self._names, self._buffers
         self.groups.close()
         gc.collect()  # its parts refer to each other, and its tensors are large
 
@@ -224,10 +240,10 @@ class ReplicatedOptimizer(FlatOptimizer):
 
 
 def _check_shapes(parameters: dict[str, torch.nn.Parameter], table: dict[str, TensorSpec]) -> None:
-    built = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    expected = {name: spec.shape for name, spec in table.items()}
+    built = {name: parameter.numel() for name, parameter in parameters.items()}
+    expected = {name: spec.numel for name, spec in table.items() if spec.trainable}
     for name in built.keys() | expected.keys():
         if built.get(name) != expected.get(name):
             raise RuntimeError(
-                f"{name}: Megatron-core built {built.get(name)}, not {expected.get(name)}"
+                f"{name}: Megatron-core built {built.get(name)} elements, not {expected.get(name)}"
             )

@@ -188,6 +188,7 @@ def release(engine: Any) -> None:
 def sharded_state(
     optimizer: FlatOptimizer,
     parameters: dict[str, torch.nn.Parameter],
+    buffers: dict[str, torch.Tensor],
     table: dict[str, TensorSpec],
     stage: int,
     bf16: bool,
@@ -196,6 +197,7 @@ def sharded_state(
 
     Args:
         parameters: by canonical name.
+        buffers: tensors that the optimizer does not have, by canonical name.
         bf16: whether the optimizer's fp32 weights are master weights, or follow the model's.
     """
     rank = dist.get_rank()
@@ -208,7 +210,8 @@ def sharded_state(
             local: Any = parameter
             pieces.extend(_flat_pieces(cut, PARAM, local.ds_tensor[: end - start], start))
         else:
-            pieces.append(Piece(name, PARAM, shape, whole(shape), parameter.data, rank))
+            weight = parameter.data.view(shape)
+            pieces.append(Piece(name, PARAM, shape, whole(shape), weight, rank))
         slots = dict(fragment.slots)
         if bf16 and slots:
             slots[MASTER] = fragment.weight
@@ -221,6 +224,9 @@ def sharded_state(
                 pieces.append(Piece(name, slot, shape, whole(shape), value.view(shape), rank))
             else:
                 pieces.extend(_flat_pieces(cut, slot, value, start))
+    for name, buffer in buffers.items():
+        shape = table[name].shape
+        pieces.append(Piece(name, PARAM, shape, whole(shape), buffer, rank))
     return ShardedState(pieces)
 
 

@@ -193,12 +193,13 @@ def canonical_names(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.n
 
 def canonical_buffers(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """Tensors of one model chunk that training changes and the optimizer does not have: the
-    routers' expert biases."""
-    return {
-        _canonical_name(name, model, groups): buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith(".router.expert_bias")
-    }
+    routers' expert biases. They become fp32, as the router makes them at its first use."""
+    named = {}
+    for name, buffer in model.named_buffers():
+        if name.endswith(".router.expert_bias"):
+            buffer.data = buffer.data.float()
+            named[_canonical_name(name, model, groups)] = buffer
+    return named
 
 
 def _canonical_name(name: str, model: GPTModel, groups: ProcessGroups) -> str:

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import (
@@ -59,12 +60,21 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Latent attention whose rotated key part gets its whole gradient under tensor parallelism.
+    """Latent attention, with two things of Megatron-core 0.19.2 set right.
 
-    All heads share it. With the local spec Megatron-core 0.19.2 gathers it from the ranks that
-    each project a part, and sends back to them the gradient from each rank's own heads alone
-    (``multi_latent_attention.py``: the gather's backward pass only splits).
+    Under tensor parallelism the rotated key part gets its whole gradient. All heads share it; with
+    the local spec it is gathered from the ranks that each project a part, and the gradient that
+    goes back is that of each rank's own heads alone (``multi_latent_attention.py``: the gather's
+    backward pass only splits).
+
+    Norms are where the spec has them. Where queries are not compressed, ``mla_qk_norm_config.py``
+    asks for one more, of the queries' input, which DeepSeek-V3 does not have.
     """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+        norms = ("q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in (*names, *norms)}
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[Any, torch.Tensor]:
         queries, latent = super()._qkv_down_projection(hidden_states)
@@ -108,19 +118,27 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
-    if transformer_engine_available():
-        return get_gpt_layer_with_transformer_engine_spec(
-            moe_grouped_gemm=config.moe_grouped_gemm and kind == MOE, **common
-        )
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, **common)
+    fused = transformer_engine_available()
+    if fused:
+        grouped = config.moe_grouped_gemm and kind == MOE
+        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=grouped, **common)
+    else:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization, **common)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     if config.multi_latent_attention:
         layer.self_attention.module = LatentAttention
+    if fused:
+        return spec
     attention.core_attention = CausalAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = local_norm
-    if config.qk_layernorm:
-        for name in ("q_layernorm", "kv_layernorm" if config.multi_latent_attention else "k_layernorm"):
-            setattr(attention, name, local_norm)
+    norms: list[str] = []
+    if config.multi_latent_attention:
+        norms = ["kv_layernorm", *(["q_layernorm"] if config.q_lora_rank else [])]
+        attention.q_layernorm = IdentityOp
+    elif config.qk_layernorm:
+        norms = ["q_layernorm", "k_layernorm"]
+    for name in norms:
+        setattr(attention, name, local_norm)
     return spec
 
 

@@ -116,8 +116,8 @@ def sharded_state(
 def model_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
     """The model's parameters that an optimizer updates, also those of which another rank has the
     shard."""
-    if optimizer.optimizer is None:
-        return []  # a stage without tensors of this wrapper
+    if getattr(optimizer, "is_stub_optimizer", False):
+        return []
     if isinstance(optimizer, DistributedOptimizer):
         return [p for buffer in optimizer.buffers for p in buffer.params]
     if isinstance(optimizer, Float16OptimizerWithFloat16Params):

@@ -1,15 +1,18 @@
 """Depth expansion as a pure map: where each tensor of the deeper model comes from.
 
-Knows tables of global tensors only: no engine, no ranks, no data.
+Knows tables of global tensors only: no engine, no ranks, no data. Layers are of one or two kinds,
+dense and with experts (:meth:`.ModelShape.layer_kinds`): the kind belongs to the layer's global
+number, so trained and new layers keep to the places of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError, ExpansionSection
-from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
+from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import ModelShape, layer_number, with_layer_number
 from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key
 
 COPY, INIT, ZERO = "copy", "init", "zero"
@@ -36,42 +39,66 @@ class TensorRule:
         return self.weights if slot in WEIGHT_SLOTS else self.state
 
 
-def source_layers(from_layers: int, to_layers: int, order: str) -> list[int]:
+def source_layers(source_kinds: Sequence[str], target_kinds: Sequence[str], order: str) -> list[int]:
     """Source layer of each target layer where all are copied: ABAB, AABB or ABBB.
+
+    Layers are copied to layers of their kind, the order applied to each kind on its own. Target
+    layers of a kind that the source does not have take all source layers, in that order: what the
+    two kinds have in common (attention and norms) is copied, the rest is new.
 
     Raises:
         ValueError: unknown order, or nothing to copy.
     """
-    if from_layers < 1:
+    if not source_kinds:
         raise ValueError("copying needs a source layer")
-    if order == "stack":
-        return [layer % from_layers for layer in range(to_layers)]
-    if order == "inter":
-        return [layer * from_layers // to_layers for layer in range(to_layers)]
-    if order == "last":
-        return [min(layer, from_layers - 1) for layer in range(to_layers)]
-    raise ValueError(f"order {order!r}")
+    origins = [0] * len(target_kinds)
+    for kind in set(target_kinds):
+        sources = [layer for layer, k in enumerate(source_kinds) if k == kind]
+        sources = sources or list(range(len(source_kinds)))
+        targets = [layer for layer, k in enumerate(target_kinds) if k == kind]
+        for index, target in enumerate(targets):
+            if order == "stack":
+                place = index % len(sources)
+            elif order == "inter":
+                place = index * len(sources) // len(targets)
+            elif order == "last":
+                place = min(index, len(sources) - 1)
+            else:
+                raise ValueError(f"order {order!r}")
+            origins[target] = sources[place]
+    return origins
 
 
-def survivors(from_layers: int, to_layers: int, order: str, insert: str, copied: bool) -> list[int]:
+def survivors(
+    source_kinds: Sequence[str], target_kinds: Sequence[str], order: str, insert: str, copied: bool
+) -> list[int]:
     """Target layer that *is* each source layer (keeps its optimizer state), in source order.
 
-    Without copying, new layers go below (``bottom``) or above (``top``) all trained ones. With
-    copying, a source layer has several copies: the survivor is the last of them when new ones
-    are inserted at the bottom, the first when at the top.
+    Without copying, new layers go below (``bottom``) or above (``top``) all trained ones of their
+    kind. With copying, a source layer has several copies: the survivor is the last of them, of
+    those of its kind, when new ones are inserted at the bottom, the first when at the top.
     """
-    if not copied:
-        shift = to_layers - from_layers if insert == "bottom" else 0
-        return [layer + shift for layer in range(from_layers)]
-    origins = source_layers(from_layers, to_layers, order)
-    places = range(to_layers) if insert == "top" else range(to_layers - 1, -1, -1)
-    return [next(p for p in places if origins[p] == layer) for layer in range(from_layers)]
+    if copied:
+        origins = source_layers(source_kinds, target_kinds, order)
+        places = range(len(target_kinds))
+        found = [
+            [p for p in places if origins[p] == layer and target_kinds[p] == kind]
+            for layer, kind in enumerate(source_kinds)
+        ]
+        return [copies[0 if insert == "top" else -1] for copies in found]
+    alive = [0] * len(source_kinds)
+    for kind in set(source_kinds):
+        sources = [layer for layer, k in enumerate(source_kinds) if k == kind]
+        targets = [layer for layer, k in enumerate(target_kinds) if k == kind]
+        shift = len(targets) - len(sources) if insert == "bottom" else 0
+        for index, layer in enumerate(sources):
+            alive[layer] = targets[index + shift]
+    return alive
 
 
 def depth_map(
-    target_table: dict[str, TensorSpec],
-    from_layers: int,
-    to_layers: int,
+    source: ModelShape,
+    target: ModelShape,
     init: str,
     order: str = "stack",
     insert: str = "bottom",
@@ -80,49 +107,61 @@ def depth_map(
     """The rule of every target tensor.
 
     Args:
-        target_table: the deeper model's tensors.
+        source, target: the same model at two depths.
         init: ``random``, ``zero``, ``copying``, ``copying_zeroL`` (copies whose sub-layers end
             in a zero linear) or ``copying_zeroN`` (copies whose norms have zero gain).
         optimizer_state: ``inherit`` (survivors keep theirs, new layers start empty), ``copy``
             (copies take their source's) or ``reset`` (everything starts empty).
 
+    A copy takes what its source layer has under the same name and shape. What that layer lacks, as
+    the experts where a dense layer is copied to one with experts, has its own initial values; so
+    have multi-token prediction modules where the source has none.
+
     A ``zeroN`` copy is the identity only where the linears of the model have no biases and the
     norm's own bias is zero as well, so that is zeroed with the gain.
     """
     copied = init.startswith("copying")
-    alive = survivors(from_layers, to_layers, order, insert, copied) if from_layers else []
-    survivor_of = {target: source for source, target in enumerate(alive)}
-    origins = source_layers(from_layers, to_layers, order) if copied else None
+    kinds = source.layer_kinds(), target.layer_kinds()
+    alive = survivors(*kinds, order, insert, copied) if source.num_layers else []
+    survivor_of = {place: layer for layer, place in enumerate(alive)}
+    origins = source_layers(*kinds, order) if copied else None
     kept = ZERO if optimizer_state == "reset" else COPY
+    have = tensor_table(source)
     rules = {}
-    for name, spec in target_table.items():
+    for name, spec in tensor_table(target).items():
         layer = layer_number(name)
         if layer is None:
-            rules[name] = TensorRule(COPY, kept, name)
+            origin: str | None = name
         elif layer in survivor_of:
-            source = with_layer_number(name, survivor_of[layer])
-            rules[name] = TensorRule(COPY, kept, source)
-        elif origins is None:
-            rules[name] = TensorRule(ZERO if init == "zero" else INIT, ZERO)
+            origin = with_layer_number(name, survivor_of[layer])
         else:
-            source = with_layer_number(name, origins[layer])
-            state = COPY if optimizer_state == "copy" else ZERO
-            norm = spec.role in ("norm_gain", "norm_bias")
-            zeroed = (init == "copying_zeroL" and spec.last_linear) or (
-                init == "copying_zeroN" and norm
-            )
-            rules[name] = TensorRule(ZERO if zeroed else COPY, state, source)
+            origin = with_layer_number(name, origins[layer]) if origins is not None else None
+        new = layer is not None and layer not in survivor_of
+        if origin not in have or have[origin].shape != spec.shape:
+            origin = None
+        norm = spec.role in ("norm_gain", "norm_bias")
+        if new and (
+            init == "zero"
+            or (init == "copying_zeroL" and spec.last_linear)
+            or (init == "copying_zeroN" and norm)
+        ):
+            weights = ZERO
+        else:
+            weights = INIT if origin is None else COPY
+        state = ZERO
+        if origin is not None:
+            state = COPY if new and optimizer_state == "copy" else ZERO if new else kept
+        rules[name] = TensorRule(weights, state, origin)
     return rules
 
 
 def rules_of(
-    expansion: ExpansionSection, target_table: dict[str, TensorSpec], from_layers: int
+    expansion: ExpansionSection, source: ModelShape, target: ModelShape
 ) -> dict[str, TensorRule]:
     """:func:`depth_map` of a configured expansion."""
     return depth_map(
-        target_table,
-        from_layers,
-        expansion.to_layers,
+        source,
+        target,
         expansion.init,
         expansion.order,
         expansion.insert,

@@ -93,7 +93,7 @@ def expand(
     with all_succeed(f"expansion {generation}"):
         new = build()
         table = tensor_table(new.shape)
-        rules = rules_of(expansion, table, old.shape.num_layers)
+        rules = rules_of(expansion, old.shape, new.shape)
         stats = apply_rules(old.state(), new.state(), rules, table, seed, generation, staging_bytes)
         new.loaded()
     event = ExpansionEvent(

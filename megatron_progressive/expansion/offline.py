@@ -74,7 +74,7 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
         )
     shape = replace(model.shape, num_layers=target)
     table = tensor_table(shape)
-    rules = rules_of(expansion, table, depth)
+    rules = rules_of(expansion, model.shape, shape)
     stored = stored_tensors(checkpoint)
     plan = OfflineExpansion(
         checkpoint=checkpoint,

@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_logging
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_progressive.runtime.layout import Layout
 
@@ -50,10 +52,18 @@ def _one_group_for_the_same_ranks() -> Iterator[None]:
         parallel_state.create_group = create
 
 
+def _forget_metrics() -> None:
+    """Drop what Megatron-core sums up by layer for a log, in globals: sized by the first model's
+    depth, and with its groups."""
+    moe_logging.destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker = {}
+
+
 class ProcessGroups:
     """The process groups of one layout. Making one is collective over all ranks."""
 
     def __init__(self, layout: Layout) -> None:
+        _forget_metrics()
         before = set(c10d._world.pg_map)
         parallel_state.destroy_model_parallel()  # clears the globals; groups stay with their owner
         with _one_group_for_the_same_ranks():
@@ -93,11 +103,13 @@ class ProcessGroups:
 
     def activate(self) -> None:
         """Make these the groups that Megatron-core uses."""
+        _forget_metrics()
         for name, value in self._globals.items():
             setattr(parallel_state, name, value)
 
     def close(self) -> None:
         """Destroy the groups (Megatron-core only forgets them). Collective over all ranks."""
+        _forget_metrics()
         current = _parallel_state_globals()
         if current.get("_MODEL_PARALLEL_GROUP") is self._globals["_MODEL_PARALLEL_GROUP"]:
             parallel_state.destroy_model_parallel()

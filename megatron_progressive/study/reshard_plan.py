@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.partitions import held_pieces
 from megatron_progressive.expansion.depth_map import copied_from, rules_of
-from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.state.schedule import PieceTable, Schedule
 
@@ -61,8 +61,8 @@ def reshard_bytes(config: RunConfig, index: int, world: int) -> ReshardBytes:
             (index + 1, model_shape(config, expansion.to_layers)),
         )
     ]
-    table = tensor_table(model_shape(config, expansion.to_layers))
-    rules = rules_of(expansion, table, model_shape(config, depth).num_layers)
+    source, target = model_shape(config, depth), model_shape(config, expansion.to_layers)
+    rules = rules_of(expansion, source, target)
     old, new = ([(PieceTable.of(pieces), ranks) for pieces, ranks in side] for side in sides)
     sent, received = Schedule(old, new, copied_from(rules)).bytes_by_rank(world)
     return ReshardBytes(received, sent)

@@ -27,30 +27,37 @@ def expanded(
 
     ``adam(name)`` says whether a tensor has AdamW's slots or Muon-NSGD's.
     """
-    new_layers = shape.num_layers
     copying = init.startswith("copying")
-    if copying:
-        origin = {
-            "stack": [i % old_layers for i in range(new_layers)],
-            "inter": [i * old_layers // new_layers for i in range(new_layers)],
-            "last": [min(i, old_layers - 1) for i in range(new_layers)],
-        }[order]
-        keeps = {}
-        for source in range(old_layers):
-            places = [i for i in range(new_layers) if origin[i] == source]
-            keeps[places[0] if insert == "top" else places[-1]] = source
-    else:
-        below = new_layers - old_layers if insert == "bottom" else 0
-        keeps = {below + source: source for source in range(old_layers)}
+    dense = shape.moe.first_k_dense if shape.moe else shape.num_layers
+    origin: dict[int, int] = {}
+    keeps: dict[int, int] = {}
+    for kind in ("dense", "moe"):  # each kind of layer on its own
+        targets = [i for i in range(shape.num_layers) if (i < dense) == (kind == "dense")]
+        own = [i for i in range(old_layers) if (i < dense) == (kind == "dense")]
+        sources = own or list(range(old_layers))
+        n, m = len(sources), len(targets)
+        if copying:
+            for j, i in enumerate(targets):
+                places = {"stack": j % n, "inter": j * n // m, "last": min(j, n - 1)}
+                origin[i] = sources[places[order]]
+            for source in own:
+                copies = [i for i in targets if origin[i] == source]
+                keeps[copies[0] if insert == "top" else copies[-1]] = source
+        else:
+            below = m - len(own) if insert == "bottom" else 0
+            keeps |= {targets[below + j]: source for j, source in enumerate(own)}
     weights = {slot for _, slot in old if slot in ("param", "master")}
+    low = next(value.dtype for (name, slot), value in old.items()
+               if slot == "param" and "expert_bias" not in name)  # fmt: skip
     out: Full = {}
     for name, spec in tensor_table(shape).items():
         parts = name.split(".")
         layer = int(parts[2]) if name.startswith("decoder.layers.") else None
         slots = {"exp_avg", "exp_avg_sq", "step"} if adam(name) else {"momentum"}
-        for slot in weights | slots:
+        bias = name.endswith("router.expert_bias")  # no master, no optimizer
+        for slot in {"param"} if bias else weights | slots:
             weight = slot in weights
-            dtype = old[next(iter(old))[0], slot].dtype if weight else torch.float32
+            dtype = low if slot == "param" and not bias else torch.float32
             size = (1,) if slot == "step" else spec.shape
 
             source: str | None
@@ -60,16 +67,18 @@ def expanded(
                 source = in_layer(name, keeps[layer])
             else:
                 source = in_layer(name, origin[layer]) if copying else None
+            if (source, "param") not in old or old[str(source), "param"].shape != spec.shape:
+                source = None  # a layer of the other kind has no such tensor
             survivor = layer is None or layer in keeps
-            if weight and source is not None:
-                value = old[source, slot]
-                if not survivor and (
-                    (init == "copying_zeroL" and ("linear_proj" in name or "linear_fc2" in name))
-                    or (init == "copying_zeroN" and "layernorm" in name)
-                ):
-                    value = torch.zeros_like(value)
-            elif weight and init == "zero":
+            zeroed = not survivor and (
+                init == "zero"
+                or (init == "copying_zeroL" and ("linear_proj" in name or "linear_fc2" in name))
+                or (init == "copying_zeroN" and "layernorm" in name)
+            )
+            if weight and zeroed:
                 value = torch.zeros(size, dtype=dtype)
+            elif weight and source is not None:
+                value = old[source, slot]
             elif weight:
                 value = initial_values(seed, 1, name, spec, whole(spec.shape)).to(dtype)
             elif source is not None and policy != "reset" and (survivor or policy == "copy"):

@@ -21,10 +21,11 @@ CASES, EACH = 210, 15
 SAMPLES = 12  # a step: divides over 1 to 4 data-parallel ranks, and over stages
 
 
-def random_parallel(rng: random.Random, world: int) -> dict[str, Any]:
+def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, Any]:
     """Any engine, any layout that fits ``world`` ranks."""
     parallel = {"engine": "megatron", "tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
-                "uneven": True, "zero_stage": rng.randint(0, 1)}  # fmt: skip
+                "uneven": True, "expert": 1, "expert_tensor": None,
+                "zero_stage": rng.randint(0, 1)}  # fmt: skip
     if rng.random() < 0.4:
         return {**parallel, "engine": "deepspeed", "zero_stage": rng.randint(0, 3)}
     parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])
@@ -32,7 +33,31 @@ def random_parallel(rng: random.Random, world: int) -> dict[str, Any]:
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
     if parallel["pipeline"] > 1:
         parallel["virtual_pipeline"] = rng.choice([1, 2])
+    if experts:
+        block = world // parallel["pipeline"]
+        tensor = rng.choice([parallel["tensor"], parallel["tensor"], 1])
+        parallel["expert_tensor"] = tensor
+        parallel["expert"] = rng.choice([e for e in (2, 4, 1) if block // tensor % e == 0])
     return parallel
+
+
+def random_family(rng: random.Random) -> tuple[str, list[str]]:
+    """A family and the parts of it that vary."""
+    family = rng.choice(["gpt2", "gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3", "deepseek_v3"])
+    words = [f"model.tie_embeddings={rng.choice(['true', 'false'])}"]
+    if family == "gpt2":
+        words.append(f"model.linear_bias={rng.choice(['true', 'false'])}")
+    if family == "mixtral":
+        words.append(f"model.moe.aux_loss_coeff={rng.choice([0, 0.02])}")
+    if family == "deepseek_v3":
+        words += [
+            f"model.moe.first_k_dense={rng.randint(0, 3)}",
+            f"model.moe.shared_experts={rng.randint(0, 1)}",
+            f"model.moe.bias_update_rate={rng.choice([0, 0.1])}",
+            f"model.mla.q_lora_rank={rng.choice([0, 16])}",
+            f"model.mtp_layers={rng.choice([0, 0, 1])}",
+        ]
+    return family, words
 
 
 def largest_micro_batch(world: int, *phases: dict[str, Any]) -> int:
@@ -50,7 +75,9 @@ def random_case(seed: int, world: int) -> RunConfig:
     rng = random.Random(seed)
     source = rng.randint(0, 4)
     copying = ["copying", "copying_zeroL", "copying_zeroN"] if source else []
-    before, after = random_parallel(rng, world), random_parallel(rng, world)
+    family, parts = random_family(rng)
+    experts = family in ("mixtral", "deepseek_v3")
+    before, after = (random_parallel(rng, world, experts) for _ in range(2))
     expansion = {
         "at": 2,
         "to_layers": rng.randint(source + 1, 12),
@@ -62,16 +89,15 @@ def random_case(seed: int, world: int) -> RunConfig:
     }
     words = [
         f"model.num_layers={source}",
-        f"model.tie_embeddings={rng.choice(['true', 'false'])}",
-        f"model.linear_bias={rng.choice(['true', 'false'])}",
+        *parts,
         f"optim.name={rng.choice(['adamw', 'muon_nsgd'])}",
         f"optim.embeddings={rng.choice(['muon', 'adamw'])}",
         f"train.precision={rng.choice(['fp32', 'bf16'])}",
         f"train.global_batch={SAMPLES}",
         f"train.micro_batch={largest_micro_batch(world, before, after)}",
-        *(f"parallel.{key}={value}" for key, value in before.items()),
+        *(f"parallel.{key}={value}" for key, value in before.items() if value is not None),
     ]
-    config = cases.small_config(words, expansion)
+    config = cases.family_config(family, words, expansion)
     check_run(config, world)
     return config
 

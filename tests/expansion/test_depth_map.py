@@ -2,41 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_progressive.expansion.depth_map import depth_map, source_layers, survivors
-from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.config import from_dict
 
-SHAPE = ModelShape("gpt2", 6, 16, 2, 64, 100, 8, True, True)
+from megatron_progressive.expansion.depth_map import depth_map, source_layers, survivors
+from megatron_progressive.models import model_shape, tensor_table
+
+SHAPE = model_shape(from_dict({"model": {"family": "gpt2", "num_layers": 6}}))
+ONE = replace(SHAPE, num_layers=1)
+DENSE, MOE = ["dense"], ["moe"]
 
 
 def test_orders_are_abab_aabb_abbb() -> None:
-    assert source_layers(2, 6, "stack") == [0, 1, 0, 1, 0, 1]
-    assert source_layers(2, 6, "inter") == [0, 0, 0, 1, 1, 1]
-    assert source_layers(2, 6, "last") == [0, 1, 1, 1, 1, 1]
+    assert source_layers(DENSE * 2, DENSE * 6, "stack") == [0, 1, 0, 1, 0, 1]
+    assert source_layers(DENSE * 2, DENSE * 6, "inter") == [0, 0, 0, 1, 1, 1]
+    assert source_layers(DENSE * 2, DENSE * 6, "last") == [0, 1, 1, 1, 1, 1]
     with pytest.raises(ValueError, match="source layer"):
-        source_layers(0, 6, "stack")
+        source_layers([], DENSE * 6, "stack")
 
 
 def test_random_layers_go_to_the_bottom_or_the_top() -> None:
-    assert survivors(2, 6, "stack", "bottom", copied=False) == [4, 5]
-    assert survivors(2, 6, "stack", "top", copied=False) == [0, 1]
+    assert survivors(DENSE * 2, DENSE * 6, "stack", "bottom", copied=False) == [4, 5]
+    assert survivors(DENSE * 2, DENSE * 6, "stack", "top", copied=False) == [0, 1]
 
 
 def test_survivors_of_copies_are_their_last_or_first_copy() -> None:
-    assert survivors(2, 6, "stack", "bottom", copied=True) == [4, 5]
-    assert survivors(2, 6, "stack", "top", copied=True) == [0, 1]
-    assert survivors(2, 6, "inter", "bottom", copied=True) == [2, 5]
+    assert survivors(DENSE * 2, DENSE * 6, "stack", "bottom", copied=True) == [4, 5]
+    assert survivors(DENSE * 2, DENSE * 6, "stack", "top", copied=True) == [0, 1]
+    assert survivors(DENSE * 2, DENSE * 6, "inter", "bottom", copied=True) == [2, 5]
+
+
+def test_layers_of_two_kinds_keep_to_their_places() -> None:
+    source, target = DENSE * 2 + MOE * 2, DENSE * 3 + MOE * 5
+    assert source_layers(source, target, "stack") == [0, 1, 0, 2, 3, 2, 3, 2]
+    assert source_layers(source, target, "inter") == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert source_layers(source, target, "last") == [0, 1, 1, 2, 3, 3, 3, 3]
+    assert survivors(source, target, "stack", "bottom", copied=False) == [1, 2, 6, 7]
+    assert survivors(source, target, "stack", "top", copied=False) == [0, 1, 3, 4]
+    assert survivors(source, target, "stack", "bottom", copied=True) == [2, 1, 7, 6]
+    assert survivors(source, target, "stack", "top", copied=True) == [0, 1, 3, 4]
+    # a kind that the source lacks takes all layers in turn, and none of them survives there
+    assert source_layers(DENSE * 2, DENSE * 2 + MOE * 3, "stack") == [0, 1, 0, 1, 0]
+    assert survivors(DENSE * 2, DENSE * 2 + MOE * 3, "stack", "bottom", copied=True) == [0, 1]
+
+
+def test_a_dense_layer_copied_to_one_with_experts_gives_it_attention_and_norms() -> None:
+    config = from_dict({"model": {"family": "deepseek_v3", "num_layers": 3, "mtp_layers": 1}})
+    target = model_shape(config)
+    rules = depth_map(replace(target, num_layers=1), target, "copying", optimizer_state="copy")
+    for name, rule in rules.items():
+        if ".layers.2." not in name or name.startswith("mtp"):
+            continue
+        if ".mlp." in name:
+            assert (rule.weights, rule.state, rule.source) == ("init", "zero", None), name
+        else:
+            assert rule.weights == rule.state == "copy", name
+            assert rule.source == name.replace(".layers.2.", ".layers.0.")
+    # the prediction module's layer has the kind of the last one, which was dense before
+    new = {n for n, rule in rules.items() if n.startswith("mtp") and rule.weights == "init"}
+    assert new == {n for n in rules if n.startswith("mtp") and ".mlp." in n}
+    rules = depth_map(replace(target, num_layers=0), target, "random")
+    assert all(rule.weights == "init" for n, rule in rules.items() if n.startswith("mtp"))
 
 
 def test_zero_variants_zero_what_their_names_say_and_only_in_new_layers() -> None:
     table = tensor_table(SHAPE)
-    rules = depth_map(table, 1, 6, "copying_zeroL")
+    rules = depth_map(ONE, SHAPE, "copying_zeroL")
     zeroed = {name for name, rule in rules.items() if rule.weights == "zero"}
     ends = ("linear_proj.weight", "linear_proj.bias", "linear_fc2.weight", "linear_fc2.bias")
     assert zeroed == {n for n in table if n.endswith(ends) and ".layers.5." not in n}
-    rules = depth_map(table, 1, 6, "copying_zeroN", insert="top")
+    rules = depth_map(ONE, SHAPE, "copying_zeroN", insert="top")
     zeroed = {name for name, rule in rules.items() if rule.weights == "zero"}
     assert zeroed == {n for n in table if ".layers." in n and "layernorm" in n and ".0." not in n}
     assert all(rule.weights == "copy" for n, rule in rules.items() if ".layers." not in n)
@@ -52,5 +90,5 @@ def test_optimizer_state_policies() -> None:
         "copy": ("copy", "copy", "copy"),
         "reset": ("zero", "zero", "zero"),
     }.items():
-        rules = depth_map(table, 1, 6, "copying", optimizer_state=policy)
+        rules = depth_map(ONE, SHAPE, "copying", optimizer_state=policy)
         assert (rules[new].state, rules[old].state, rules[head].state) == states

@@ -51,7 +51,7 @@ def by_masks(config: RunConfig, world: int) -> tuple[list[int], list[int], list[
         held.append(mine)
     expansion = config.expansion[0]
     rules = depth_map(
-        table, model_shape(config).num_layers, expansion.to_layers, expansion.init,
+        model_shape(config), target_shape, expansion.init,
         expansion.order, expansion.insert, expansion.optimizer_state,
     )  # fmt: skip
     missed, only, could = [0] * world, [0] * world, [0] * world

@@ -111,9 +111,8 @@ def engine_bytes(engine: Any) -> int:
 def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
     """Bytes that this rank needs from others, whoever sends them: plain code over boxes."""
     from megatron_progressive.expansion.depth_map import COPY, rules_of
-    from megatron_progressive.models import tensor_table
 
-    rules = rules_of(config.expansion[0], tensor_table(new.shape), old.shape.num_layers)
+    rules = rules_of(config.expansion[0], old.shape, new.shape)
     have: dict[Any, list[Any]] = {}
     for piece in old.state().pieces:
         have.setdefault(piece.key, []).append(piece.box)
@@ -133,7 +132,6 @@ def in_memory(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from megatron_progressive.expansion import hook
-    from megatron_progressive.models import tensor_table
     from megatron_progressive.state import checkpoint
     from megatron_progressive.state.init import initialise_all
     from megatron_progressive.state.record import record_of_run
