@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
-from megatron_progressive.expansion.depth_map import check_depths
+from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
+from megatron_progressive.expansion.depth_map import check_depths, survivors
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape
 from megatron_progressive.runtime.layout import make_layout
@@ -197,6 +197,16 @@ def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
         )
 
 
+def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSection) -> bool:
+    """Whether layers that are no copies come to lie above trained ones: on insertion at the top,
+    and where the new ones are of a kind that stands above the trained ones' (experts)."""
+    trained = survivors(
+        source.layer_kinds(), target.layer_kinds(), expansion.order, expansion.insert, False
+    )
+    new = set(range(target.num_layers)) - set(trained)
+    return bool(trained) and max(new) > min(trained)
+
+
 def _warnings(config: RunConfig) -> list[str]:
     from megatron_progressive.optim.schedule import decay_steps
 
@@ -230,10 +240,18 @@ def _warnings(config: RunConfig) -> list[str]:
                 f"{field}.init: zero kills the gradient of the new layers: "
                 f"loss spike > 2x at expansion; likely cause: zero init"
             )
-        if expansion.init == "random" and expansion.insert == "top" and depth > 0:
+        above = _lands_above(
+            model_shape(config, depth), model_shape(config, expansion.to_layers), expansion
+        )
+        if expansion.init == "random" and above:
+            where = (
+                ""
+                if expansion.insert == "top"
+                else " puts new layers of one kind above trained ones of another"
+            )
             found.append(
-                f"{field}.insert: top with init random: instability after expansion; "
-                f"likely cause: random layers at the top"
+                f"{field}.insert: {expansion.insert} with init random{where}: instability after "
+                f"expansion; likely cause: random layers at the top"
             )
         depth = expansion.to_layers
     return found

@@ -231,6 +231,13 @@ def test_sound_corner_cases_pass(good: RunConfig, world: int) -> None:
             ["instability after expansion; likely cause: random layers at the top"],
         ),
         (config(growth(insert="top", init="copying"), layers=1), []),
+        # the trained dense layer stays below the new ones with experts
+        (
+            family("deepseek_v3", model={"num_layers": 1}, expansion=growth()),
+            ["insert: bottom with init random puts new layers of one kind above trained ones"],
+        ),
+        (family("deepseek_v3", model={"num_layers": 1}, expansion=growth(init="copying")), []),
+        (family("mixtral", model={"num_layers": 1}, expansion=growth()), []),
         (config(growth(insert="top")), []),  # no trained layer: top and bottom are the same
         (config(growth(at=0.49), schedule={"name": "cosine"}), []),
         (config(growth(at=0.8)), []),
