@@ -128,8 +128,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_family_case(rng: random.Random, family: str, world: int) -> RunConfig:
-    """A model of any family, at odd sizes, in any layout that cuts it: experts too."""
+def random_family_case(
+    rng: random.Random, family: str, world: int, separate: bool = False
+) -> RunConfig:
+    """A model of any family, at odd sizes, in any layout that cuts it: experts too, which have
+    parallel groups of their own with ``separate``."""
     moe = "moe" in SIZES[family]
     layouts = [
         (t, p, e, x)
@@ -137,10 +140,12 @@ def random_family_case(rng: random.Random, family: str, world: int) -> RunConfig
         for x in ((1, 2, 4) if moe else (t,))
         if world % (t * p) == 0 and world % (x * e * p) == 0
     ]  # fmt: skip
+    if separate:
+        layouts = [(t, p, e, x) for t, p, e, x in layouts if e > 1 or x != t]
     tensor, pipeline, expert, expert_tensor = rng.choice(layouts)
     virtual = rng.choice([1, 2]) if pipeline > 1 else 1
     words = {
-        "model.num_layers": rng.randint(0, 2 * pipeline * virtual),
+        "model.num_layers": rng.randint(2 if separate else 0, 2 * pipeline * virtual),
         "model.hidden_size": 16 * rng.randint(1, 4),
         "model.tie_embeddings": rng.choice(["true", "false"]),
         "data.vocab_size": rng.randint(100, 600),
@@ -159,7 +164,7 @@ def random_family_case(rng: random.Random, family: str, world: int) -> RunConfig
     if family == "deepseek_v3":
         words |= {
             "model.mtp_layers": rng.randint(0, 2),
-            "model.moe.first_k_dense": rng.randint(0, 2),
+            "model.moe.first_k_dense": rng.randint(0, 1 if separate else 2),
             "model.moe.shared_experts": rng.randint(0, 1),
             "model.moe.bias_update_rate": rng.choice([0, 0.001]),
         }
@@ -172,8 +177,14 @@ def random_family_case(rng: random.Random, family: str, world: int) -> RunConfig
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "mixtral", "deepseek_v3"])
 def test_prediction_for_every_family_and_for_experts(pool: Pool, family: str, world: int) -> None:
     rng = random.Random(f"{family} {world}")
-    many = 2 + 2 * world if "moe" in SIZES[family] else 3
-    check(pool, world, [random_family_case(rng, family, world) for _ in range(many)])
+    moe = "moe" in SIZES[family]
+    configs = [random_family_case(rng, family, world) for _ in range(3)]
+    if moe and world > 1:
+        configs += [random_family_case(rng, family, world, separate=True) for _ in range(5)]
+        layouts = [make_layout(config.parallel, world) for config in configs]
+        assert any(layout.expert > 1 for layout in layouts)
+        assert world < 4 or any(1 < x.expert_data < x.world // x.pipeline for x in layouts)
+    check(pool, world, configs)
 
 
 def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:

@@ -48,7 +48,8 @@ def random_shape(family: str, seed: int) -> ModelShape:
         model["moe"] = moe
     if family == "deepseek_v3":
         model["moe"] = moe | {
-            "shared_experts": rng.randint(1, 2), "first_k_dense": rng.randint(0, 2),
+            "shared_experts": rng.randint(1, 2),
+            "first_k_dense": rng.randint(0, model["num_layers"] - 1),
             "num_groups": 1, "top_k_groups": 1, "bias_update_rate": rng.choice([0, 0.001]),
         }  # fmt: skip
         model["mla"] = {
