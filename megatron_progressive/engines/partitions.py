@@ -2,18 +2,21 @@
 
 The same pieces as the engines' ``state()`` (a test compares them), without processes, torch or
 Megatron-core: planning looks at thousands of ranks. What is written here of Megatron-core
-0.19.2 is the order of ranks (``parallel_state``: tensor fastest, then data, then pipeline), the
-order in which a model's parameters are registered (of the local layer spec; Transformer
-Engine's registers norms after other linears, which moves the cuts of the distributed optimizer
-by a few thousand elements), and how its distributed optimizer cuts a buffer; of DeepSpeed
-0.19.8 how ZeRO cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``,
-``partition_parameters.py``).
+0.19.2 is the order of ranks (``parallel_state``: tensor fastest, then data, then pipeline; for
+experts expert-tensor fastest, then expert, then expert-data), which tensors a stage has a copy
+of, and how its distributed optimizer cuts a buffer; of DeepSpeed 0.19.8 how ZeRO cuts parameters
+(``stage_1_and_2.py``, ``bf16_optimizer.py``, ``partition_parameters.py``). The order in which
+parameters are registered is the table's, which is the local layer spec's. Transformer Engine's
+registers norms after other linears and experts by linear, which moves the cuts of the
+distributed optimizer; and it keeps latent attention's down-projections whole on every
+tensor-parallel rank.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +40,8 @@ Held = tuple[list[PieceMeta], Sequence[int]]
 _WEIGHT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _STATE_DTYPE = "float32"
 
+FINAL_NORM = "decoder.final_layernorm."
+
 _TENSOR_ALIGNMENT = 64
 """Elements: where a tensor may start in a buffer of the distributed optimizer."""
 _BUCKET_ALIGNMENT = 128
@@ -46,45 +51,57 @@ _ZERO_ALIGNMENT = 2
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class HeldTensor:
     """One tensor of one model chunk."""
 
     name: str
     spec: TensorSpec
     tied_copy: bool = False
-    """The LM head's copy of a tied embedding, on another stage than the embedding."""
-    shared: bool = False
-    """Whether the first and the last stage each have a copy of it: a tied embedding."""
+    """A later stage's copy of the embedding."""
+    alone: bool = False
+    """Whether it has a bucket of the distributed optimizer to itself: the embedding that the
+    first and the last stage each have a copy of."""
 
 
-def _chunks(shape: ModelShape, layout: Layout) -> list[list[list[_Tensor]]]:
-    """The tensors of each model chunk of each stage, as Megatron-core registers them."""
-    layers: dict[int, list[_Tensor]] = {number: [] for number in range(shape.num_layers)}
-    first: list[_Tensor] = []
-    last: list[_Tensor] = []
-    head: list[_Tensor] = []
+def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTensor]]]:
+    """The tensors of each model chunk of each stage, as Megatron-core registers them.
+
+    Embedding and positions are on the first stage; final norm, multi-token prediction and head
+    on the last. With multi-token prediction the final norm is where the last layer is. The last
+    stage has a copy of the embedding where the head is tied to it, and where there is multi-token
+    prediction (of a tied model two then: Megatron-core's head keeps a weight that it does not
+    use).
+    """
+    first: list[HeldTensor] = []
+    layers: dict[int, list[HeldTensor]] = {number: [] for number in range(shape.num_layers)}
+    last: list[HeldTensor] = []
+    predicts = bool(shape.mtp_depth)
+    shared = layout.pipeline > 1 and (shape.tie_embeddings or predicts)
+    copies_before: list[HeldTensor] = []
+    copies_behind: list[HeldTensor] = []
     for name, spec in tensor_table(shape).items():
         number = layer_number(name)
         if number is not None:
-            layers[number].append(_Tensor(name, spec))
-            continue
-        shared = spec.role == "embedding" and shape.tie_embeddings and layout.pipeline > 1
-        embedding = spec.role in ("embedding", "position")
-        (first if embedding else last).append(_Tensor(name, spec, shared=shared))
-        if shared:
-            head = [_Tensor(name, spec, tied_copy=True, shared=True)]
-    for tensors in layers.values():
-        # The base class of attention makes the projection; QKV comes after it.
-        at = [i for i, t in enumerate(tensors) if ".self_attention.linear_" in t.name]
-        attention = sorted((tensors[i] for i in at), key=lambda t: ".linear_proj." not in t.name)
-        for i, tensor in zip(at, attention, strict=True):
-            tensors[i] = tensor
+            layers[number].append(HeldTensor(name, spec))
+        elif spec.role == "embedding":
+            first.append(HeldTensor(name, spec, alone=shared))
+            if shared and predicts:
+                copies_before = [HeldTensor(name, spec, tied_copy=True, alone=True)]
+            if shared and shape.tie_embeddings:
+                copies_behind = [HeldTensor(name, spec, tied_copy=True, alone=not predicts)]
+        elif spec.role == "position":
+            first.append(HeldTensor(name, spec))
+        elif predicts and name.startswith(FINAL_NORM):
+            layers[shape.num_layers - 1].append(HeldTensor(name, spec))
+        else:
+            last.append(HeldTensor(name, spec))
     chunks = [
         [[t for number in numbers for t in layers[number]] for numbers in stage]
         for stage in layout.chunk_layers(shape.num_layers)
     ]
     chunks[0][0][:0] = first
-    chunks[-1][-1] += last + head  # a head comes behind the final norm
+    chunks[-1][-1][:0] = copies_before
+    chunks[-1][-1] += last + copies_behind
     return chunks
 
 
@@ -99,7 +116,7 @@ def _local_box(spec: TensorSpec, tensor_rank: int, tensor_ranks: int) -> Box:
 
 
 def _state_pieces(
-    tensor: _Tensor, boxes: list[Box], optim: OptimSection, precision: str
+    tensor: HeldTensor, boxes: list[Box], optim: OptimSection, precision: str
 ) -> Iterator[PieceMeta]:
     """What the optimizer keeps of ``boxes`` of a tensor: fp32 weights (bf16 only) and its slots."""
     rule, readable = rule_of(tensor.spec, optim), not tensor.tied_copy
@@ -180,10 +197,17 @@ def zero_3_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
 
 
 @dataclass(frozen=True)
-class _Partitions:
-    """The pieces of one engine, by pipeline, tensor and data-parallel rank."""
+class _Part:
+    """Tensors of one stage that the same parallel groups divide: all of them, or all but the
+    experts, or the experts of one expert-parallel rank."""
 
-    chunks: list[list[list[_Tensor]]]
+    chunks: list[list[HeldTensor]]
+    ranks: range
+    """Global ranks of the first of those that hold the same, by tensor-parallel rank."""
+    stride: int
+    """From one rank to the next of those that hold the same."""
+    data: int
+    """Ranks that hold the same."""
     optim: OptimSection
     precision: str
     layout: Layout
@@ -199,26 +223,37 @@ class _Partitions:
     def weights_sharded(self) -> bool:
         return self.layout.engine == "deepspeed" and self.layout.zero_stage == 3
 
-    def same(self, stage: int, tensor_rank: int | None) -> list[PieceMeta]:
+    def replicas(self, tensor_rank: int) -> range:
+        """Global ranks that hold the same part of each tensor."""
+        first = self.ranks[tensor_rank]
+        return range(first, first + self.stride * self.data, self.stride)
+
+    def same(self, tensor_rank: int | None) -> list[PieceMeta]:
         """What all data-parallel ranks hold: of the tensors that tensor parallelism cuts, or
         with None of the others, which all tensor-parallel ranks hold as well."""
         pieces = []
-        for tensor in (tensor for chunk in self.chunks[stage] for tensor in chunk):
+        for tensor in (tensor for chunk in self.chunks for tensor in chunk):
             if (tensor.spec.tp_axis is None) != (tensor_rank is None):
                 continue
-            box = _local_box(tensor.spec, tensor_rank or 0, self.layout.tensor)
+            box = _local_box(tensor.spec, tensor_rank or 0, len(self.ranks))
+            if not tensor.spec.trainable:
+                pieces.append(PieceMeta((tensor.name, PARAM), box, _STATE_DTYPE))
+                continue
             if not self.weights_sharded:
                 pieces.append(self._weight(tensor, box))
             if not self.state_sharded:
                 pieces.extend(_state_pieces(tensor, [box], self.optim, self.precision))
         return pieces
 
-    def shards(self, stage: int, tensor_rank: int, data_ranks: range) -> dict[int, list[PieceMeta]]:
+    def shards(self, tensor_rank: int, data_ranks: range) -> dict[int, list[PieceMeta]]:
         """What each of some data-parallel ranks alone holds."""
         pieces: dict[int, list[PieceMeta]] = {data_rank: [] for data_rank in data_ranks}
-        for chunk in self.chunks[stage] if self.state_sharded else []:
-            boxes = [_local_box(t.spec, tensor_rank, self.layout.tensor) for t in chunk]
-            for tensor, box, place in zip(chunk, boxes, self._places(chunk, boxes), strict=True):
+        for chunk in self.chunks if self.state_sharded else []:
+            tensors = [tensor for tensor in chunk if tensor.spec.trainable]
+            boxes = [_local_box(t.spec, tensor_rank, len(self.ranks)) for t in tensors]
+            for tensor, box, place in zip(
+                tensors, boxes, self._places(tensors, boxes), strict=True
+            ):
                 owners = place.ranks()
                 for owner in range(
                     max(owners.start, data_ranks.start), min(owners.stop, data_ranks.stop)
@@ -229,18 +264,51 @@ class _Partitions:
                     pieces[owner].extend(_state_pieces(tensor, parts, self.optim, self.precision))
         return pieces
 
-    def _places(self, chunk: list[_Tensor], boxes: list[Box]) -> list[_Place]:
+    def _places(self, chunk: list[HeldTensor], boxes: list[Box]) -> list[_Place]:
         numels = [box.numel for box in boxes]
         if self.weights_sharded:
-            return zero_3_places(numels, self.layout.data)
+            return zero_3_places(numels, self.data)
         if self.layout.engine == "deepspeed":
-            return zero_places(numels, self.layout.data)
-        alone = [tensor.shared for tensor in chunk]
-        return distributed_optimizer_places(numels, alone, self.layout.data)
+            return zero_places(numels, self.data)
+        alone = [tensor.alone for tensor in chunk]
+        return distributed_optimizer_places(numels, alone, self.data)
 
-    def _weight(self, tensor: _Tensor, box: Box) -> PieceMeta:
+    def _weight(self, tensor: HeldTensor, box: Box) -> PieceMeta:
         dtype = _WEIGHT_DTYPES[self.precision]
         return PieceMeta((tensor.name, PARAM), box, dtype, not tensor.tied_copy)
+
+
+def _by_expert_rank(
+    chunks: list[list[HeldTensor]], experts_each: int
+) -> dict[int | None, list[list[HeldTensor]]]:
+    """The chunks with the experts of each expert-parallel rank only; None: with all else."""
+    found: dict[int | None, list[list[HeldTensor]]] = defaultdict(lambda: [[] for _ in chunks])
+    for number, chunk in enumerate(chunks):
+        for tensor in chunk:
+            expert = tensor.spec.expert
+            found[None if expert is None else expert // experts_each][number].append(tensor)
+    return found
+
+
+def _parts(
+    shape: ModelShape, optim: OptimSection, precision: str, layout: Layout
+) -> Iterator[_Part]:
+    """The parts of every stage."""
+    experts = shape.moe.num_experts if shape.moe is not None else layout.expert
+    separate, ranks = layout.separate_experts, layout.expert_tensor
+    for stage, chunks in enumerate(chunk_tensors(shape, layout)):
+        first = stage * layout.tensor * layout.data
+        divided = _by_expert_rank(chunks, experts // layout.expert) if separate else {}
+        yield _Part(
+            divided[None] if separate else chunks, range(first, first + layout.tensor),
+            layout.tensor, layout.data, optim, precision, layout,
+        )  # fmt: skip
+        for expert_rank in range(layout.expert if separate else 0):
+            begin = first + ranks * expert_rank
+            yield _Part(
+                divided[expert_rank], range(begin, begin + ranks), ranks * layout.expert,
+                layout.expert_data, optim, precision, layout,
+            )  # fmt: skip
 
 
 def held_pieces(
@@ -251,15 +319,13 @@ def held_pieces(
     A rank's pieces are the union of the lists that it appears in: equal to the ``meta`` of
     those of its engine's ``state()``, as a multiset.
     """
-    engine = _Partitions(_chunks(shape, layout), optim, precision, layout)
-    block = layout.tensor * layout.data
-    for stage in range(layout.pipeline):
-        ranks = range(stage * block, (stage + 1) * block)
-        lists: list[Held] = [(engine.same(stage, None), ranks)]
-        for tensor_rank in range(layout.tensor):
-            replicas = ranks[tensor_rank :: layout.tensor]
-            lists.append((engine.same(stage, tensor_rank), replicas))
-            shards = engine.shards(stage, tensor_rank, range(layout.data))
+    for part in _parts(shape, optim, precision, layout):
+        everyone = sorted(rank for first in range(len(part.ranks)) for rank in part.replicas(first))
+        lists: list[Held] = [(part.same(None), everyone)]
+        for tensor_rank in range(len(part.ranks)):
+            replicas = part.replicas(tensor_rank)
+            lists.append((part.same(tensor_rank), replicas))
+            shards = part.shards(tensor_rank, range(part.data))
             lists += [(pieces, replicas[rank : rank + 1]) for rank, pieces in shards.items()]
         yield from (held for held in lists if held[0])
 
@@ -268,8 +334,12 @@ def pieces_of_rank(
     shape: ModelShape, optim: OptimSection, precision: str, layout: Layout, rank: int
 ) -> list[PieceMeta]:
     """The pieces of one global rank."""
-    engine = _Partitions(_chunks(shape, layout), optim, precision, layout)
-    stage, within = divmod(rank, layout.tensor * layout.data)
-    data_rank, tensor_rank = divmod(within, layout.tensor)
-    shards = engine.shards(stage, tensor_rank, range(data_rank, data_rank + 1))
-    return engine.same(stage, None) + engine.same(stage, tensor_rank) + shards[data_rank]
+    pieces: list[PieceMeta] = []
+    for part in _parts(shape, optim, precision, layout):
+        for tensor_rank in range(len(part.ranks)):
+            replicas = part.replicas(tensor_rank)
+            if rank in replicas:
+                data_rank = replicas.index(rank)
+                shards = part.shards(tensor_rank, range(data_rank, data_rank + 1))
+                pieces += part.same(None) + part.same(tensor_rank) + shards[data_rank]
+    return pieces

@@ -121,9 +121,18 @@ def parameter_count(shape: ModelShape) -> int:
 
 
 def active_parameter_count(shape: ModelShape) -> int:
-    """Parameters that one token meets: of the routed experts of a layer, its ``top_k``."""
-    routed = sum(spec.numel for spec in _table(shape).values() if spec.expert is not None)
-    if shape.moe is None or not routed:
-        return parameter_count(shape)
-    idle = routed - routed * shape.moe.top_k // shape.moe.num_experts
-    return parameter_count(shape) - idle
+    """Parameters that one token is computed with: of the routed experts of a layer, its ``top_k``.
+
+    Tables that a token is only looked up in (an embedding that is not the head too, positions)
+    multiply nothing and are left out.
+    """
+    table = _table(shape).values()
+    lookups = [
+        spec
+        for spec in table
+        if spec.role == "position" or (spec.role == "embedding" and not shape.tie_embeddings)
+    ]
+    looked_up = sum((spec.live_rows or spec.shape[0]) * spec.shape[1] for spec in lookups)
+    routed = sum(spec.numel for spec in table if spec.expert is not None)
+    idle = routed - routed * shape.moe.top_k // shape.moe.num_experts if shape.moe else 0
+    return parameter_count(shape) - looked_up - idle

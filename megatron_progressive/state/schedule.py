@@ -50,17 +50,22 @@ class PieceTable:
 
     @staticmethod
     def of(pieces: Iterable[PieceMeta]) -> PieceTable:
-        pieces = list(pieces)
         numbers: dict[Key, int] = {}
-        rows = np.zeros(len(pieces), _ROW)
-        rows["extent"] = 1
-        for row, piece in zip(rows, pieces, strict=True):
-            axes = len(piece.box.shape)
-            row["key"] = numbers.setdefault(piece.key, len(numbers))
-            row["axes"], row["readable"] = axes, piece.readable
-            row["dtype"] = _DTYPES.index(piece.dtype)
-            row["offset"][:axes], row["extent"][:axes] = piece.box.offset, piece.box.shape
-        return PieceTable(tuple(numbers), rows)
+        rows = []
+        for piece in pieces:
+            box = piece.box
+            axes = len(box.shape)
+            rows.append(
+                (
+                    numbers.setdefault(piece.key, len(numbers)),
+                    axes,
+                    _DTYPES.index(piece.dtype),
+                    piece.readable,
+                    box.offset + (0,) * (_AXES - axes),
+                    box.shape + (1,) * (_AXES - axes),
+                )
+            )
+        return PieceTable(tuple(numbers), np.array(rows, _ROW))
 
     def to_bytes(self) -> bytes:
         header = json.dumps(self.keys).encode()
@@ -214,6 +219,7 @@ class Schedule:
         self.sources = Side(sources, readable_only=True)
         self.targets = Side(targets, readable_only=False)
         self._source_of = source_of
+        self._needing: dict[tuple[int, int], np.ndarray] = {}
         self._fed: dict[Key, list[Key]] = defaultdict(list)
         for key in self.targets.keys:
             source = source_of(key)
@@ -332,7 +338,10 @@ class Schedule:
         """Ranks that need a source group for a target group, and who sends it to each."""
         holders = self.sources.holders(held)
         wanting = self.targets.holders(wanted)
-        needing = wanting[~np.isin(wanting, holders, assume_unique=True)]
+        needing = self._needing.get((id(holders), id(wanting)))  # the sides keep both
+        if needing is None:
+            needing = wanting[~np.isin(wanting, holders, assume_unique=True)]
+            self._needing[id(holders), id(wanting)] = needing
         return needing, holders[(held + np.arange(len(needing))) % len(holders)]
 
     def _move(self, held: int, wanted: int, share: Box) -> Move:

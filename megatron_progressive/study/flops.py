@@ -3,29 +3,38 @@
 What is counted, a multiply-add being two FLOPs:
 
 - every linear, 2 n_out n_in a token, the LM head with its padded vocabulary included (the
-  lookup of embeddings and positions has no matrix product: 0);
-- attention scores and values, on the **full** S x S square: 4 S h a token and layer, although
-  the mask is causal. It is the convention of PaLM (Chowdhery et al. 2022, arXiv 2204.02311,
-  appendix B) and of torch's ``FlopCounterMode``, which the tests compare with; a flash kernel
-  that skips masked blocks does up to half of it;
+  lookup of embeddings and positions has no matrix product: 0). Of the routed experts a token
+  pays for its ``top_k``, and for the router;
+- attention scores and values, on the **full** S x S square: 2 S (q + v) a token, layer and query
+  head with queries of width q and values of width v, although the mask is causal. It is the
+  convention of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) and of torch's
+  ``FlopCounterMode``, which the tests compare with; a flash kernel that skips masked blocks does
+  up to half of it. Fewer heads of keys and values (grouped queries) change nothing here;
+- multi-token prediction: each module's layer, its projection of two inputs, and the LM head once
+  more (DeepSeek-V3, arXiv 2412.19437, section 2.2);
 - the backward pass, twice the forward pass. Recomputed activations are not counted: the number
   belongs to the model, not to the kernel or the memory budget;
-- Muon's Newton-Schulz, once a matrix and step, also where ranks repeat it.
+- Muon's Newton-Schulz, once a matrix and step, also where ranks repeat it. Every expert's
+  matrices count: they all step, whatever tokens they saw.
 
 Ignored because they are a vanishing share: elementwise work (norms, activations, softmax, bias,
-cross-entropy, momentum, AdamW, NSGD). Validation is not training and is not counted either.
+rotation, cross-entropy, momentum, AdamW, NSGD), and moving tokens to their experts. Validation
+is not training and is not counted either.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape, TensorSpec
+from megatron_progressive.optim.rules import MUON, rule_of
 
-_LINEARS = ("qkv", "proj", "fc1", "fc2", "head")
-_EMBEDDINGS = ("embedding", "position", "head")
+_LOOKUPS = ("embedding", "position")
 _BACKWARD = 2  # gradients of inputs and of weights cost one forward pass each
 
 
@@ -47,29 +56,43 @@ class Phase:
         return self.last_step - self.first_step + 1
 
 
+def _multiplies(spec: TensorSpec) -> bool:
+    """Whether tokens are multiplied by a tensor."""
+    return (
+        spec.trainable and len(spec.shape) > 1 and spec.role != "bias" and spec.role not in _LOOKUPS
+    )
+
+
+@lru_cache(maxsize=64)
 def forward_flops_per_token(shape: ModelShape) -> int:
     """FLOPs of one token's forward pass in a sequence of ``shape.sequence_length`` tokens."""
-    table = tensor_table(shape)
-    linears = sum(2 * spec.numel for spec in table.values() if spec.role in _LINEARS)
-    if shape.tie_embeddings:  # the head multiplies by the embedding's weight
-        linears += sum(2 * spec.numel for spec in table.values() if spec.role == "embedding")
-    attention = 4 * shape.sequence_length * shape.hidden_size * shape.num_layers
-    return linears + attention
+    linears = [spec for spec in tensor_table(shape).values() if _multiplies(spec)]
+    routed = sum(spec.numel for spec in linears if spec.expert is not None)
+    numel = sum(spec.numel for spec in linears) - routed
+    if shape.moe is not None:
+        numel += routed * shape.moe.top_k // shape.moe.num_experts
+    # a tied head multiplies by the embedding's weight; each prediction module has the head again
+    heads = int(shape.tie_embeddings) + shape.mtp_depth
+    numel += heads * shape.padded_vocab_size * shape.hidden_size
+    widths = 2 * shape.head_dim
+    if shape.mla is not None:
+        widths = shape.mla.qk_head_dim + shape.mla.v_head_dim
+    layers = shape.num_layers + shape.mtp_depth
+    attention = 2 * shape.sequence_length * shape.num_attention_heads * widths * layers
+    return 2 * numel + attention
 
 
 def muon_matrices(spec: TensorSpec, optim: OptimSection) -> list[tuple[int, int]]:
     """(n_out, n_in) of each matrix of a tensor that Muon orthogonalises; empty for other rules.
 
-    Query, key and value are matrices of their own (``row_blocks``). Embeddings, positions and
-    the head count where ``optim.embeddings`` is ``muon``.
+    Blocks of rows (query, key and value) are matrices of their own, and so are gate and up.
+    Embeddings, positions and the head count where ``optim.embeddings`` is ``muon``.
     """
-    if optim.name != "muon_nsgd" or len(spec.shape) != 2:
+    if not spec.trainable or rule_of(spec, optim) != MUON:
         return []
-    if spec.role in _EMBEDDINGS and optim.embeddings != "muon":
-        return []
-    n_out, n_in = spec.shape
+    *stack, n_out, n_in = spec.shape
     if not spec.row_blocks:
-        return [(n_out, n_in)]
+        return [(n_out, n_in)] * math.prod(stack)
     groups = n_out // sum(spec.row_blocks)
     return [(groups * rows, n_in) for rows in spec.row_blocks]
 
@@ -84,12 +107,15 @@ def newton_schulz_flops(n_out: int, n_in: int, ns_steps: int) -> int:
     return ns_steps * (4 * n * n * m + 2 * n**3)
 
 
+@lru_cache(maxsize=64)
 def optimizer_flops(shape: ModelShape, optim: OptimSection) -> int:
     """FLOPs of one optimizer step: Newton-Schulz of every Muon matrix, 0 for AdamW."""
+    counts = Counter(
+        matrix for spec in tensor_table(shape).values() for matrix in muon_matrices(spec, optim)
+    )
     return sum(
-        newton_schulz_flops(n_out, n_in, optim.ns_steps)
-        for spec in tensor_table(shape).values()
-        for n_out, n_in in muon_matrices(spec, optim)
+        count * newton_schulz_flops(n_out, n_in, optim.ns_steps)
+        for (n_out, n_in), count in counts.items()
     )
 
 

@@ -1,21 +1,25 @@
 """Bytes of model and optimizer state on the fullest rank of a layout, without allocating.
 
 Activations, communication buffers and what an optimizer step needs for a moment (a gathered
-matrix under Newton-Schulz, for example) are not counted.
+matrix under Newton-Schulz, for example) are not counted. Experts are divided over the
+expert-parallel ranks, each over the expert-tensor-parallel ones, and their optimizer state over
+the ranks that hold the same experts; routers' biases are fp32 and have neither gradient nor
+optimizer state.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from megatron_progressive.config import OptimSection, RunConfig
-from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape, TensorSpec, layer_number
+from megatron_progressive.engines.partitions import chunk_tensors
+from megatron_progressive.models.base import ModelShape, TensorSpec
+from megatron_progressive.optim.rules import ADAMW, rule_of
 from megatron_progressive.runtime.layout import Layout
 
 _FP32_BYTES = 4
 _BYTES = {"fp32": 4, "bf16": 2}
-_EMBEDDINGS = ("embedding", "position", "head")
 
 MASTER, MOMENTUM, MOMENTS = "master weights", "momentum", "AdamW moments"
 
@@ -38,58 +42,47 @@ class RankMemory:
 
 
 def stage_tensors(shape: ModelShape, layout: Layout) -> list[list[TensorSpec]]:
-    """The tensors of each pipeline stage.
-
-    Embedding and positions are on the first stage, final norm and head on the last; a tied head
-    on another stage than the embedding is a copy of it.
-    """
-    stages: list[list[TensorSpec]] = [[] for _ in range(layout.pipeline)]
-    stage_of = {
-        number: stage
-        for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers))
-        for numbers in chunks
-        for number in numbers
-    }
-    for name, spec in tensor_table(shape).items():
-        number = layer_number(name)
-        if number is not None:
-            stages[stage_of[number]].append(spec)
-        elif spec.role in ("embedding", "position"):
-            stages[0].append(spec)
-            if spec.role == "embedding" and shape.tie_embeddings and layout.pipeline > 1:
-                stages[-1].append(spec)
-        else:
-            stages[-1].append(spec)
-    return stages
+    """The tensors of each pipeline stage, copies of the embedding included."""
+    return [
+        [tensor.spec for chunk in chunks for tensor in chunk]
+        for chunks in chunk_tensors(shape, layout)
+    ]
 
 
-def _uses_adamw(spec: TensorSpec, optim: OptimSection) -> bool:
-    return optim.name == "adamw" or (spec.role in _EMBEDDINGS and optim.embeddings == "adamw")
+def _held(spec: TensorSpec, layout: Layout) -> int:
+    """Elements of a tensor on one of the ranks that hold part of it."""
+    ranks = layout.tensor if spec.expert is None else layout.expert_tensor
+    return spec.numel // (ranks if spec.tp_axis is not None else 1)
 
 
 def _rank_memory(
     stage: int, specs: list[TensorSpec], config: RunConfig, layout: Layout
 ) -> RankMemory:
+    """Of a rank of a stage. Its experts are as many as any other's of the stage."""
     optim, precision = config.optim, config.train.precision
-    counts = [
-        (spec, spec.numel // (layout.tensor if spec.tp_axis is not None else 1)) for spec in specs
-    ]
-    held = sum(count for _, count in counts)
-    adamw = sum(count for spec, count in counts if _uses_adamw(spec, optim))
     zero, deepspeed = layout.zero_stage, layout.engine == "deepspeed"
-    shards = layout.data if divides_state(optim, layout) else 1
-    state = {
-        # an fp32 model is its own master; DeepSpeed's partitions are copies all the same
-        MASTER: held if precision == "bf16" or (deepspeed and zero >= 1) else 0,
-        MOMENTUM: held - adamw,
-        MOMENTS: 2 * adamw,
-    }
-    sizes = {kind: -(-count // shards) * _FP32_BYTES for kind, count in state.items()}
-    weights = -(-held // layout.data) if deepspeed and zero == 3 else held
-    gradients = -(-held // layout.data) if deepspeed and zero >= 2 else held
+    divided = divides_state(optim, layout)
+    sizes: dict[str, int] = defaultdict(int)
+    weights = gradients = 0
+    fixed = _FP32_BYTES * sum(spec.numel for spec in specs if not spec.trainable)
+    for experts in (False, True):
+        members = [s for s in specs if s.trainable and (s.expert is not None) == experts]
+        share, ranks = (layout.expert, layout.expert_data) if experts else (1, layout.data)
+        held = sum(_held(spec, layout) for spec in members) // share
+        adamw = sum(_held(s, layout) for s in members if rule_of(s, optim) == ADAMW) // share
+        state = {
+            # an fp32 model is its own master; DeepSpeed's partitions are copies all the same
+            MASTER: held if precision == "bf16" or (deepspeed and zero >= 1) else 0,
+            MOMENTUM: held - adamw,
+            MOMENTS: 2 * adamw,
+        }
+        for kind, count in state.items():
+            sizes[kind] += -(-count // (ranks if divided else 1)) * _FP32_BYTES
+        weights += -(-held // ranks) if deepspeed and zero == 3 else held
+        gradients += -(-held // ranks) if deepspeed and zero >= 2 else held
     return RankMemory(
         stage=stage,
-        parameters=weights * _BYTES[precision],
+        parameters=weights * _BYTES[precision] + fixed,
         gradients=gradients * _FP32_BYTES,
         optimizer={kind: size for kind, size in sizes.items() if size},
     )

@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.models import model_shape, parameter_count, tensor_table
+from megatron_progressive.models import (
+    active_parameter_count,
+    model_shape,
+    parameter_count,
+    tensor_table,
+)
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study import controls, flops, preflight
@@ -29,6 +34,8 @@ class PlannedPhase:
     phase: flops.Phase
     params_without_positions: int
     """As nanoGPT counts; with it the paper's 39M, 124M, 0.15B and 7B come out."""
+    active_params: int
+    """Those that one token is computed with (:func:`.models.active_parameter_count`)."""
     layout: Layout
     memory: RankMemory
     """Of the fullest rank."""
@@ -118,6 +125,7 @@ def make_plan(
             PlannedPhase(
                 phase=phase,
                 params_without_positions=parameter_count(shape) - positions,
+                active_params=active_parameter_count(shape),
                 layout=layout,
                 memory=largest_rank(shape, config, layout),
                 tokens=phase.steps * flops.step_tokens(shape, config),

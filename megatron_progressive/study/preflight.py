@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
-from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
-from megatron_progressive.expansion.depth_map import check_depths
+from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
+from megatron_progressive.expansion.depth_map import check_depths, survivors
 from megatron_progressive.models import model_shape
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import DENSE, MOE, ModelShape
 from megatron_progressive.runtime.layout import make_layout
 
 _LATEST_WSD = 0.8
@@ -36,9 +36,18 @@ def check_run(config: RunConfig, world: int) -> list[str]:
 
 
 def smallest_world(config: RunConfig) -> int:
-    """Fewest ranks that every phase's tensor x pipeline divides."""
+    """Fewest ranks that every phase's tensor x pipeline divides, and that of its experts."""
     sections = [config.parallel_after(i) for i in range(len(config.expansion) + 1)]
-    return math.lcm(*(section.tensor * section.pipeline for section in sections))
+    return math.lcm(
+        *(
+            ranks * section.pipeline
+            for section in sections
+            for ranks in (
+                section.tensor,
+                (section.expert_tensor or section.tensor) * section.expert,
+            )
+        )
+    )
 
 
 def _check_schedule(config: RunConfig) -> None:
@@ -80,6 +89,7 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
     prefix = f"expansion[{index - 1}]." if index else ""
     depth = config.expansion[index - 1].to_layers if index else None
     shape = model_shape(config, depth)
+    _check_experts(shape, parallel, prefix, world)
     try:
         layout = make_layout(parallel, world)
     except ConfigError as error:
@@ -103,8 +113,8 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
 
 def _check_engine(parallel: ParallelSection, prefix: str) -> None:
     if parallel.engine == "deepspeed":
-        for name in ("tensor", "pipeline", "virtual_pipeline"):
-            if getattr(parallel, name) != 1:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
+            if getattr(parallel, name) not in (1, None):
                 raise ConfigError(
                     f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "
                     f"deepspeed, which is data parallel only; accepted: 1"
@@ -133,18 +143,68 @@ def _check_pipeline(shape: ModelShape, parallel: ParallelSection, prefix: str) -
         )
 
 
+def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, world: int) -> None:
+    """A phase whose model has no expert layers yet may have the layout of one that has them."""
+    moe = shape.moe
+    if moe is None:
+        for name, none in (("expert", 1), ("expert_tensor", None)):
+            if getattr(parallel, name) != none:
+                raise ConfigError(
+                    f"{prefix}parallel.{name}: got {getattr(parallel, name)}; accepted: "
+                    f"{none or 'none'} (family {shape.family} has no experts)"
+                )
+    elif moe.num_experts % parallel.expert:
+        others = world // parallel.pipeline // (parallel.expert_tensor or parallel.tensor)
+        raise ConfigError(
+            f"{prefix}parallel.expert: got {parallel.expert}; accepted: a divisor of "
+            f"{math.gcd(moe.num_experts, others)} (model.moe.num_experts is {moe.num_experts})"
+        )
+
+
+def _tensor_cuts(shape: ModelShape) -> dict[str, int]:
+    """What tensor parallelism divides, by name."""
+    mla, moe, kinds = shape.mla, shape.moe, shape.layer_kinds()
+    cuts = {"num_attention_heads": shape.num_attention_heads}
+    if mla is None:
+        cuts["num_query_groups"] = shape.num_query_groups
+    elif kinds:
+        # the local layer spec cuts the down-projections; Transformer Engine's does not
+        cuts["mla.q_lora_rank"] = mla.q_lora_rank
+        cuts["mla.kv_lora_rank + qk_rope_head_dim"] = mla.kv_lora_rank + mla.qk_rope_head_dim
+    if DENSE in kinds or moe is None:
+        cuts["ffn_hidden_size"] = shape.ffn_hidden_size
+    if moe is not None and MOE in kinds:
+        cuts["moe.shared_experts x ffn_hidden_size"] = moe.shared_experts * moe.ffn_hidden_size
+        # sequence parallelism, without which Megatron-core has no experts under tensor parallelism
+        cuts["sequence_length"] = shape.sequence_length
+    cuts["the padded vocabulary"] = shape.padded_vocab_size
+    return cuts
+
+
 def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> None:
-    cuts = {
-        "num_attention_heads": shape.num_attention_heads,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "the padded vocabulary": shape.padded_vocab_size,
-    }
-    for name, size in cuts.items():
+    for name, size in _tensor_cuts(shape).items():
         if size % parallel.tensor:
             raise ConfigError(
                 f"{prefix}parallel.tensor: got {parallel.tensor}; accepted: a divisor of "
                 f"{name} {size}"
             )
+    ranks, moe = parallel.expert_tensor or parallel.tensor, shape.moe
+    if moe is not None and MOE in shape.layer_kinds() and moe.ffn_hidden_size % ranks:
+        name = "expert_tensor" if parallel.expert_tensor else "tensor"
+        raise ConfigError(
+            f"{prefix}parallel.{name}: got {ranks}; accepted: a divisor of moe.ffn_hidden_size "
+            f"{moe.ffn_hidden_size}"
+        )
+
+
+def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSection) -> bool:
+    """Whether layers that are no copies come to lie above trained ones: on insertion at the top,
+    and where the new ones are of a kind that stands above the trained ones' (experts)."""
+    trained = survivors(
+        source.layer_kinds(), target.layer_kinds(), expansion.order, expansion.insert, False
+    )
+    new = set(range(target.num_layers)) - set(trained)
+    return bool(trained) and max(new) > min(trained)
 
 
 def _warnings(config: RunConfig) -> list[str]:
@@ -180,10 +240,18 @@ def _warnings(config: RunConfig) -> list[str]:
                 f"{field}.init: zero kills the gradient of the new layers: "
                 f"loss spike > 2x at expansion; likely cause: zero init"
             )
-        if expansion.init == "random" and expansion.insert == "top" and depth > 0:
+        above = _lands_above(
+            model_shape(config, depth), model_shape(config, expansion.to_layers), expansion
+        )
+        if expansion.init == "random" and above:
+            where = (
+                ""
+                if expansion.insert == "top"
+                else " puts new layers of one kind above trained ones of another"
+            )
             found.append(
-                f"{field}.insert: top with init random: instability after expansion; "
-                f"likely cause: random layers at the top"
+                f"{field}.insert: {expansion.insert} with init random{where}: instability after "
+                f"expansion; likely cause: random layers at the top"
             )
         depth = expansion.to_layers
     return found

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_progressive.config import RunConfig, from_dict
+from megatron_progressive.config import ParallelSection, RunConfig, from_dict
 from megatron_progressive.engines.partitions import (
     distributed_optimizer_places,
     held_pieces,
@@ -98,6 +100,93 @@ def test_prediction_equals_what_real_deepspeed_engines_hold(pool: Pool, world: i
     check(pool, world, configs)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_prediction_for_families_under_deepspeed(pool: Pool, family: str) -> None:
+    rng = random.Random(family)
+    configs = []
+    for stage in range(4):
+        config = random_family_case(rng, family, 1)
+        parallel = replace(config.parallel, engine="deepspeed", zero_stage=stage)
+        configs.append(replace(config, parallel=parallel))
+    check(pool, 2, configs)
+
+
+SIZES: dict[str, Any] = {
+    "gpt2": {},
+    "llama3": {"num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 44},
+    "qwen3": {"num_attention_heads": 4, "num_query_groups": 4, "head_dim": 6,
+              "ffn_hidden_size": 20},
+    "mixtral": {"num_attention_heads": 8, "num_query_groups": 4,
+                "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}},
+    "deepseek_v3": {
+        "num_attention_heads": 4, "ffn_hidden_size": 36,
+        "mla": {"q_lora_rank": 20, "kv_lora_rank": 14, "qk_nope_head_dim": 6,
+                "qk_rope_head_dim": 2, "v_head_dim": 5},
+        "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 20, "num_groups": 1,
+                "top_k_groups": 1},
+    },
+}  # fmt: skip
+
+
+def random_family_case(
+    rng: random.Random, family: str, world: int, separate: bool = False
+) -> RunConfig:
+    """A model of any family, at odd sizes, in any layout that cuts it: experts too, which have
+    parallel groups of their own with ``separate``."""
+    moe = "moe" in SIZES[family]
+    layouts = [
+        (t, p, e, x)
+        for t in (1, 2, 4) for p in (1, 2, 4) for e in ((1, 2, 4) if moe else (1,))
+        for x in ((1, 2, 4) if moe else (t,))
+        if world % (t * p) == 0 and world % (x * e * p) == 0
+    ]  # fmt: skip
+    if separate:
+        layouts = [(t, p, e, x) for t, p, e, x in layouts if e > 1 or x != t]
+    tensor, pipeline, expert, expert_tensor = rng.choice(layouts)
+    virtual = rng.choice([1, 2]) if pipeline > 1 else 1
+    words = {
+        "model.num_layers": rng.randint(2 if separate else 0, 2 * pipeline * virtual),
+        "model.hidden_size": 16 * rng.randint(1, 4),
+        "model.tie_embeddings": rng.choice(["true", "false"]),
+        "data.vocab_size": rng.randint(100, 600),
+        "data.sequence_length": 4 * rng.randint(1, 9),
+        "train.precision": rng.choice(["fp32", "bf16"]),
+        "optim.name": rng.choice(["adamw", "adamw", "muon_nsgd"]),
+        "optim.embeddings": rng.choice(["muon", "adamw"]),
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": virtual,
+        "parallel.uneven": "true",
+        "parallel.expert": expert,
+        "parallel.expert_tensor": expert_tensor,
+        "parallel.zero_stage": rng.choice([0, 1, 1, 1]),
+    }
+    if family == "deepseek_v3":
+        words |= {
+            "model.mtp_layers": rng.randint(0, 2),
+            "model.moe.first_k_dense": rng.randint(0, 1 if separate else 2),
+            "model.moe.shared_experts": rng.randint(0, 1),
+            "model.moe.bias_update_rate": rng.choice([0, 0.001]),
+        }
+    return from_dict(
+        {"model": {"family": family, **SIZES[family]}}, [f"{k}={v}" for k, v in words.items()]
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_prediction_for_every_family_and_for_experts(pool: Pool, family: str, world: int) -> None:
+    rng = random.Random(f"{family} {world}")
+    moe = "moe" in SIZES[family]
+    configs = [random_family_case(rng, family, world) for _ in range(3)]
+    if moe and world > 1:
+        configs += [random_family_case(rng, family, world, separate=True) for _ in range(5)]
+        # neighbours have other experts, ranks further apart the same
+        parallel = ParallelSection(expert=2, expert_tensor=1)
+        configs.append(replace(configs[-1], parallel=parallel))
+    check(pool, world, configs)
+
+
 def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:
     held = pool.run(world, cases.held_pieces_of, configs)
     for index, config in enumerate(configs):
@@ -107,6 +196,18 @@ def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:
             assert Counter(held[rank][index]) == expected[rank], (config, rank)
             alone = pieces_of_rank(shape, config.optim, config.train.precision, layout, rank)
             assert Counter(alone) == expected[rank]
+
+
+def test_prediction_modules_behind_stages_without_layers(pool: Pool) -> None:
+    """The final norm stays with the last layer then; a tied model has two copies of the
+    embedding."""
+    words = ["model.num_layers=1", "model.mtp_layers=2", "parallel.pipeline=4"]
+    configs = [
+        cases.family_config("deepseek_v3", [*words, f"model.tie_embeddings={tie}", *more])
+        for tie in (True, False)
+        for more in (["optim.name=adamw"], ["train.precision=bf16", "optim.embeddings=adamw"])
+    ]
+    check(pool, 4, configs)
 
 
 @pytest.mark.parametrize("data_ranks", [1, 3, 128, 4096])

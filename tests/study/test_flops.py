@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_progressive.config import OptimSection, RunConfig, from_dict
-from megatron_progressive.models import model_shape, parameter_count, tensor_table
-from megatron_progressive.optim.muon_nsgd import MUON, matrices_of, rule_of
+from megatron_progressive.config import RunConfig, from_dict
+from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.newton_schulz import orthogonalise
 from megatron_progressive.study import flops
 
@@ -74,23 +73,6 @@ def test_newton_schulz_flops_equal_torchs_count(n_out: int, n_in: int) -> None:
     with FlopCounterMode(display=False) as counter:
         orthogonalise(matrix, steps=4)
     assert flops.newton_schulz_flops(n_out, n_in, 4) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("name", ["muon_nsgd", "adamw"])
-@pytest.mark.parametrize("embeddings", ["muon", "adamw"])
-@pytest.mark.parametrize("tie", [True, False])
-def test_muon_matrices_are_those_that_the_optimizer_orthogonalises(
-    name: str, embeddings: str, tie: bool
-) -> None:
-    """``muon_matrices`` must not import torch, so it repeats the optimizer's rule."""
-    optim = OptimSection(name=name, embeddings=embeddings)
-    table = tensor_table(model_shape(small(1, 64, 4, 64, 512, tie_embeddings=tie)))
-    for tensor_name, spec in table.items():
-        expected = []
-        if rule_of(spec, optim) == MUON:
-            parts = matrices_of(torch.empty(spec.shape, device="meta"), spec.row_blocks)
-            expected = [tuple(part.shape) for part in parts]
-        assert flops.muon_matrices(spec, optim) == expected, tensor_name
 
 
 def test_optimizer_flops_are_those_of_a_plain_loop_over_matrices() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_progressive.models import model_shape, parameter_count
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study.memory import MASTER, MOMENTS, MOMENTUM, largest_rank, stage_tensors
-from tests.engines.cases import small_config
+from tests.engines.cases import family_config, small_config
 from tests.pool import Pool
 from tests.study import ranks
 
@@ -30,7 +32,11 @@ from tests.study import ranks
 def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
     pool: Pool, layers: int, words: list[str]
 ) -> None:
-    config = small_config([*words, f"model.num_layers={layers}", "train.micro_batch=1"])
+    check(pool, small_config([*words, f"model.num_layers={layers}", "train.micro_batch=1"]))
+
+
+def check(pool: Pool, config: RunConfig) -> None:
+    """Compare the prediction for the fullest rank with that of an engine on four ranks."""
     predicted = largest_rank(model_shape(config), config, make_layout(config.parallel, 4))
     held = pool.run(4, ranks.state_bytes, config)
     fullest = max(held, key=lambda sizes: sum(v for k, v in sizes.items() if k != "elements"))
@@ -45,6 +51,34 @@ def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
     sharded = config.optim.name == "adamw" and config.parallel.zero_stage == 1
     for kind, size in slots.items():
         assert predicted.optimizer.get(kind, 0) == pytest.approx(size, rel=0.05 if sharded else 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "words"),
+    [
+        ("llama3", 3, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.uneven=true"]),
+        ("qwen3", 2, ["optim.name=adamw", "train.precision=bf16", "parallel.tensor=4"]),
+        ("mixtral", 2, ["parallel.expert=4", "train.precision=bf16"]),
+        ("mixtral", 2, ["parallel.expert=2", "parallel.tensor=2", "parallel.zero_stage=0"]),
+        ("mixtral", 2, ["parallel.expert=2", "optim.name=adamw", "train.precision=bf16"]),
+        ("mixtral", 1, ["parallel.tensor=2", "parallel.expert_tensor=1", "parallel.expert=2",
+                        "optim.name=adamw"]),
+        ("mixtral", 0, ["parallel.expert=2", "parallel.tensor=2"]),
+        ("deepseek_v3", 2, ["parallel.expert=2", "parallel.tensor=2", "parallel.expert_tensor=2",
+                            "optim.name=adamw", "train.precision=bf16"]),
+        ("deepseek_v3", 3, ["parallel.pipeline=2", "parallel.expert=2", "model.mtp_layers=1",
+                            "train.precision=bf16"]),
+        ("deepseek_v3", 1, ["parallel.pipeline=4", "model.mtp_layers=2", "optim.name=adamw",
+                            "parallel.zero_stage=0"]),
+        ("deepseek_v3", 3, ["parallel.pipeline=2", "model.mtp_layers=1", "optim.name=adamw",
+                            "model.tie_embeddings=true"]),
+    ],
+)  # fmt: skip
+def test_prediction_for_families_and_experts(
+    pool: Pool, family: str, layers: int, words: list[str]
+) -> None:
+    config = family_config(family, [*words, f"model.num_layers={layers}", "train.micro_batch=1"])
+    check(pool, config)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
@@ -73,4 +107,19 @@ def test_stages_hold_the_model_and_one_copy_of_a_tied_embedding(
     shape = model_shape(config, layers)
     stages = stage_tensors(shape, Layout(pipeline, pipeline=pipeline, virtual_pipeline=virtual))
     copy = shape.padded_vocab_size * shape.hidden_size if tie and pipeline > 1 else 0
-    assert sum(s.numel for stage in stages for s in stage) == parameter_count(shape) + copy
+    assert sum(s.numel for stage in stages for s in stage) == numel(shape) + copy
+
+
+def numel(shape: ModelShape) -> int:
+    """Elements of a model, the vocabulary's padding included."""
+    return sum(spec.numel for spec in tensor_table(shape).values())
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_prediction_modules_are_on_the_last_stage_with_the_embedding(pipeline: int) -> None:
+    shape = model_shape(family_config("deepseek_v3", ["model.mtp_layers=2"]), 4)
+    stages = stage_tensors(shape, Layout(pipeline, pipeline=pipeline))
+    projections = [[s.role for s in stage].count("mtp_proj") for stage in stages]
+    assert projections == [0] * (pipeline - 1) + [2]
+    embeddings = [[s.role for s in stage].count("embedding") for stage in stages]
+    assert (embeddings[0], embeddings[-1], sum(embeddings)) == (1, 1, min(pipeline, 2))

@@ -6,11 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_progressive.config import ConfigError, from_dict, load
-from megatron_progressive.models import model_shape
+from megatron_progressive.models import (
+    FAMILIES,
+    active_parameter_count,
+    model_shape,
+    parameter_count,
+)
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.study.controls import fixed_size, short_control
 from megatron_progressive.study.flops import total_flops
@@ -46,6 +52,62 @@ def test_planning_7b_is_quick_and_imports_no_framework() -> None:
     )
     assert done.stdout.strip() == "[]"
     assert time.perf_counter() - start < 10  # 1 s on an idle core; others may use this one
+
+
+PRESETS = [(family, preset) for family, found in FAMILIES.items() for preset in found.presets]
+
+
+@pytest.mark.parametrize(("family", "preset"), PRESETS)
+def test_every_preset_has_a_plan(family: str, preset: str) -> None:
+    shape = model_shape(from_dict({"model": {"family": family, "preset": preset}}))
+    growth: dict[str, Any] = {
+        "at": 0.8,
+        "to_layers": shape.num_layers,
+        "parallel": {"tensor": 2, "uneven": True},
+    }
+    growth["parallel"] |= {"pipeline": 2} | ({"expert": 4} if shape.moe else {})
+    plan = make_plan(
+        from_dict(
+            {
+                "model": {"family": family, "preset": preset, "num_layers": 0},
+                "train": {"global_batch": 64},
+                "expansion": [growth],
+            }
+        )
+    )
+    assert plan.world == (16 if shape.moe else 4)
+    text = render(plan)
+    flat = " ".join(text.split())
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert f"{parameter_count(shape):,}" in text
+    assert ("\n  active  " in text) == (shape.moe is not None)
+    if shape.moe is not None:
+        assert f"{active_parameter_count(shape):,}" in text
+        assert f"{shape.moe.num_experts} a layer, {shape.moe.top_k} a token" in flat
+        assert "x EP=4" in text
+    if shape.mla is not None:
+        assert f"keys and values through {shape.mla.kv_lora_rank}" in flat
+    elif shape.num_query_groups < shape.num_attention_heads:
+        assert f"{shape.num_query_groups} query groups" in flat
+    assert ("position embedding apart" in text) == (family == "gpt2")
+
+
+def test_planning_671b_on_512_ranks_is_quick() -> None:
+    """One layer to 61, with prediction, to tensor, pipeline and expert parallelism."""
+    layout = {"tensor": 4, "pipeline": 8, "expert": 16, "expert_tensor": 1, "uneven": True}
+    config = from_dict(
+        {
+            "model": {"family": "deepseek_v3", "preset": "671b", "num_layers": 1, "mtp_layers": 1},
+            "train": {"global_batch": 2048, "micro_batch": 1, "precision": "bf16"},
+            "optim": {"name": "adamw"},
+            "expansion": [{"at": 0.8, "to_layers": 61, "parallel": layout}],
+        }
+    )
+    started = time.process_time()
+    text = render(make_plan(config, 512))
+    assert time.process_time() - started < 30  # 3 s on an idle core
+    assert "DP=512 → DP=16 x TP=4 x PP=8 x EP=16 x ETP=1" in text
+    assert "1 prediction module" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

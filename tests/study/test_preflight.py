@@ -101,6 +101,91 @@ def test_errors_are_one_line_that_names_field_value_and_fix(
     assert "\n" not in message
 
 
+def family(
+    name: str, layers: int = 4, after: dict[str, Any] | None = None, **sections: Any
+) -> RunConfig:
+    """The tiny preset of a family; with ``after`` it grows from 0 layers to that layout."""
+    model = {"family": name, "num_layers": layers, **sections.pop("model", {})}
+    train = {"steps": 100, "global_batch": 64, "micro_batch": 2}
+    expansion: list[dict[str, Any]] = []
+    if after is not None:
+        model["num_layers"] = 0
+        expansion = [{"at": 0.5, "to_layers": layers, "parallel": after}]
+    return from_dict({"model": model, "train": train, "expansion": expansion, **sections})
+
+
+@pytest.mark.parametrize(
+    ("bad", "world", "field", "words"),
+    [
+        (family("llama3", parallel={"tensor": 8}), 8, "parallel.tensor",
+         ["got 8", "a divisor of num_query_groups 4"]),
+        (family("llama3", parallel={"expert": 2}), 2, "parallel.expert",
+         ["got 2", "accepted: 1 (family llama3 has no experts)"]),
+        (family("gpt2", parallel={"expert_tensor": 1}), 2, "parallel.expert_tensor",
+         ["got 1", "accepted: none (family gpt2 has no experts)"]),
+        (family("qwen3", after={"expert": 4}), 4, "expansion[0].parallel.expert", ["family qwen3"]),
+        (family("mixtral", parallel={"expert": 3}), 6, "parallel.expert",
+         ["got 3", "a divisor of 2 (model.moe.num_experts is 8)"]),
+        (family("mixtral", after={"expert": 16}), 16, "expansion[0].parallel.expert",
+         ["got 16", "a divisor of 8"]),
+        (family("mixtral", parallel={"expert": 4, "tensor": 2}), 4, "parallel.expert",
+         ["got 4", "with tensor 2", "a divisor of 2"]),
+        (family("mixtral", parallel={"expert": 2, "tensor": 2, "expert_tensor": 4}), 4,
+         "parallel.expert", ["got 2", "with expert_tensor 4", "a divisor of 1"]),
+        (family("mixtral", after={"expert": 2, "engine": "deepspeed"}), 2,
+         "expansion[0].parallel.expert", ["got 2 with engine deepspeed", "accepted: 1"]),
+        (family("mixtral", parallel={"expert_tensor": 2, "engine": "deepspeed"}), 2,
+         "parallel.expert_tensor", ["got 2 with engine deepspeed", "accepted: 1"]),
+        (family("mixtral", model={"moe": {"ffn_hidden_size": 90}}, parallel={"tensor": 4}), 4,
+         "parallel.tensor", ["got 4", "a divisor of moe.ffn_hidden_size 90"]),
+        (family("mixtral", model={"moe": {"ffn_hidden_size": 90}},
+                after={"tensor": 2, "expert_tensor": 4}), 4,
+         "expansion[0].parallel.expert_tensor", ["got 4", "a divisor of moe.ffn_hidden_size 90"]),
+        (family("mixtral", parallel={"tensor": 4}, data={"sequence_length": 30}), 4,
+         "parallel.tensor", ["got 4", "a divisor of sequence_length 30"]),
+        (family("deepseek_v3", model={"moe": {"ffn_hidden_size": 47}},
+                parallel={"tensor": 2, "expert_tensor": 1}), 2,
+         "parallel.tensor", ["got 2", "a divisor of moe.shared_experts x ffn_hidden_size 47"]),
+        (family("deepseek_v3", model={"mla": {"q_lora_rank": 30}}, parallel={"tensor": 4}), 4,
+         "parallel.tensor", ["a divisor of mla.q_lora_rank 30"]),
+        (family("deepseek_v3", model={"mla": {"kv_lora_rank": 25}}, parallel={"tensor": 2}), 2,
+         "parallel.tensor", ["a divisor of mla.kv_lora_rank + qk_rope_head_dim 33"]),
+        (family("deepseek_v3", model={"ffn_hidden_size": 99}, parallel={"tensor": 2}), 2,
+         "parallel.tensor", ["a divisor of ffn_hidden_size 99"]),
+    ],
+)  # fmt: skip
+def test_errors_of_families_and_experts(
+    bad: RunConfig, world: int, field: str, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_run(bad, world)
+    message = str(caught.value)
+    assert message.startswith(f"{field}: "), message
+    for word in (*words, "accepted: "):
+        assert word in message, message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("good", "world"),
+    [
+        (family("llama3", parallel={"tensor": 4}), 4),
+        # experts before there are any, and a width that only expert layers would cut
+        (family("mixtral", layers=0, parallel={"expert": 2, "tensor": 2}), 4),
+        (family("deepseek_v3", layers=1, parallel={"expert": 4, "expert_tensor": 1, "tensor": 2},
+                model={"moe": {"ffn_hidden_size": 47}}), 4),
+        (family("mixtral", after={"tensor": 4, "expert_tensor": 1, "expert": 4}), 4),
+        (family("mixtral", model={"moe": {"ffn_hidden_size": 90}},
+                parallel={"tensor": 4, "expert_tensor": 2, "expert": 2}), 4),
+        (family("mixtral", parallel={"engine": "deepspeed", "expert_tensor": 1}), 2),
+        (family("deepseek_v3", model={"mtp_layers": 1, "mla": {"q_lora_rank": 0}},
+                parallel={"tensor": 4, "pipeline": 4, "expert": 2}), 32),
+    ],
+)  # fmt: skip
+def test_sound_layouts_of_families_pass(good: RunConfig, world: int) -> None:
+    assert check_run(good, world) == []
+
+
 @pytest.mark.parametrize(
     ("good", "world"),
     [
@@ -146,6 +231,13 @@ def test_sound_corner_cases_pass(good: RunConfig, world: int) -> None:
             ["instability after expansion; likely cause: random layers at the top"],
         ),
         (config(growth(insert="top", init="copying"), layers=1), []),
+        # the trained dense layer stays below the new ones with experts
+        (
+            family("deepseek_v3", model={"num_layers": 1}, expansion=growth()),
+            ["insert: bottom with init random puts new layers of one kind above trained ones"],
+        ),
+        (family("deepseek_v3", model={"num_layers": 1}, expansion=growth(init="copying")), []),
+        (family("mixtral", model={"num_layers": 1}, expansion=growth()), []),
         (config(growth(insert="top")), []),  # no trained layer: top and bottom are the same
         (config(growth(at=0.49), schedule={"name": "cosine"}), []),
         (config(growth(at=0.8)), []),
@@ -164,3 +256,8 @@ def test_warnings_name_the_failure_signature(risky: RunConfig, signatures: list[
 def test_smallest_world_fits_every_phase() -> None:
     run = config(parallel={"tensor": 2}, expansion=growth(parallel={"tensor": 1, "pipeline": 3}))
     assert smallest_world(run) == 6
+    experts = {"tensor": 2, "expert": 4, "expert_tensor": 1, "pipeline": 2}
+    run = family("mixtral", parallel={"expert": 8}, after=experts)
+    assert smallest_world(run) == 8
+    check_run(run, 8)
+    assert smallest_world(family("mixtral", parallel={"expert": 8, "tensor": 2})) == 16

@@ -131,6 +131,23 @@ def test_a_real_expansion_moves_the_planned_bytes(
     assert event.bytes_moved == reshard_bytes(config, 0, world).total > 0
 
 
+@pytest.mark.parametrize(
+    ("family", "words", "after"),
+    [
+        ("mixtral", ["optim.name=adamw", "train.precision=bf16"], {"expert": 2, "pipeline": 2}),
+        ("deepseek_v3", ["parallel.expert=4", "model.mtp_layers=1"], {"expert": 2}),
+    ],
+)
+def test_a_real_expansion_of_experts_moves_the_planned_bytes(
+    pool: Pool, family: str, words: list[str], after: dict[str, int]
+) -> None:
+    expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
+    words = ["model.num_layers=2", "train.micro_batch=1", *words]
+    config = cases.family_config(family, words, expansion)
+    event = pool.run(4, cases.expand_and_gather, config)[0][2]
+    assert event.bytes_moved == reshard_bytes(config, 0, 4).total > 0
+
+
 def test_replicas_send_in_turn() -> None:
     """From two tensor-parallel shards, two replicas of each, to whole weights on four ranks:
     every rank misses one half, which two hold: all send as much as they receive."""
