@@ -65,6 +65,29 @@ def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.state.huggingface.exporting import export_checkpoint, plan_export
+
+    tokenizer = Path(args.tokenizer) if args.tokenizer else None
+    plan = plan_export(Path(args.checkpoint), Path(args.out), args.dtype, tokenizer)
+    if plan.tokenizer is None:
+        print("no tokenizer found: exported without one (--tokenizer FOLDER)", file=sys.stderr)
+    export_checkpoint(plan)
+    print(f"{args.out}: {plan.config['architectures'][0]}, {plan.config['dtype']}")
+    return 0
+
+
+def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.state.huggingface.importing import import_folder, plan_import
+
+    plan = plan_import(Path(args.folder), Path(args.out))
+    if plan.without_modules:
+        print("the files have no multi-token prediction modules: imported without", file=sys.stderr)
+    import_folder(plan)
+    print(f"{args.out}: {plan.shape.family}, {plan.shape.num_layers} layers, {plan.dtype}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mprog", description="Zero/one-layer progressive training on Megatron-core."
@@ -119,6 +142,26 @@ def _parser() -> argparse.ArgumentParser:
         expand.add_argument(
             option, metavar="WORD", default=default, help=f"{what} (default: {default})"
         )
+    exports = commands.add_parser("export", help="a checkpoint for others").add_subparsers(
+        dest="export_command", required=True, metavar="FORMAT"
+    )
+    export = command(exports, "hf", _export_hf, "a Hugging Face model folder of a checkpoint")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
+    export.add_argument("out", metavar="OUT", help="folder to make")
+    export.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="float32 (master weights where there are) or bfloat16 (default: the model's)",
+    )
+    export.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: the checkpoint's or its run's"
+    )
+    imports = commands.add_parser("import", help="others' models").add_subparsers(
+        dest="import_command", required=True, metavar="FORMAT"
+    )
+    imported = command(imports, "hf", _import_hf, "a checkpoint of a Hugging Face model folder")
+    imported.add_argument("folder", metavar="FOLDER", help="with config.json and safetensors")
+    imported.add_argument("out", metavar="OUT_CHECKPOINT", help="folder of the new checkpoint")
     report = command(commands, "report", _report, "report.html, figures and report.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
     report.add_argument(

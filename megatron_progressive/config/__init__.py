@@ -4,7 +4,13 @@ A value that cannot work raises :class:`ConfigError` with one line that names th
 got and what it accepts; the command line turns that into exit code 2.
 """
 
-from megatron_progressive.config.loading import expansion_from_words, from_dict, load, to_yaml
+from megatron_progressive.config.loading import (
+    CONFIG_FILE,
+    expansion_from_words,
+    from_dict,
+    load,
+    to_yaml,
+)
 from megatron_progressive.config.schema import (
     ConfigError,
     DataSection,
@@ -23,12 +29,13 @@ from megatron_progressive.config.schema import (
 )
 
 __all__ = [
+    "CONFIG_FILE",
     "ConfigError",
     "DataSection",
     "ExpansionSection",
     "MLASection",
-    "ModelSection",
     "MoESection",
+    "ModelSection",
     "OptimSection",
     "ParallelOverride",
     "ParallelSection",

@@ -22,6 +22,9 @@ from megatron_progressive.config.schema import (
     RunConfig,
 )
 
+CONFIG_FILE = "config.yaml"
+"""In a run folder: the resolved configuration."""
+
 
 def _known_keys(cls: type, prefix: str = "") -> list[str]:
     keys = []

@@ -6,8 +6,6 @@ cut into boxes or read). The result is what :func:`.hook.expand` makes of the sa
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +15,13 @@ from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, che
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
-from megatron_progressive.runtime.files import fsync_path
 from megatron_progressive.runtime.progress import show_bytes
 from megatron_progressive.state.boxes import MASTER, PARAM, Key, whole
 from megatron_progressive.state.checkpoint import Progress, read_description, seal
+from megatron_progressive.state.new_folder import check_new_folder, new_folder
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import Slots, StoredTensor, stored_tensors
+from megatron_progressive.state.tokenizer_files import FOLDER, copy_tokenizer
 
 if TYPE_CHECKING:  # bad input is refused without loading torch
     import torch
@@ -66,12 +65,6 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
     progress, model = read_description(checkpoint)
     depth, target = progress.num_layers, expansion.to_layers
     check_depths(expansion, depth, "expansion", f"of {checkpoint}")
-    if os.path.lexists(out):
-        raise ConfigError(f"out: {out} is there; accepted: a folder that is not there yet")
-    if not out.parent.is_dir():
-        raise ConfigError(
-            f"out: no folder {out.parent}; accepted: a name in a folder that is there"
-        )
     shape = replace(model.shape, num_layers=target)
     table = tensor_table(shape)
     rules = rules_of(expansion, model.shape, shape)
@@ -102,12 +95,7 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
                     f"checkpoint: {checkpoint} has {source}/{slot} as "
                     f"{stored.get(source, {}).get(slot)}; accepted: {tensor}"
                 )
-    free = shutil.disk_usage(out.parent).free
-    if plan.nbytes > free:
-        raise ConfigError(
-            f"out: {plan.nbytes / 1e9:.1f} GB do not fit on {out.parent}; accepted: a folder with "
-            f"more than its {free / 1e9:.1f} GB free"
-        )
+    check_new_folder(out, plan.nbytes)
     return plan
 
 
@@ -139,10 +127,7 @@ def expand_checkpoint(plan: OfflineExpansion) -> None:
     """
     from megatron_progressive.state.streamed import TensorReader, TensorWriter
 
-    temporary = plan.out.with_name(f".{plan.out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an expansion that was killed
-    temporary.mkdir()
-    try:
+    with new_folder(plan.out) as temporary:
         reader = TensorReader(plan.checkpoint)
         with (
             TensorWriter(temporary, reader) as writer,
@@ -151,12 +136,8 @@ def expand_checkpoint(plan: OfflineExpansion) -> None:
             for key, tensor in plan.tensors.items():
                 writer.write(key, _value(plan, reader, key))
                 advance(tensor.nbytes)
+        copy_tokenizer(plan.checkpoint / FOLDER, temporary / FOLDER)
         seal(temporary, plan.progress, plan.model)
-        os.rename(temporary, plan.out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_path(plan.out.parent)
 
 
 def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tensor:

@@ -106,10 +106,10 @@ def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
 
 def seal(folder: Path, progress: Progress, model: ModelRecord) -> None:
     """Make the files in ``folder`` a checkpoint: flush them to disk, then describe them."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         fsync_path(path)
-    sizes = {path.name: path.stat().st_size for path in files}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     values = {**asdict(progress), "model": model.to_values(), "files": sizes}
     write_json(folder / PROGRESS_FILE, values)
 

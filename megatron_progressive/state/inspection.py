@@ -38,7 +38,7 @@ def inspect_checkpoint(checkpoint: Path) -> dict[str, Any]:
         params += weight.numel if weight else 0
         shape = list(weight.shape) if weight else None
         tensors.append({"name": name, "shape": shape, "slots": described})
-    files = [p for p in checkpoint.iterdir() if p.is_file() and p.name != PROGRESS_FILE]
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != PROGRESS_FILE]
     return {
         "checkpoint": str(checkpoint),
         "progress": asdict(progress),

@@ -7,6 +7,8 @@ holds none.
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +33,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_progressive.state.boxes import Key, whole
 
 _FORMAT_FILE = "metadata.json"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = "common_state/shard_0_1"
+"""Megatron-core's entry of what is no tensor, and what it has in a checkpoint of tensors only."""
 _DATA_FILE = "__0_0.distcp"
 _BOX_ELEMENTS = 1 << 24
 """Most elements of a box: a rank that loads reads whole boxes, also for a part of one."""
+
+
+def _no_common() -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    torch.save([{}], buffer)
+    return {_COMMON: buffer.getvalue()}
 
 
 class TensorReader:
@@ -75,14 +86,17 @@ class TensorWriter:
     A context manager; on an error there is no index.
     """
 
-    def __init__(self, folder: Path, like: TensorReader) -> None:
-        """``like``: a checkpoint of the same format, whose entries that are no tensors stay."""
+    def __init__(self, folder: Path, like: TensorReader | None = None) -> None:
+        """``like``: a checkpoint whose entries that are no tensors stay, if there is one."""
         self._folder = folder
         self._index = Metadata(state_dict_metadata={})
         self._results: list[WriteResult] = []
-        shutil.copyfile(like.checkpoint / _FORMAT_FILE, folder / _FORMAT_FILE)
+        if like is None:
+            (folder / _FORMAT_FILE).write_text(json.dumps(_FORMAT))
+        else:
+            shutil.copyfile(like.checkpoint / _FORMAT_FILE, folder / _FORMAT_FILE)
         self._file = open(folder / _DATA_FILE, "wb")  # noqa: SIM115 (closed in __exit__)
-        for entry, data in like.common().items():
+        for entry, data in (_no_common() if like is None else like.common()).items():
             self._index.state_dict_metadata[entry] = BytesStorageMetadata()
             self._file.write(data)
             self._wrote(MetadataIndex(entry), self._file.tell() - len(data))

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_progressive.config import ConfigError, RunConfig, load, to_yaml
+from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
 from megatron_progressive.runtime.files import write_atomically, write_json
 from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
 
-CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 # What may differ between a run and its continuation: how it is laid out and watched, never
 # what is computed.

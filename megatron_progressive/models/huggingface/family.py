@@ -1,0 +1,39 @@
+"""What is known of transformers' class for a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.huggingface.tensors import NameMap
+from megatron_progressive.models.huggingface.values import Values
+
+
+@dataclass(frozen=True)
+class HuggingFaceFamily:
+    """One family's two directions between a :class:`.base.ModelShape` and ``config.json``, and
+    its tensors."""
+
+    family: str
+    """Ours."""
+    model_type: str
+    architecture: str
+    """Class of the language model; the class of its configuration is ``config_class``."""
+    config_class: str
+    shape_of: Callable[[Values], ModelShape]
+    """Reads every key that matters; raises ConfigError for what the family does not have."""
+    config_of: Callable[[ModelShape], dict[str, Any]]
+    """The keys that matter; raises ConfigError for what the class cannot express."""
+    name_map: Callable[[ModelShape], NameMap]
+    ignored: str = r"(?!)"
+    """Regular expression of tensors that some files have and no model needs (buffers)."""
+    base_prefix: str = "model."
+    """Of all names but the head's: files of the model without a head lack it."""
+
+
+def inexpressible(field: str, got: object, accepted: str, architecture: str) -> ConfigError:
+    """The error of an export of a model that transformers' class cannot be."""
+    return ConfigError(f"model.{field}: got {got}; accepted by {architecture}: {accepted}")

@@ -1,0 +1,171 @@
+"""``mprog import hf``: a model folder of Hugging Face as a checkpoint of step 0, weights only."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_progressive.config import ConfigError, OptimSection, RunSection
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.huggingface import shape_from_config
+from megatron_progressive.models.huggingface.tensors import Entry, NameMap
+from megatron_progressive.runtime.progress import show_bytes
+from megatron_progressive.state.boxes import PARAM
+from megatron_progressive.state.checkpoint import Progress, seal
+from megatron_progressive.state.huggingface.folder import (
+    TheirTensor,
+    check_tensors,
+    read_config,
+    read_tensors,
+)
+from megatron_progressive.state.huggingface.safetensors import DTYPE_NAMES
+from megatron_progressive.state.new_folder import check_new_folder, new_folder
+from megatron_progressive.state.record import ModelRecord
+from megatron_progressive.state.stored import StoredTensor
+from megatron_progressive.state.tokenizer_files import FOLDER, copy_tokenizer
+
+if TYPE_CHECKING:  # bad input is refused without loading torch
+    import torch
+
+LAYOUT = "imported"
+"""What an imported checkpoint names as its layout: no job has saved it."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """All that is to be written, checked."""
+
+    folder: Path
+    out: Path
+    shape: ModelShape
+    names: NameMap
+    found: dict[str, TheirTensor]
+    """Their tensors by canonical name."""
+    dtype: str
+    """Of the weights: ``bfloat16`` where all of theirs are, else ``float32``."""
+    without_modules: int
+    """Prediction modules that ``config.json`` names and the files do not have."""
+
+    def stored(self, entry: Entry) -> StoredTensor:
+        """What our tensor is in the checkpoint."""
+        return StoredTensor(entry.spec.shape, self.dtype if entry.spec.trainable else "float32")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.stored(entry).nbytes for entry in self.names.entries)
+
+    @property
+    def model(self) -> ModelRecord:
+        """Of the checkpoint; what no training has decided is a run's default."""
+        optim = OptimSection()
+        return ModelRecord(
+            shape=self.shape,
+            precision="bf16" if self.dtype == "bfloat16" else "fp32",
+            optimizer=optim.name,
+            embeddings=optim.embeddings,
+            seed=RunSection().seed,
+            layout=LAYOUT,
+            depth_history=((0, self.shape.num_layers),),
+        )
+
+
+def plan_import(folder: Path, out: Path) -> Import:
+    """Check everything and derive what the checkpoint holds. Creates nothing.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        out: folder of the new checkpoint.
+
+    Raises:
+        ConfigError: another architecture, an option in ``config.json`` that the family does not
+            have, tensors that are missing, not of the model or of another shape or type, a
+            damaged file, or an ``out`` that is there or has no room.
+    """
+    known, shape = shape_from_config(read_config(folder))
+    found = read_tensors(folder, known)
+    without = 0
+    modules = tuple(
+        f"model.layers.{number}."
+        for number in range(shape.num_layers, shape.num_layers + shape.mtp_depth)
+    )
+    if modules and not any(name.startswith(modules) for name in found):
+        without = shape.mtp_layers  # transformers' own files: it trains without them
+        shape = replace(shape, mtp_layers=0)
+    names = known.name_map(shape)
+    check_tensors(folder, found, names, DTYPE_NAMES.values())
+    types = {found[name].dtype for e in names.entries if e.spec.trainable for name in e.theirs}
+    dtype = "bfloat16" if types == {"BF16"} else "float32"  # which holds the others exactly
+    plan = Import(folder, out, shape, names, found, dtype, without)
+    check_new_folder(out, plan.nbytes)
+    return plan
+
+
+def import_folder(plan: Import) -> None:
+    """Write the checkpoint, one tensor of ours at a time; it appears when all of it is on disk.
+
+    Raises:
+        ConfigError: a tensor that repeats another one in such a model differs from it.
+    """
+    from megatron_progressive.state.streamed import TensorWriter
+
+    progress = Progress(0, 0, plan.shape.num_layers, 0, 0.0, 0.0, 0.0)
+    with new_folder(plan.out) as folder:
+        with (
+            _Reader(plan) as reader,
+            TensorWriter(folder) as writer,
+            show_bytes("import", plan.nbytes) as advance,
+        ):
+            _check_copies(plan, reader)
+            for entry in plan.names.entries:
+                writer.write((entry.ours, PARAM), _value(plan, reader, entry))
+                advance(plan.stored(entry).nbytes)
+        copy_tokenizer(plan.folder, folder / FOLDER)
+        seal(folder, progress, plan.model)
+
+
+def _value(plan: Import, reader: _Reader, entry: Entry) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, plan.stored(entry).dtype)
+    return entry.join([reader.read(name).to(dtype) for name in entry.theirs])
+
+
+def _check_copies(plan: Import, reader: _Reader) -> None:
+    import torch
+
+    for copy in plan.names.copies:
+        (original,) = copy.of.theirs
+        if copy.theirs in plan.found and not torch.equal(
+            reader.read(copy.theirs), reader.read(original)
+        ):
+            raise ConfigError(
+                f"folder: tensor {copy.theirs} of {plan.folder} differs from {original}; "
+                "accepted: the same values (the model has them once)"
+            )
+
+
+class _Reader:
+    """Reads their tensors; files are mapped, not loaded."""
+
+    def __init__(self, plan: Import) -> None:
+        self._plan = plan
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def read(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        place = self._plan.found[name]
+        if place.file not in self._files:
+            opened: Any = safe_open(self._plan.folder / place.file, framework="pt")
+            self._files[place.file] = self._stack.enter_context(opened)
+        tensor: torch.Tensor = self._files[place.file].get_tensor(place.name)
+        return tensor
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
