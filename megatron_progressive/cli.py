@@ -9,19 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_progressive import __version__
-from megatron_progressive.config import ConfigError, ExpansionSection, expansion_from_words, load
+from megatron_progressive.config import (
+    ConfigError,
+    ExpansionSection,
+    RunConfig,
+    expansion_from_words,
+    load,
+)
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    from megatron_progressive.state.initial import with_initial_model
+
+    return with_initial_model(load(args.config, args.overrides))
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.train.job import run_job
 
-    return run_job(load(args.config, args.overrides), args.nproc, arguments)
+    return run_job(_config(args), args.nproc, arguments)
 
 
 def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study.plan import make_plan, render
 
-    config = load(args.config, args.overrides)
+    config = _config(args)
     print(render(make_plan(config, args.nproc, args.link_gb_per_s)))
     return 0
 
@@ -30,7 +42,7 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive import data
     from megatron_progressive.runtime.distributed import prepare_imports
 
-    config = load(args.config, args.overrides)
+    config = _config(args)
     data.check(config)
     prepare_imports()
     print(data.prepare(config))

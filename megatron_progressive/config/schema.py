@@ -21,6 +21,10 @@ class RunSection:
     """Folder that holds run folders and prepared corpora."""
     seed: int = 1
     """Seed of initialisation and of the order of samples."""
+    init_from: Optional[str] = None
+    """A checkpoint whose weights the run starts from, with a new optimizer state: imported,
+    expanded or of another run. It gives the model's sizes where ``model`` and ``data`` set none;
+    ``data.sequence_length`` may be shorter with rotary positions."""
 
 
 @dataclass(frozen=True)

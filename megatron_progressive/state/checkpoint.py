@@ -15,14 +15,15 @@ import queue
 import re
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.files import fsync_path, write_json
-from megatron_progressive.state.boxes import ShardedState
+from megatron_progressive.state.boxes import MASTER, PARAM, WEIGHT_SLOTS, Piece, ShardedState
 from megatron_progressive.state.record import ModelRecord
+from megatron_progressive.state.stored import stored_tensors
 
 PROGRESS_FILE = "progress.json"
 _NAME = re.compile(r"step_(\d{7,})")
@@ -198,3 +199,37 @@ def load(state: ShardedState, checkpoint: Path) -> None:
     for index, piece in enumerate(state.pieces):
         if loaded[str(index)].data_ptr() != piece.data.data_ptr():
             piece.data.copy_(loaded[str(index)])
+
+
+def load_weights(state: ShardedState, checkpoint: Path) -> None:
+    """Fill the weights from a checkpoint of any layout and precision; optimizer state is left as
+    it is. Collective over all ranks.
+
+    A weight in fp32 (a master weight, or a run in fp32) takes the master weight where there is
+    one; any other is rounded to the run's type.
+
+    Raises:
+        KeyError: the checkpoint lacks a tensor, or holds it in another shape.
+    """
+    import torch
+
+    stored = stored_tensors(checkpoint)
+
+    def source(piece: Piece) -> Piece:
+        """The piece with the slot to read, in memory of that slot's type."""
+        slots = stored.get(piece.name, {})
+        exact = piece.data.dtype == torch.float32 and MASTER in slots
+        slot = MASTER if exact else PARAM
+        dtype = getattr(torch, slots[slot].dtype) if slot in slots else piece.data.dtype
+        data = (
+            piece.data if dtype == piece.data.dtype else torch.empty_like(piece.data, dtype=dtype)
+        )
+        return replace(piece, slot=slot, data=data)
+
+    for slot in WEIGHT_SLOTS:  # one after the other: both may come from the same stored tensor
+        pieces = [piece for piece in state.pieces if piece.slot == slot]
+        sources = [source(piece) for piece in pieces]
+        load(ShardedState(sources), checkpoint)
+        for piece, read in zip(pieces, sources, strict=True):
+            if read.data is not piece.data:
+                piece.data.copy_(read.data)

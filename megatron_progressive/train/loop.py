@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -79,6 +80,8 @@ class _Run:
             path = checkpoint.checkpoint_path(self.config.folder, self.progress.step)
             checkpoint.load(state, path)
             self.history = checkpoint.read_description(path)[1].depth_history
+        elif self.config.run.init_from is not None:
+            checkpoint.load_weights(state, Path(self.config.run.init_from).expanduser())
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()

@@ -1,0 +1,136 @@
+"""A run that starts from a checkpoint's weights: which model that makes it.
+
+:func:`with_initial_model` comes right after a configuration is read, so that everything later
+sees a configuration whose model is complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
+from megatron_progressive.models import FAMILIES
+from megatron_progressive.models.base import ModelShape
+from megatron_progressive.state.checkpoint import checkpoints, read_description
+
+_TRAINING = {"mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
+"""Fields of the model that say how it is trained: a run may set others than the checkpoint's."""
+
+
+def with_initial_model(config: RunConfig) -> RunConfig:
+    """The configuration with the sizes of ``run.init_from``'s model where it sets none.
+
+    A run that has checkpoints of its own goes on from those: its folder's configuration then
+    gives the sizes, and ``run.init_from`` may be gone.
+
+    Raises:
+        ConfigError: no whole checkpoint, another family, or a size that is set and differs.
+    """
+    if config.run.init_from is None:
+        return config
+    own = _own_configuration(config)
+    if own is not None:
+        return _filled(config, _sizes_of_configuration(own))
+    checkpoint = Path(config.run.init_from).expanduser()
+    try:
+        shape = read_description(checkpoint)[1].shape
+    except ConfigError as error:
+        raise ConfigError(f"run.init_from: {error}") from None
+    if config.model.family != shape.family:
+        raise ConfigError(
+            f"model.family: got {config.model.family!r}; accepted: {shape.family} (the model of "
+            f"run.init_from {checkpoint})"
+        )
+    sizes = sizes_of_model(shape)
+    _check_given(config, sizes, shape, checkpoint)
+    return _filled(config, sizes)
+
+
+def _own_configuration(config: RunConfig) -> RunConfig | None:
+    """The configuration of the run's folder, where it is the same run and has checkpoints."""
+    path = config.folder / CONFIG_FILE
+    if not path.is_file() or not checkpoints(config.folder):
+        return None
+    own = load(path)
+    same = (own.run.init_from, own.model.family) == (config.run.init_from, config.model.family)
+    return own if same else None
+
+
+def sizes_of_model(shape: ModelShape) -> dict[str, Any]:
+    """Fields of ``model`` and ``data`` (``vocab_size``, ``sequence_length``) that make this shape,
+    by their name in those sections; those of parts are ``part.field``."""
+    sizes: dict[str, Any] = {}
+    sections = FAMILIES[shape.family].sections
+    for field, value in asdict(shape).items():
+        if field in ("rope", "mla", "moe"):
+            if field in sections:
+                sizes |= {f"{field}.{part}": given for part, given in value.items()}
+        elif field != "family":
+            sizes[field] = value
+    if shape.mla is not None:  # they have no meaning
+        del sizes["num_query_groups"], sizes["head_dim"]
+    return sizes
+
+
+def _sizes_of_configuration(config: RunConfig) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        key: getattr(config.data, key) for key in ("vocab_size", "sequence_length")
+    }
+    for field, value in asdict(config.model).items():
+        if isinstance(value, dict):
+            sizes |= {f"{field}.{part}": given for part, given in value.items()}
+        elif field not in ("family", "preset"):
+            sizes[field] = value
+    return sizes
+
+
+def _given(config: RunConfig, name: str) -> tuple[str, Any]:
+    """A field's full name and its value in the configuration."""
+    section = "data" if name in ("vocab_size", "sequence_length") else "model"
+    value: Any = getattr(config, section)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return f"{section}.{name}", value
+
+
+def _check_given(
+    config: RunConfig, sizes: dict[str, Any], shape: ModelShape, checkpoint: Path
+) -> None:
+    for name, size in sizes.items():
+        field, got = _given(config, name)
+        if got is None or got == size or name in _TRAINING - {"moe.bias_update_rate"}:
+            continue
+        if name == "moe.bias_update_rate" and (got > 0) == (size > 0):
+            continue
+        shorter = name == "sequence_length" and shape.rope is not None
+        if shorter and got < size:
+            continue
+        accepted = f"up to {size}" if shorter else size
+        if name == "moe.bias_update_rate":
+            accepted = "above 0" if size > 0 else "0"
+        raise ConfigError(
+            f"{field}: got {got}; accepted: {accepted} (the model of run.init_from {checkpoint})"
+        )
+
+
+def _filled(config: RunConfig, sizes: dict[str, Any]) -> RunConfig:
+    """The configuration with ``sizes`` where it has none."""
+
+    def fill(section: Any, prefix: str) -> Any:
+        values = {}
+        for field in section.__dataclass_fields__:
+            value, name = getattr(section, field), f"{prefix}{field}"
+            if is_dataclass(value):
+                values[field] = fill(value, f"{name}.")
+            elif value is None and name in sizes:
+                values[field] = sizes[name]
+        return replace(section, **values)
+
+    lengths = {
+        key: sizes[key]
+        for key in ("vocab_size", "sequence_length")
+        if getattr(config.data, key) is None
+    }
+    return replace(config, model=fill(config.model, ""), data=replace(config.data, **lengths))
