@@ -1,0 +1,133 @@
+"""Exported and imported models compute what transformers computes, and come back bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.state.boxes import PARAM
+from megatron_progressive.state.checkpoint import checkpoint_path, read_description
+from megatron_progressive.state.huggingface.exporting import export_checkpoint, plan_export
+from megatron_progressive.state.huggingface.importing import import_folder, plan_import
+from megatron_progressive.state.streamed import TensorReader
+from tests.models import huggingface_cases as cases
+from tests.pool import Pool
+
+TOLERANCE = 2e-4
+SEEDS = range(5)
+LAYOUTS: list[tuple[int, dict[str, int]]] = [
+    (1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {"expert": 2}), (4, {"tensor": 2, "pipeline": 2}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def layout_of(family: str, seed: int) -> tuple[int, dict[str, int]]:
+    world, parallel = LAYOUTS[seed]
+    if "expert" in parallel and family not in ("mixtral", "deepseek_v3"):
+        return 2, {"tensor": 2}
+    return world, parallel
+
+
+def their_logits(folder: Path, family: str, tokens: np.ndarray) -> np.ndarray:
+    model = cases.hugging_face_class(family).from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()  # type: ignore[no-any-return]
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint."""
+    reader = TensorReader(path)
+    table = tensor_table(read_description(path)[1].shape)
+    return {name: reader.read((name, PARAM)) for name in table}
+
+
+def safetensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        part = load_file(file)
+        assert not found.keys() & part.keys()
+        found |= part
+    return found
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    different = [n for n in expected if got[n].dtype != expected[n].dtype
+                 or not torch.equal(got[n], expected[n])]  # fmt: skip
+    assert different == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_export(pool: Pool, tmp_path: Path, family: str, seed: int) -> None:
+    world, parallel = layout_of(family, seed)
+    config = cases.random_config(family, seed, parallel)
+    pool.run(world, cases.save_random, config, tmp_path)
+    source, out, back = checkpoint_path(tmp_path, 2), tmp_path / "out", tmp_path / "back"
+    export_checkpoint(plan_export(source, out), shard_bytes=20_000)
+    tokens = cases.tokens_of(model_shape(config).vocab_size, seed)
+    theirs = their_logits(out, family, tokens)
+    ours = pool.run(1, cases.logits, source, tokens)[0]
+    assert np.abs(theirs).max() > 0.5  # random enough to tell tensors apart
+    np.testing.assert_allclose(theirs, ours, atol=TOLERANCE, rtol=0)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    import_folder(plan_import(out, back))
+    imported, original = tensors_of(back), tensors_of(source)
+    for name in imported.keys() - original.keys():  # a run without the bias; an import has it
+        assert name.endswith("expert_bias")
+        assert not imported.pop(name).any()
+    assert_same(imported, original)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_import(pool: Pool, tmp_path: Path, family: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = cases.random_hugging_face_config(family, seed)
+    model = cases.hugging_face_class(family)(config)
+    for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if "bias" in n)):
+        tensor.data += 0.2 * torch.randn_like(tensor)
+    folder, path, out = tmp_path / "theirs", tmp_path / "checkpoint", tmp_path / "out"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    import_folder(plan_import(folder, path))
+    progress, record = read_description(path)
+    assert (progress.step, record.layout, record.precision) == (0, "imported", "fp32")
+    tokens = cases.tokens_of(config.vocab_size, seed)
+    ours = pool.run(1, cases.logits, path, tokens)[0]
+    with torch.no_grad():
+        theirs = model.eval()(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs).max() > 0.5
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
+    export_checkpoint(plan_export(path, out))
+    assert_same(safetensors_of(out), safetensors_of(folder))
+    assert_equal_functions(out, folder)
+
+
+def assert_equal_functions(out: Path, folder: Path) -> None:
+    """transformers reads the same model from both configurations."""
+    from transformers import AutoConfig
+
+    got, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (out, folder))
+    free = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "n_inner", "head_dim",
+            "activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop", "scoring_func",
+            "topk_method", "moe_layer_freq", "num_nextn_predict_layers", "num_mtp_layers"}  # fmt: skip
+    differ = {k: (got.get(k), v) for k, v in expected.items() if got.get(k) != v and k not in free}
+    assert differ == {}
+
+
+def values_of(path: Path) -> Any:
+    return read_description(path)[1].to_values()
