@@ -59,7 +59,7 @@ def random_config(family: str, seed: int, parallel: dict[str, int]) -> RunConfig
     if family == "mixtral":
         model["moe"] = {
             "num_experts": experts,
-            "top_k": draw.randint(1, 3),
+            "top_k": draw.choice((2, 3)),
             "ffn_hidden_size": 4 * draw.randint(2, 8),
         }
     if family == "deepseek_v3":
@@ -148,7 +148,7 @@ def random_hugging_face_config(family: str, seed: int) -> Any:
         return transformers.Qwen3Config(**common, head_dim=draw.choice((4, 16)))
     if family == "mixtral":
         return transformers.MixtralConfig(
-            **common, num_local_experts=draw.choice((2, 5)), num_experts_per_tok=draw.choice((1, 2))
+            **common, num_local_experts=draw.choice((3, 5)), num_experts_per_tok=draw.choice((2, 3))
         )
     if scaled:
         rope |= dict(

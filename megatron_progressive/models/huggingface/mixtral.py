@@ -21,6 +21,7 @@ from megatron_progressive.models.huggingface.values import Values
 _THETA = 1000000.0
 """Base period of ``MixtralConfig``."""
 _AUX_LOSS = 0.001
+_TOP_K = "from 2 (it gives a single expert the weight 1; Megatron-core its softmax)"
 
 _EXPERTS: Rules = {
     "decoder.layers.*.mlp.router.weight": (
@@ -39,7 +40,7 @@ def _shape_of(config: Values) -> ModelShape:
     sizes = decoder_sizes(config)
     moe = MoE(
         num_experts=config.integer("num_local_experts"),
-        top_k=config.integer("num_experts_per_tok"),
+        top_k=config.integer("num_experts_per_tok", least=2),
         ffn_hidden_size=sizes["ffn_hidden_size"],
         aux_loss_coeff=config.number("router_aux_loss_coef", _AUX_LOSS),
     )
@@ -55,6 +56,8 @@ def _config_of(shape: ModelShape) -> dict[str, Any]:
         got, accepted = getattr(moe, field), getattr(fixed, field)
         if got != accepted:
             raise inexpressible(f"moe.{field}", got, str(accepted), "MixtralForCausalLM")
+    if moe.top_k < 2:
+        raise inexpressible("moe.top_k", moe.top_k, _TOP_K, "MixtralForCausalLM")
     return {
         **decoder_values(shape),
         **rope_values(shape.rope),
