@@ -28,8 +28,11 @@ LENGTH = 12
 """Tokens of a sample."""
 
 
-def random_config(family: str, seed: int, parallel: dict[str, int]) -> RunConfig:
-    """A small model of ours, another one for each seed, that ``parallel`` can cut."""
+def random_config(family: str, seed: int, parallel: dict[str, int], *words: str) -> RunConfig:
+    """A small model of ours, another one for each seed, that ``parallel`` can cut.
+
+    ``words`` are key=value.
+    """
     draw = random.Random(f"{family} {seed}")
     heads = draw.choice((2, 4, 6))
     width = draw.choice((4, 8, 12))
@@ -94,7 +97,8 @@ def random_config(family: str, seed: int, parallel: dict[str, int]) -> RunConfig
             "data": {"vocab_size": draw.randint(130, 300), "sequence_length": LENGTH},
             "train": {"global_batch": 8, "micro_batch": 2},
             "parallel": parallel,
-        }
+        },
+        words,
     )
 
 

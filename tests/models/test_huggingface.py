@@ -21,8 +21,12 @@ from tests.pool import Pool
 TOLERANCE = 2e-4
 SEEDS = range(5)
 LAYOUTS: list[tuple[int, dict[str, int]]] = [
-    (1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {"expert": 2}), (4, {"tensor": 2, "pipeline": 2}),
-]  # fmt: skip
+    (1, {}),
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2}),
+    (2, {"expert": 2}),
+    (4, {"tensor": 2, "pipeline": 2}),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,10 +128,81 @@ def assert_equal_functions(out: Path, folder: Path) -> None:
     got, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (out, folder))
     free = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "n_inner", "head_dim",
             "activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop", "scoring_func",
-            "topk_method", "moe_layer_freq", "num_nextn_predict_layers", "num_mtp_layers"}  # fmt: skip
+            "topk_method", "moe_layer_freq", "num_nextn_predict_layers",
+            "num_mtp_layers"}  # fmt: skip
     differ = {k: (got.get(k), v) for k, v in expected.items() if got.get(k) != v and k not in free}
     assert differ == {}
 
 
-def values_of(path: Path) -> Any:
-    return read_description(path)[1].to_values()
+def test_prediction_modules(pool: Pool, tmp_path: Path) -> None:
+    """They are layers behind the last one, where transformers' own reader finds all of them."""
+    from transformers.modeling_layers import MtpModel
+
+    config = cases.random_config("deepseek_v3", 0, {}, "model.mtp_layers=2", "model.num_layers=3")
+    pool.run(1, cases.save_random, config, tmp_path)
+    source, out, back = checkpoint_path(tmp_path, 2), tmp_path / "out", tmp_path / "back"
+    export_checkpoint(plan_export(source, out))
+    tokens = cases.tokens_of(model_shape(config).vocab_size, 0)
+    theirs = their_logits(out, "deepseek_v3", tokens)
+    ours = pool.run(1, cases.logits, source, tokens)[0]
+    np.testing.assert_allclose(theirs, ours, atol=TOLERANCE, rtol=0)
+    model = cases.hugging_face_class("deepseek_v3").from_pretrained(out)
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\..*"]
+    modules = MtpModel.from_pretrained(model)  # raises where a tensor is missing
+    weights = tensors_of(source)
+    for number, module in enumerate(modules.layers):
+        for name, tensor in (
+            ("eh_proj.weight", module.eh_proj.weight),
+            ("enorm.weight", module.enorm.weight),
+            ("hnorm.weight", module.hnorm.weight),
+        ):
+            assert torch.equal(tensor, weights[f"mtp.layers.{number}.{name}"])
+    import_folder(plan_import(out, back))
+    assert read_description(back)[1].shape.mtp_layers == 2
+    imported, original = tensors_of(back), tensors_of(source)
+    assert_same({name: imported[name] for name in original}, original)
+
+
+def test_modules_that_the_files_lack(pool: Pool, tmp_path: Path, capsys: Any) -> None:
+    """transformers names one by default and never has its weights."""
+    config = cases.random_hugging_face_config("deepseek_v3", 0)
+    config.num_nextn_predict_layers = 1
+    cases.hugging_face_class("deepseek_v3")(config).save_pretrained(tmp_path / "theirs")
+    plan = plan_import(tmp_path / "theirs", tmp_path / "out")
+    assert (plan.without_modules, plan.shape.mtp_layers) == (1, 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_no_layers(pool: Pool, tmp_path: Path, family: str) -> None:
+    config = cases.random_config(family, 0, {}, "model.num_layers=0")
+    pool.run(1, cases.save_random, config, tmp_path)
+    source, out = checkpoint_path(tmp_path, 2), tmp_path / "out"
+    export_checkpoint(plan_export(source, out))
+    tokens = cases.tokens_of(model_shape(config).vocab_size, 0)
+    ours = pool.run(1, cases.logits, source, tokens)[0]
+    np.testing.assert_allclose(their_logits(out, family, tokens), ours, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama3", "deepseek_v3"])
+def test_types(pool: Pool, tmp_path: Path, family: str) -> None:
+    """The type that the model computes in, or fp32 from the master weights; and imported bf16."""
+    config = cases.random_config(family, 1, {"tensor": 2}, "train.precision=bf16")
+    pool.run(2, cases.save_random, config, tmp_path)
+    source, back = checkpoint_path(tmp_path, 2), tmp_path / "back"
+    table = tensor_table(model_shape(config))
+    reader = TensorReader(source)
+    for dtype, slot in ((None, "param"), ("float32", "master"), ("bfloat16", "param")):
+        out = tmp_path / f"out_{dtype}"
+        export_checkpoint(plan_export(source, out, dtype))
+        got = safetensors_of(out)["model.norm.weight"]
+        expected = reader.read(("decoder.final_layernorm.weight", slot))
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+    import_folder(plan_import(tmp_path / "out_None", back))
+    record = read_description(back)[1]
+    assert record.precision == "bf16"
+    imported = tensors_of(back)
+    assert_same({n: imported[n] for n in table}, tensors_of(source))
+    again = tmp_path / "again"
+    export_checkpoint(plan_export(back, again))
+    assert_same(safetensors_of(again), safetensors_of(tmp_path / "out_None"))

@@ -36,4 +36,4 @@ class HuggingFaceFamily:
 
 def inexpressible(field: str, got: object, accepted: str, architecture: str) -> ConfigError:
     """The error of an export of a model that transformers' class cannot be."""
-    return ConfigError(f"model.{field}: got {got}; accepted by {architecture}: {accepted}")
+    return ConfigError(f"model.{field}: got {got}; accepted: {accepted} (by {architecture})")
