@@ -284,3 +284,13 @@ def batch_of(vocabulary: int, first: int, count: int) -> torch.Tensor:
         motif = np.random.default_rng(number).integers(0, vocabulary, 5)
         rows.append(np.tile(motif, 4)[: LENGTH + 1])
     return torch.from_numpy(np.stack(rows))
+
+
+def loaded_state(path: Path, words: list[str]) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole state of a new engine with a checkpoint's weights."""
+    from tests.engines.cases import gather
+
+    engine = loaded_engine(config_of(path, *words))
+    full = gather(engine.state())
+    engine.close()
+    return full
