@@ -1,4 +1,8 @@
-"""Our GPT-2 against Hugging Face's: the same weights, tokens and AdamW give the same losses."""
+"""Our GPT-2 against Hugging Face's: the same weights, tokens and AdamW give the same losses.
+
+The names are written here a second time, on purpose: ``tests/models`` goes through the package's
+own map.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def huggingface_model(weights: cases.Full, config: RunConfig, layers: int) -> An
     shape = model_shape(config, layers)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=shape.padded_vocab_size,
+            vocab_size=shape.vocab_size,
             n_positions=shape.sequence_length,
             n_embd=shape.hidden_size,
             n_layer=layers,
@@ -42,6 +46,9 @@ def huggingface_model(weights: cases.Full, config: RunConfig, layers: int) -> An
         )
     )
     ours = {name: tensor for (name, _), tensor in weights.items()}
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in ours:
+            ours[name] = ours[name][: shape.vocab_size]
     heads, head = shape.num_attention_heads, shape.hidden_size // shape.num_attention_heads
 
     def qkv(tensor: torch.Tensor) -> torch.Tensor:

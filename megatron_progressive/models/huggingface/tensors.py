@@ -92,8 +92,11 @@ class QKV(Entry):
         return self.spec.shape[0] // sum(self.spec.row_blocks)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        import torch
+
         by_group = tensor.view(self._groups, -1, *tensor.shape[1:])
-        return [part.flatten(0, 1) for part in by_group.split(self.spec.row_blocks, dim=1)]
+        parts = torch.split(by_group, list(self.spec.row_blocks), dim=1)
+        return [part.flatten(0, 1) for part in parts]
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
