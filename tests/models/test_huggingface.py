@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from megatron_progressive.state.streamed import TensorReader
 from tests.models import huggingface_cases as cases
 from tests.pool import Pool
 
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-4
 SEEDS = range(5)
 LAYOUTS: list[tuple[int, dict[str, int]]] = [
@@ -206,3 +210,41 @@ def test_types(pool: Pool, tmp_path: Path, family: str) -> None:
     again = tmp_path / "again"
     export_checkpoint(plan_export(back, again))
     assert_same(safetensors_of(again), safetensors_of(tmp_path / "out_None"))
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+import torch
+from megatron_progressive.state import streamed
+from megatron_progressive.state.huggingface import exporting, importing
+# getrusage's peak would be the parent's, which a new process inherits
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+source, out = map(Path, sys.argv[2:])
+if sys.argv[1] == "import":
+    plan, run = importing.plan_import(source, out), importing.import_folder
+else:
+    plan, run = exporting.plan_export(source, out), exporting.export_checkpoint
+before = peak()
+run(plan)
+print(plan.nbytes / 2**20, peak() - before)
+"""
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=512, num_hidden_layers=24, num_attention_heads=8,
+        intermediate_size=1536,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    for words in (("import", "theirs", "checkpoint"), ("export", "checkpoint", "out")):
+        paths = [str(tmp_path / word) for word in words[1:]]
+        command = [sys.executable, "-c", MEASURED, words[0], *paths]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        total, growth = (float(word) for word in done.stdout.split())
+        print(f"{words[0]}: {total:.0f} MiB, growth {growth:.0f} MiB")
+        assert total > 300
+        assert growth < 150
+    shutil.rmtree(tmp_path)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
 LAYOUT = "imported"
 """What an imported checkpoint names as its layout: no job has saved it."""
 
+_MAPPED_BYTES = 64 << 20
+"""Bytes read from one mapping of a file, and a tensor more."""
+
 
 @dataclass(frozen=True)
 class Import:
@@ -147,25 +150,32 @@ def _check_copies(plan: Import, reader: _Reader) -> None:
 
 
 class _Reader:
-    """Reads their tensors; files are mapped, not loaded."""
+    """Reads their tensors. Files are mapped, not loaded; one at a time, and mapped anew now and
+    then, so that what has been read does not count as used memory."""
 
     def __init__(self, plan: Import) -> None:
         self._plan = plan
-        self._files: dict[str, Any] = {}
         self._stack = ExitStack()
+        self._name: str | None = None
+        self._file: Any = None
+        self._read = 0
 
     def read(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
         place = self._plan.found[name]
-        if place.file not in self._files:
+        if place.file != self._name or self._read > _MAPPED_BYTES:
+            self._stack.close()
             opened: Any = safe_open(self._plan.folder / place.file, framework="pt")
-            self._files[place.file] = self._stack.enter_context(opened)
-        tensor: torch.Tensor = self._files[place.file].get_tensor(place.name)
+            self._file = self._stack.enter_context(opened)
+            self._name, self._read = place.file, 0
+        tensor: torch.Tensor = self._file.get_tensor(place.name)
+        self._read += tensor.nbytes
         return tensor
 
     def __enter__(self) -> _Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._file = None
         self._stack.close()
