@@ -59,7 +59,9 @@ def test_losses_equal_transformers(pool: Pool, tmp_path: Path, family: str) -> N
         optimizer.step()
         theirs.append(float(loss))
     assert theirs[-1] < theirs[0]
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    deviation = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+    print(f"{family}: {deviation:.1e}")
+    assert deviation < 1e-5
 
 
 @pytest.fixture(scope="module")
