@@ -60,7 +60,7 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Latent attention, with two things of Megatron-core 0.19.2 set right.
+    """Latent attention, with three things of Megatron-core 0.19.2 set right.
 
     Under tensor parallelism the rotated key part gets its whole gradient. All heads share it; with
     the local spec it is gathered from the ranks that each project a part, and the gradient that
@@ -69,7 +69,17 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
 
     Norms are where the spec has them. Where queries are not compressed, ``mla_qk_norm_config.py``
     asks for one more, of the queries' input, which DeepSeek-V3 does not have.
+
+    The norm of compressed queries is whole on every tensor-parallel rank, and so is its gradient
+    without sequence parallelism: it must not be summed as that of norms per head is, which
+    ``finalize_model_grads.py`` knows by the same name.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.q_lora_rank and not config.sequence_parallel:
+            for parameter in self.q_layernorm.parameters():  # of equal ones: leaves them
+                parameter.average_gradients_across_tp_domain = True
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
