@@ -177,10 +177,9 @@ def engine_table(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
     """
     if not transformer_engine_available():
         return table
-    return {
-        name: dataclasses.replace(spec, tp_axis=None) if spec.role in ("q_down", "kv_down") else spec
-        for name, spec in table.items()
-    }  # fmt: skip
+    down = {name for name, spec in table.items() if spec.role in ("q_down", "kv_down")}
+    whole = {name: dataclasses.replace(table[name], tp_axis=None) for name in down}
+    return {**table, **whole}
 
 
 def canonical_names(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.nn.Parameter]:
@@ -229,7 +228,8 @@ def _global_expert(name: str, config: TransformerConfig, groups: ProcessGroups) 
     def number(local: str) -> int:
         assert config.num_moe_experts is not None
         each = config.num_moe_experts // groups.layout.expert
-        return groups.expert_rank * each + int(local)
+        first: int = groups.expert_rank * each
+        return first + int(local)
 
     name = _EXPERT.sub(lambda m: f"experts.{number(m[1])}.{m[2]}", name)
     return _GROUPED_EXPERT.sub(lambda m: f"experts.{number(m[2])}.{m[1]}.weight", name)

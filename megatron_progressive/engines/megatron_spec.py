@@ -161,12 +161,12 @@ def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> Transformer
     else:
         norm = local_norm
     specs = {kind: layer_spec(config, kind) for kind in set(kinds)}
-    return TransformerBlockSubmodules(
-        layer_specs=[specs[kind] for kind in kinds], layer_norm=norm
-    )
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
-def mtp_spec(config: TransformerConfig, kind: str, depth: int) -> MultiTokenPredictionBlockSubmodules:
+def mtp_spec(
+    config: TransformerConfig, kind: str, depth: int
+) -> MultiTokenPredictionBlockSubmodules:
     """The spec of ``depth`` multi-token prediction modules, whose layers are of this kind."""
     if transformer_engine_available():
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

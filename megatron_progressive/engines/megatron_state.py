@@ -49,7 +49,10 @@ def local_box(name: str, spec: TensorSpec, parameter: torch.Tensor, groups: Proc
         shape[spec.tp_axis] //= ranks
         offset[spec.tp_axis] = shape[spec.tp_axis] * rank
     built = tuple(parameter.shape)
-    flattened = (math.prod(shape[: 1 - len(built)] if len(built) > 1 else shape), *shape[len(shape) - len(built) + 1 :])
+    flattened = (
+        math.prod(shape[: 1 - len(built)] if len(built) > 1 else shape),
+        *shape[len(shape) - len(built) + 1 :],
+    )
     if flattened != built:
         raise RuntimeError(f"{name}: Megatron-core built {built}, not {shape}")
     return Box(tuple(offset), tuple(shape))

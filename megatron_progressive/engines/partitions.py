@@ -69,8 +69,7 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
     Embedding and positions are on the first stage; final norm, multi-token prediction and head
     on the last. With multi-token prediction the final norm is where the last layer is. The last
     stage has a copy of the embedding where the head is tied to it, and where there is multi-token
-    prediction (of a tied model two then: Megatron-core's head keeps a weight that it does not
-    use).
+    prediction.
     """
     first: list[HeldTensor] = []
     layers: dict[int, list[HeldTensor]] = {number: [] for number in range(shape.num_layers)}
@@ -85,10 +84,10 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
             layers[number].append(HeldTensor(name, spec))
         elif spec.role == "embedding":
             first.append(HeldTensor(name, spec, alone=shared))
-            if shared and predicts:
-                copies_before = [HeldTensor(name, spec, tied_copy=True, alone=True)]
-            if shared and shape.tie_embeddings:
-                copies_behind = [HeldTensor(name, spec, tied_copy=True, alone=not predicts)]
+            if shared:
+                copy = [HeldTensor(name, spec, tied_copy=True, alone=True)]
+                # that of multi-token prediction is the model's embedding, else it is the head
+                copies_before, copies_behind = (copy, []) if predicts else ([], copy)
         elif spec.role == "position":
             first.append(HeldTensor(name, spec))
         elif predicts and name.startswith(FINAL_NORM):

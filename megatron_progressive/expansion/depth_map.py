@@ -39,7 +39,9 @@ class TensorRule:
         return self.weights if slot in WEIGHT_SLOTS else self.state
 
 
-def source_layers(source_kinds: Sequence[str], target_kinds: Sequence[str], order: str) -> list[int]:
+def source_layers(
+    source_kinds: Sequence[str], target_kinds: Sequence[str], order: str
+) -> list[int]:
     """Source layer of each target layer where all are copied: ABAB, AABB or ABBB.
 
     Layers are copied to layers of their kind, the order applied to each kind on its own. Target

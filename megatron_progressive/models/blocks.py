@@ -118,7 +118,7 @@ class TableBuilder:
             self._norm(f"{name}.k_layernorm", width)
 
     def _latent_attention(self, name: str, mla: MLA) -> None:
-        shape, h, heads = self.shape, self.shape.hidden_size, self.shape.num_attention_heads
+        h, heads = self.shape.hidden_size, self.shape.num_attention_heads
         self._linear(f"{name}.linear_proj", "proj", h, heads * mla.v_head_dim, column=False)
         queries = heads * mla.qk_head_dim
         if mla.q_lora_rank:

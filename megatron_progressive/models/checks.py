@@ -11,7 +11,11 @@ LLAMA3_ORIGINAL_LENGTH = 8192
 
 
 def check_shape(shape: ModelShape, family: Family) -> None:
-    """Raises: ConfigError: sizes that do not fit; one line with the field, its value and the fix."""
+    """Check a shape.
+
+    Raises:
+        ConfigError: sizes that do not fit; one line with the field, its value and the fix.
+    """
     if shape.linear_bias and not family.linear_bias:
         raise ConfigError(
             f"model.linear_bias: got true; accepted: false (family {shape.family} has no biases)"
@@ -31,6 +35,11 @@ def check_shape(shape: ModelShape, family: Family) -> None:
         _check_latent_attention(shape.mla)
     if shape.moe is not None:
         _check_experts(shape.moe)
+        if shape.moe.top_k == 1 and family.router == "softmax":
+            raise ConfigError(
+                f"model.moe.top_k: got 1; accepted: from 2 (family {shape.family} takes a softmax "
+                "of the chosen experts' scores, which is 1 for a single one)"
+            )
 
 
 def _check_rope(shape: ModelShape) -> None:

@@ -52,9 +52,7 @@ def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:
     if shape.moe is not None and MOE in shape.layer_kinds():
         values |= _experts(shape)
     if shape.mtp_depth:
-        values |= dict(
-            mtp_num_layers=shape.mtp_depth, mtp_loss_scaling_factor=shape.mtp_loss_coeff
-        )
+        values |= dict(mtp_num_layers=shape.mtp_depth, mtp_loss_scaling_factor=shape.mtp_loss_coeff)
     return values
 
 

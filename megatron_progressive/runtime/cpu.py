@@ -242,7 +242,8 @@ def _patch_uneven_collectives() -> None:
             return reduce_scatter(input_, group, None, *args, **kwargs)  # type: ignore[no-any-return]
         total = input_.clone()
         dist.all_reduce(total, group=group)
-        return torch.split(total, [int(size) for size in input_split_sizes])[group.rank()]
+        parts: Any = torch.split(total, [int(size) for size in input_split_sizes])
+        return parts[group.rank()]  # type: ignore[no-any-return]
 
     mappings._gather_along_first_dim = gather_along_first_dim
     mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim

@@ -42,9 +42,7 @@ def family_config(
     """A model of any family that two and four ranks can cut."""
     model = {**SMALL["model"], "family": family, "ffn_hidden_size": 48, **SMALL_FAMILIES[family]}
     values: dict[str, Any] = {**SMALL, "model": model}
-    return configuration.from_dict(
-        {**values, "expansion": [expansion] if expansion else []}, words
-    )
+    return configuration.from_dict({**values, "expansion": [expansion] if expansion else []}, words)
 
 
 def small_config(words: list[str], expansion: dict[str, Any] | None = None) -> RunConfig:

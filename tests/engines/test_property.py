@@ -27,7 +27,12 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
                 "uneven": True, "expert": 1, "expert_tensor": None,
                 "zero_stage": rng.randint(0, 1)}  # fmt: skip
     if rng.random() < 0.4:
-        return {**parallel, "engine": "deepspeed", "expert_tensor": 1, "zero_stage": rng.randint(0, 3)}
+        return {
+            **parallel,
+            "engine": "deepspeed",
+            "expert_tensor": 1,
+            "zero_stage": rng.randint(0, 3),
+        }
     parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])
     rest = world // parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
@@ -43,7 +48,9 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
 
 def random_family(rng: random.Random) -> tuple[str, list[str]]:
     """A family and the parts of it that vary."""
-    family = rng.choice(["gpt2", "gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3", "deepseek_v3"])
+    family = rng.choice(
+        ["gpt2", "gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3", "deepseek_v3"]
+    )
     words = [f"model.tie_embeddings={rng.choice(['true', 'false'])}"]
     if family == "gpt2":
         words.append(f"model.linear_bias={rng.choice(['true', 'false'])}")

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_progressive.config import from_dict
-
 from megatron_progressive.expansion.depth_map import depth_map, source_layers, survivors
 from megatron_progressive.models import model_shape, tensor_table
 
@@ -81,7 +80,6 @@ def test_zero_variants_zero_what_their_names_say_and_only_in_new_layers() -> Non
 
 
 def test_optimizer_state_policies() -> None:
-    table = tensor_table(SHAPE)
     new = "decoder.layers.0.mlp.linear_fc1.weight"
     old = "decoder.layers.5.mlp.linear_fc1.weight"
     head = "embedding.word_embeddings.weight"

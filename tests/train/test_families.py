@@ -1,4 +1,4 @@
-"""Whole runs of every family on real text: layouts with expert parallelism, expansion in the job."""
+"""Whole runs of every family on real text: expert parallelism, expansion in the job."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_progressive.train.run_folder import read_metrics
 from tests.pool import Pool
 from tests.train.cases import run_config, train_here
-from tests.train.test_training import events, largest_difference, losses
+from tests.train.test_training import largest_difference, losses
 
 EXPERTS_AT_TAU = ["expansion.0.parallel.expert=2", "expansion.0.parallel.tensor=2"]
 LAYOUTS: dict[str, tuple[Any, ...]] = {

@@ -132,6 +132,7 @@ def in_memory(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from megatron_progressive.expansion import hook
+    from megatron_progressive.models import tensor_table
     from megatron_progressive.state import checkpoint
     from megatron_progressive.state.init import initialise_all
     from megatron_progressive.state.record import record_of_run
