@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout
@@ -48,6 +49,20 @@ class StepMetrics:
     """Norm of the global gradient, before clipping."""
     stop: bool
     """Whether any rank was asked to stop (a signal arrived)."""
+    expert_load: float | None = None
+    """Tokens of the busiest expert over the mean, of the least balanced layer; None without
+    experts that are balanced by a bias."""
+
+
+def sum_over_ranks(
+    loss: float, stop: float, counts: torch.Tensor | None, device: torch.device
+) -> tuple[float, float, torch.Tensor]:
+    """The sums of a loss, of wishes to stop and of counts (fp64), in one all-reduce over all
+    ranks."""
+    parts = [torch.tensor([loss, stop], dtype=torch.float64)]
+    values = torch.cat(parts if counts is None else [*parts, counts]).to(device)
+    dist.all_reduce(values)
+    return float(values[0]), float(values[1]), values[2:].cpu()
 
 
 class Engine(Protocol):

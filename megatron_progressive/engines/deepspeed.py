@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import (
     _update_router_expert_bias,
     reset_model_temporary_tensors,
@@ -23,7 +22,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines import deepspeed_state
-from megatron_progressive.engines.base import GlobalBatch, StepMetrics
+from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
+from megatron_progressive.engines.expert_load import ExpertLoad
 from megatron_progressive.engines.megatron_model import (
     build_chunk,
     canonical_buffers,
@@ -76,6 +76,7 @@ class DeepSpeedEngine:
         self.engine = deepspeed_state.start(core, self.optimizer, self._deepspeed_config())
         # after the start, which converts them to the weights' type
         self._buffers = canonical_buffers(core, self.groups)
+        self._load = ExpertLoad(shape, [core])
         if isinstance(self.optimizer, ReplicatedOptimizer):
             self.optimizer.attach_replicated(self._names, self._table)
         else:
@@ -100,22 +101,23 @@ class DeepSpeedEngine:
             loss = self._loss(sample)
             losses.append(loss.detach())
             self.engine.backward(loss / len(samples), scale_wrt_gas=False)
+        self._load.read()
         if self._buffers:
             _update_router_expert_bias([self.engine.module], self._transformer)
             reset_model_temporary_tensors(self._transformer, [self.engine.module])
         self.engine.step()
-        total, stops = self._sum_over_ranks(losses, float(stop))
+        total, stops, counts = self._sum_over_ranks(losses, float(stop), self._load.counts)
         if isinstance(self.optimizer, ReplicatedOptimizer):
             norm = self.optimizer.grad_norm
         else:
             norm = float(self.engine.get_global_grad_norm())
-        return StepMetrics(total, norm, stops > 0)
+        return StepMetrics(total, norm, stops > 0, self._load.busiest(counts))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
         self.engine.eval()
         means = [
-            self._sum_over_ranks([self._loss(s) for s in self._samples(b)], 0.0)[0] for b in batches
+            self._sum_over_ranks([self._loss(s) for s in self._samples(b)])[0] for b in batches
         ]
         self.engine.train()
         if self._stage == 3:
@@ -136,7 +138,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         DeepSpeedEngine._alive -= 1
         deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
-        del self.engine, self.optimizer, self._names, self._buffers
+        del self.engine, self.optimizer, self._names, self._buffers, self._load
         self.groups.close()
         gc.collect()  # its parts refer to each other, and its tensors are large
 
@@ -174,13 +176,12 @@ class DeepSpeedEngine:
         )
         return losses.float().mean()
 
-    def _sum_over_ranks(self, losses: list[torch.Tensor], stop: float) -> tuple[float, float]:
-        """The global mean loss, and the sum of ``stop``, in one all-reduce over all ranks."""
+    def _sum_over_ranks(
+        self, losses: list[torch.Tensor], stop: float = 0.0, counts: torch.Tensor | None = None
+    ) -> tuple[float, float, torch.Tensor]:
+        """The global mean loss, and the sums of ``stop`` and ``counts``."""
         share = sum(float(loss) for loss in losses) / len(losses)
-        values = torch.tensor([share / self.layout.data, stop], dtype=torch.float64)
-        values = values.to(self._device)
-        dist.all_reduce(values)
-        return float(values[0]), float(values[1])
+        return sum_over_ranks(share / self.layout.data, stop, counts, self._device)
 
 
 class ReplicatedOptimizer(FlatOptimizer):

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -20,7 +19,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.engines.base import GlobalBatch, StepMetrics
+from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
+from megatron_progressive.engines.expert_load import ExpertLoad
 from megatron_progressive.engines.megatron_model import (
     TIED_HEAD,
     build_chunk,
@@ -96,7 +96,8 @@ class MegatronEngine:
             for name, buffer in canonical_buffers(chunk, self.groups).items()
         }
         transformer.grad_scale_func = None
-        transformer.finalize_model_grads_func = finalize_model_grads
+        self._load = ExpertLoad(shape, chunks)
+        transformer.finalize_model_grads_func = self._finalize_gradients
         self._forward_backward = get_forward_backward_func()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
@@ -111,14 +112,18 @@ class MegatronEngine:
         self.optimizer.prepare_grads()
         grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
-        total, stops = self._sum_over_ranks(losses, float(stop))
-        return StepMetrics(total, grad_norm, stops > 0)
+        total, stops, counts = self._sum_over_ranks(losses, float(stop), self._load.counts)
+        return StepMetrics(total, grad_norm, stops > 0, self._load.busiest(counts))
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self._load.read()
+        finalize_model_grads(*args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
         for chunk in self.chunks:
             chunk.eval()
-        means = [self._sum_over_ranks(self._run(b, forward_only=True), 0.0)[0] for b in batches]
+        means = [self._sum_over_ranks(self._run(b, forward_only=True))[0] for b in batches]
         for chunk in self.chunks:
             chunk.train()
         return sum(means) / len(means)
@@ -135,6 +140,7 @@ class MegatronEngine:
 
     def close(self) -> None:
         del self.chunks, self.optimizer, self._names, self._buffers, self._forward_backward
+        del self._load
         self.groups.close()
         # Buffers, parameters and groups refer to each other: memory, threads and connections
         # would stay until some later collection.
@@ -163,15 +169,14 @@ class MegatronEngine:
         )
         return output, partial(_mean_loss)
 
-    def _sum_over_ranks(self, losses: list[torch.Tensor], stop: float) -> tuple[float, float]:
-        """The global mean loss, and the sum of ``stop``, in one all-reduce over all ranks."""
+    def _sum_over_ranks(
+        self, losses: list[torch.Tensor], stop: float = 0.0, counts: torch.Tensor | None = None
+    ) -> tuple[float, float, torch.Tensor]:
+        """The global mean loss, and the sums of ``stop`` and ``counts``."""
         share = sum(float(loss) for loss in losses) / len(losses) if losses else 0.0
         if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
             share = 0.0
-        values = torch.tensor([share / self.layout.data, stop], dtype=torch.float64)
-        values = values.to(self._device)
-        dist.all_reduce(values)
-        return float(values[0]), float(values[1])
+        return sum_over_ranks(share / self.layout.data, stop, counts, self._device)
 
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

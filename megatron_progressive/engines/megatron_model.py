@@ -196,9 +196,15 @@ def canonical_names(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.n
 
 def canonical_buffers(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """Tensors of one model chunk that training changes and the optimizer does not have: the
-    routers' expert biases. They become fp32, as the router makes them at its first use."""
+    routers' expert biases. They become fp32, as the router makes them at its first use.
+
+    So do the counts of tokens that they follow: Megatron-core leaves those in the weights' type,
+    and bf16 counts to 256.
+    """
     named = {}
     for name, buffer in model.named_buffers():
+        if name.endswith(".router.local_tokens_per_expert"):
+            buffer.data = buffer.data.float()
         if name.endswith(".router.expert_bias"):
             buffer.data = buffer.data.float()
             named[_canonical_name(name, model, groups)] = buffer

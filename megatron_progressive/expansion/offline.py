@@ -109,6 +109,8 @@ def _slots(
             slot: replace(tensor, shape=spec.shape if slot != STEP else tensor.shape)
             for slot, tensor in stored[alike].items()
         }
+    if not spec.trainable:
+        return {PARAM: StoredTensor(spec.shape, "float32")}
     rule_name = rule_of(spec, OptimSection(name=model.optimizer, embeddings=model.embeddings))
     full = StoredTensor(spec.shape, "float32")
     slots = {PARAM: full}

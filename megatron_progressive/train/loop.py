@@ -122,6 +122,7 @@ class _Run:
             step_time_s=seconds,
             tokens_per_s=tokens / seconds,
             num_layers=self.engine.shape.num_layers,
+            **({} if metrics.expert_load is None else {"expert_load": metrics.expert_load}),
         )
         self.monitor.step(step, metrics.loss, lr, tokens / seconds)
         failure = signatures.after_step(metrics.loss, metrics.grad_norm)

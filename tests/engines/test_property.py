@@ -30,7 +30,7 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
         return {
             **parallel,
             "engine": "deepspeed",
-            "expert_tensor": 1,
+            "expert_tensor": 1 if experts else None,
             "zero_stage": rng.randint(0, 3),
         }
     parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])

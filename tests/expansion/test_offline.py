@@ -55,15 +55,53 @@ def test_equals_the_expansion_in_memory_bit_for_bit(
         f"train.precision={precision}",
         "train.micro_batch=1",
     ]
-    config = cases.small_config(
-        [*words, *(f"parallel.{k}={v}" for k, v in parallel.items())], {"at": 2, **expansion}
-    )
+    check_against_memory(pool, tmp_path, "gpt2", words, layers, expansion, parallel, TARGETS)
+
+
+FAMILY_GROWTHS: list[tuple[str, int, dict[str, Any], dict[str, int]]] = [
+    ("mixtral", 0, {"to_layers": 3, "init": "random"}, {}),
+    ("mixtral", 1, {"to_layers": 3, "init": "copying", "optimizer_state": "copy"}, {"expert": 2}),
+    ("deepseek_v3", 0, {"to_layers": 3, "init": "random"}, {"tensor": 2}),
+    ("deepseek_v3", 1, {"to_layers": 4, "init": "copying"}, {}),
+    ("deepseek_v3", 3, {"to_layers": 5, "init": "random"}, {"expert": 2}),
+    ("qwen3", 1, {"to_layers": 3, "init": "copying_zeroN"}, {"tensor": 2}),
+]
+
+
+@pytest.mark.parametrize("growth", range(len(FAMILY_GROWTHS)))
+def test_every_family_equals_the_expansion_in_memory(
+    pool: Pool, tmp_path: Path, growth: int
+) -> None:
+    family, layers, expansion, parallel = FAMILY_GROWTHS[growth]
+    optimizer = ("adamw", "muon_nsgd")[growth % 2]
+    words = [f"model.num_layers={layers}", f"optim.name={optimizer}", "train.micro_batch=1",
+             f"train.precision={('bf16', 'fp32')[growth % 2]}"]  # fmt: skip
+    words += ["model.mtp_layers=1"] if family == "deepseek_v3" else []
+    targets = [(4, {"expert": 2, "tensor": 2})] if family != "qwen3" else TARGETS
+    check_against_memory(pool, tmp_path, family, words, layers, expansion, parallel, targets)
+
+
+def check_against_memory(
+    pool: Pool,
+    tmp_path: Path,
+    family: str,
+    words: list[str],
+    layers: int,
+    expansion: dict[str, Any],
+    parallel: dict[str, int],
+    targets: list[tuple[int, dict[str, int]]],
+) -> None:
+    config = cases.family_config(
+        family, [*words, *(f"parallel.{k}={v}" for k, v in parallel.items())],
+        {"at": 2, **expansion},
+    )  # fmt: skip
     expected = pool.run(2, saved_and_expanded, config, tmp_path, 2)[0]
     source = checkpoint.checkpoint_path(tmp_path, 2)
     out = tmp_path / "out"
     expand_checkpoint(plan_expansion(source, out, config.expansion[0]))
-    for world, target in TARGETS:
-        changed = cases.small_config([*words, *(f"parallel.{k}={v}" for k, v in target.items())])
+    for world, target in targets:
+        layout = [f"parallel.{k}={v}" for k, v in target.items()]
+        changed = cases.family_config(family, [*words, *layout])
         got = pool.run(world, loaded, changed, expansion["to_layers"], out)[0]
         assert set(got) == set(expected)
         assert all(got[key].dtype == expected[key].dtype for key in expected)

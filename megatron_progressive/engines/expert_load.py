@@ -1,0 +1,51 @@
+"""How evenly tokens spread over experts, from the counts that routers with an expert bias keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_progressive.models.base import MOE, ModelShape
+
+
+class ExpertLoad:
+    """The counts of this rank's routers, by global layer.
+
+    Routers count only where they have an expert bias, which follows the counts; they start anew
+    when it has been updated, so :meth:`read` comes before that.
+    """
+
+    def __init__(self, shape: ModelShape, chunks: Sequence[GPTModel]) -> None:
+        kinds = shape.layer_kinds()
+        biased = shape.moe is not None and shape.moe.bias_update_rate > 0
+        self.experts = shape.moe.num_experts if shape.moe is not None and biased else 0
+        self._first = kinds.index(MOE) if MOE in kinds else len(kinds)
+        self.layers = len(kinds) - self._first if biased else 0
+        self._routers = {
+            layer.layer_number - 1: layer.mlp.router
+            for chunk in chunks
+            for layer in chunk.decoder.layers
+            if self.layers and kinds[layer.layer_number - 1] == MOE
+        }
+        self._counts = torch.zeros(self.layers, self.experts, dtype=torch.float64)
+
+    def read(self) -> None:
+        """Remember the tokens that this rank has sent to each expert in the current step."""
+        self._counts.zero_()
+        for number, router in self._routers.items():
+            self._counts[number - self._first] = router.local_tokens_per_expert.cpu()
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Tokens by expert of every layer with experts, flat; to be summed over all ranks."""
+        return self._counts.view(-1)
+
+    def busiest(self, counts: torch.Tensor) -> float | None:
+        """Tokens of the busiest expert over the mean, of the least balanced layer, from counts
+        that were summed over all ranks; None where nothing is counted."""
+        if not self.layers:
+            return None
+        by_layer = counts.view(self.layers, self.experts)
+        return float((by_layer.max(1).values / by_layer.mean(1)).max())
