@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.pool import Pool
 from tests.train.cases import run_config, train_here
-from tests.train.test_training import largest_difference, losses
+from tests.train.test_training import events, largest_difference, losses
 
 EXPERTS_AT_TAU = ["expansion.0.parallel.expert=2", "expansion.0.parallel.tensor=2"]
 LAYOUTS: dict[str, tuple[Any, ...]] = {
@@ -39,6 +40,8 @@ def test_same_curve_on_every_layout(
     pool: Pool, corpus: Path, tmp_path: Path, family: str, optimizer: str
 ) -> None:
     layouts = LAYOUTS if family == "llama3" else {**LAYOUTS, **EXPERT_LAYOUTS}
+    if optimizer == "adamw":  # whose state ZeRO divides among other ranks for experts
+        layouts = {name: layouts[name] for name in ("one", "ep2", "dp4_to_ep2_tp2")}
     lr = {"adamw": 0.002, "muon_nsgd": 0.01}[optimizer]
     curves = {}
     for name, (world, *words) in layouts.items():
@@ -53,3 +56,59 @@ def test_same_curve_on_every_layout(
     differences = {name: largest_difference(curves["one"], curve) for name, curve in curves.items()}
     print(family, optimizer, differences)
     assert max(differences.values()) < 2e-4, differences
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_grows_in_the_running_job(
+    pool: Pool, corpus: Path, tmp_path: Path, family: str, source: int
+) -> None:
+    """0 or 1 → 4 layers onto another layout, with experts over ranks; then resumed elsewhere."""
+    experts = family in ("mixtral", "deepseek_v3")
+    after = {"expert": 2, "pipeline": 2} if experts else {"tensor": 2, "pipeline": 2}
+    sections = {
+        "model": {"family": family, "preset": "tiny", "num_layers": source,
+                  "mtp_layers": int(family == "deepseek_v3")},
+        "train": {"steps": 16, "global_batch": 8, "micro_batch": 2, "eval_every": 8,
+                  "eval_samples": 8, "save_every": 12, "keep_checkpoints": 0},
+        "expansion": [{"at": 10, "to_layers": 4, "init": "copying" if source else "random",
+                       "optimizer_state": "copy", "parallel": after}],
+    }  # fmt: skip
+    whole = run_config(tmp_path, corpus, "whole", **sections)
+    assert set(pool.run(4, train_here, whole)) == {0}
+    (event,) = events(whole.folder, "expansion")
+    assert (event["from_layers"], event["to_layers"]) == (source, 4)
+    assert ("EP=2" in event["layout_after"]) is experts
+    found = losses(whole.folder)
+    assert found[16] < found[1]
+    part = run_config(tmp_path, corpus, "part", **sections)
+    part.folder.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        text = (whole.folder / name).read_text().replace("name: whole", "name: part")
+        (part.folder / name).write_text(text)
+    saved = Path("checkpoints") / "step_0000012"
+    shutil.copytree(whole.folder / saved, part.folder / saved)
+    layout = ["expansion.0.parallel.pipeline=1", "expansion.0.parallel.expert=1"]
+    resumed = run_config(tmp_path, corpus, "part", *layout, **sections)
+    assert set(pool.run(2, train_here, resumed)) == {0}
+    assert largest_difference(found, losses(part.folder)) < 2e-4
+
+
+def test_the_expert_bias_balances_the_load(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Tokens of the busiest expert over the mean; 4 is the most that 2 of 8 experts can have."""
+    model = {"family": "deepseek_v3", "preset": "tiny", "num_layers": 3}
+    loads = {}
+    for rate in (1e-8, 0.005):  # the first one counts, and changes nothing
+        config = run_config(
+            tmp_path, corpus, f"rate_{rate}", f"model.moe.bias_update_rate={rate}",
+            "model.moe.num_groups=1", "train.steps=150", "train.save_every=0",
+            "train.eval_every=150", "train.micro_batch=8", expansion=[], model=model,
+        )  # fmt: skip
+        assert config.model.moe.aux_loss_coeff is None  # of the preset: there is none
+        pool.run(1, train_here, config)
+        loads[rate] = [e["expert_load"] for e in events(config.folder, "train")]
+    print({rate: (max(load[:30]), max(load[-50:])) for rate, load in loads.items()})
+    assert max(loads[0.005][:30]) > 2.5  # out of balance at first
+    assert max(loads[0.005][-50:]) < 2.2  # and from then on less so
+    assert sum(loads[0.005][-50:]) / 50 < 1.65
+    assert min(loads[1e-8][-50:]) > 2.5  # it is the bias that does it
