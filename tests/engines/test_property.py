@@ -26,14 +26,15 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
     parallel = {"engine": "megatron", "tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
                 "uneven": True, "expert": 1, "expert_tensor": None,
                 "zero_stage": rng.randint(0, 1)}  # fmt: skip
-    if rng.random() < 0.4:
+    if rng.random() < (0.25 if experts else 0.45):
         return {
             **parallel,
             "engine": "deepspeed",
             "expert_tensor": 1 if experts else None,
             "zero_stage": rng.randint(0, 3),
         }
-    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])
+    most = 2 if experts else 4  # leaves ranks for experts
+    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0 and t <= most])
     rest = world // parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
     if parallel["pipeline"] > 1:
@@ -42,7 +43,8 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
         block = world // parallel["pipeline"]
         tensor = rng.choice([parallel["tensor"], parallel["tensor"], 1])
         parallel["expert_tensor"] = tensor
-        parallel["expert"] = rng.choice([e for e in (2, 4, 1) if block // tensor % e == 0])
+        several = [e for e in (2, 4) if block // tensor % e == 0 and rng.random() < 0.8]
+        parallel["expert"] = rng.choice(several or [1])
     return parallel
 
 
