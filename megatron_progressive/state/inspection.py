@@ -63,6 +63,7 @@ def render(found: dict[str, Any]) -> str:
         for step, layers in model["depth_history"]
     )
     ties = "tied" if model["tie_embeddings"] else "untied"
+    moe = model["moe"]
     embeddings = model["embeddings"] if model["optimizer"] == "muon_nsgd" else ""
     facts = [
         ("step", f"{progress['step']:,} ({progress['samples']:,} samples, "
@@ -70,7 +71,8 @@ def render(found: dict[str, Any]) -> str:
         ("layers", f"{progress['num_layers']}: {depths}"),
         ("model", f"{model['family']}, hidden {model['hidden_size']}, "
                   f"{model['num_attention_heads']} heads, ffn {model['ffn_hidden_size']}, "
-                  f"vocabulary {model['vocab_size']:,}, {ties} embedding"),
+                  f"vocabulary {model['vocab_size']:,}, {ties} embedding"
+                  + (f", {moe['num_experts']} experts, {moe['top_k']} a token" if moe else "")),
         ("optimizer", model["optimizer"] + (f" (embeddings: {embeddings})" if embeddings else "")
                       + f", {model['precision']}, seed {model['seed']}"),
         ("saved by", model["layout"]),

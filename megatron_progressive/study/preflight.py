@@ -94,7 +94,7 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
         layout = make_layout(parallel, world)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None
-    _check_engine(parallel, prefix)
+    _check_engine(shape, parallel, prefix)
     _check_tensor(shape, parallel, prefix)
     _check_pipeline(shape, parallel, prefix)
     train, ranks = config.train, layout.data
@@ -111,7 +111,7 @@ def _check_phase(config: RunConfig, index: int, world: int) -> None:
         )
 
 
-def _check_engine(parallel: ParallelSection, prefix: str) -> None:
+def _check_engine(shape: ModelShape, parallel: ParallelSection, prefix: str) -> None:
     if parallel.engine == "deepspeed":
         for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
             if getattr(parallel, name) not in (1, None):
@@ -119,6 +119,12 @@ def _check_engine(parallel: ParallelSection, prefix: str) -> None:
                     f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "
                     f"deepspeed, which is data parallel only; accepted: 1"
                 )
+        if parallel.zero_stage == 3 and shape.mtp_depth and shape.tie_embeddings:
+            # stage 3 drops the embedding after its use as the head, of which there are several
+            raise ConfigError(
+                f"{prefix}parallel.zero_stage: got 3 with model.mtp_layers {shape.mtp_layers} and "
+                f"a tied embedding; accepted: 0, 1, 2, or model.tie_embeddings: false"
+            )
     elif parallel.zero_stage > 1:
         raise ConfigError(
             f"{prefix}parallel.zero_stage: got {parallel.zero_stage} with engine megatron; "

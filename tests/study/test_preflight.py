@@ -119,6 +119,9 @@ def family(
     [
         (family("llama3", parallel={"tensor": 8}), 8, "parallel.tensor",
          ["got 8", "a divisor of num_query_groups 4"]),
+        (family("deepseek_v3", model={"mtp_layers": 1, "tie_embeddings": True},
+                parallel={"engine": "deepspeed", "zero_stage": 3}), 2, "parallel.zero_stage",
+         ["got 3 with model.mtp_layers 1", "accepted: 0, 1, 2"]),
         (family("llama3", parallel={"expert": 2}), 2, "parallel.expert",
          ["got 2", "accepted: 1 (family llama3 has no experts)"]),
         (family("gpt2", parallel={"expert_tensor": 1}), 2, "parallel.expert_tensor",
