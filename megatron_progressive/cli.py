@@ -58,6 +58,24 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.study import grid_text
+    from megatron_progressive.study.grid import load_grid
+    from megatron_progressive.study.grid_run import Study
+
+    grid = load_grid(Path(args.grid))
+    study = Study(grid)
+    if args.grid_command == "plan":
+        print(grid_text.plan(grid))
+    elif args.grid_command == "run":
+        return study.run(args.workers, args.nproc, lambda line: print(line, flush=True))
+    elif args.grid_command == "status":
+        print(grid_text.status(study.status()))
+    else:
+        print(grid_text.results(study.collect(), study.folder))
+    return 0
+
+
 def _checkpoint_inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.inspection import inspect_checkpoint, render
 
@@ -174,6 +192,20 @@ def _parser() -> argparse.ArgumentParser:
     imported = command(imports, "hf", _import_hf, "a checkpoint of a Hugging Face model folder")
     imported.add_argument("folder", metavar="FOLDER", help="with config.json and safetensors")
     imported.add_argument("out", metavar="OUT_CHECKPOINT", help="folder of the new checkpoint")
+    grid = commands.add_parser("grid", help="scaling studies").add_subparsers(
+        dest="grid_command", required=True, metavar="COMMAND"
+    )
+    for name, text in (
+        ("plan", "the cells of a grid and what they cost; trains nothing"),
+        ("run", "train the cells that are not finished, with local workers"),
+        ("status", "how far every cell is"),
+        ("collect", "results of the finished cells, also as results.json"),
+    ):
+        sub = command(grid, name, _grid, text)
+        sub.add_argument("grid", metavar="GRID", help="a YAML file")
+        if name == "run":
+            sub.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time")
+            sub.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of a cell")
     report = command(commands, "report", _report, "report.html, figures and report.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
     report.add_argument(

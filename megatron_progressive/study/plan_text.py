@@ -44,7 +44,7 @@ def _line(label: str, text: str) -> list[str]:
     ]
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Columns aligned to the right, but the first."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -164,9 +164,9 @@ def _phase_table(plan: Plan) -> list[str]:
                 f"{100 * phase.flops / plan.total_flops:.1f} %",
             ]
         )
-    table = _table(rows)
+    table = aligned(rows)
     if max(len(line) for line in table) > _WIDTH:  # the layouts are named above
-        table = _table([row[:3] + row[4:] for row in rows])
+        table = aligned([row[:3] + row[4:] for row in rows])
     return table
 
 
@@ -180,7 +180,7 @@ def _memory_table(plan: Plan) -> list[str]:
         stage = f"{memory.stage + 1} of {planned.layout.pipeline}"
         rows.append([str(index + 1), stage, *(_gib(size) for size in sizes)])
     lines = ["Memory of the fullest rank, GiB; activations and temporary buffers are NOT counted"]
-    lines += _table(rows)
+    lines += aligned(rows)
     stores = "parameters " + plan.config.train.precision + ", everything else fp32"
     by = {False: "on every data-parallel rank", True: "divided over data-parallel ranks"}
     divided = [by[divides_state(plan.config.optim, p.layout)] for p in plan.phases]
@@ -213,7 +213,7 @@ def _reshard_table(plan: Plan) -> list[str]:
         f"{plan.link_gb_per_s:g} GB/s at once; building the new model is NOT counted"
     )
     wrapped = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
-    return ["Bytes between ranks at τ", *_table(rows), *(f"  {line}" for line in wrapped)]
+    return ["Bytes between ranks at τ", *aligned(rows), *(f"  {line}" for line in wrapped)]
 
 
 def _bytes_text(size: float) -> str:

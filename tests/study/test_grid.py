@@ -1,0 +1,146 @@
+"""Grids: their cells, and running them through interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_progressive import cli
+from megatron_progressive.study.flops import total_flops
+from megatron_progressive.study.grid import load_grid
+from megatron_progressive.study.grid_run import Study
+from megatron_progressive.train.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def grid_file(tmp_path: Path, corpus: Path | None = None, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "study": {"name": "small", "dir": str(tmp_path / "studies")},
+        "run": {
+            "model": {"family": "gpt2", "hidden_size": 32},
+            "data": {"vocab_size": 512, "sequence_length": 32,
+                     "prepared": str(corpus) if corpus else None},
+            "train": {"steps": 40, "global_batch": 4, "micro_batch": 4, "eval_every": 20,
+                      "eval_samples": 4, "save_every": 4},
+        },
+        "sizes": [{"name": "a", "to_layers": 2}, {"name": "b", "to_layers": 4,
+                                                  "model.num_attention_heads": 2}],
+        "arms": ["fixed", "zero_layer", "short_control"],
+        "tau": [0.5],
+    }  # fmt: skip
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def test_arms_and_their_controls(tmp_path: Path) -> None:
+    arms = ["fixed", "zero_layer", "one_layer", "short_control", "g_stack", "gradual_stack",
+            "function_preserving"]  # fmt: skip
+    grid = load_grid(grid_file(tmp_path, sizes=[{"name": "a", "to_layers": 8}], arms=arms,
+                               tau=[0.4, 0.6], seeds=[1, 2]))  # fmt: skip
+    assert len({cell.name for cell in grid.cells}) == len(grid.cells)
+    by_name = {cell.name: cell for cell in grid.cells}
+    progressive = [cell for cell in grid.cells if cell.config.expansion]
+    # 2 seeds x (2 taus x 3 arms from 0 or 1 layers, and the two stackings)
+    assert len(progressive) == 2 * (2 * 3 + 2)
+    assert len(grid.cells) == 2 * (1 + 2 * 8)
+    for cell in grid.cells:
+        if cell.arm == "short_control":
+            assert cell.control_of is not None
+            one_step = cell.flops / cell.config.train.steps
+            assert 0 <= by_name[cell.control_of].flops - cell.flops < one_step
+        assert cell.flops == total_flops(cell.config)
+        assert cell.config.run.seed == cell.seed
+    depths = [e.to_layers for e in by_name["a-gradual_stack-s1"].config.expansion]
+    assert (by_name["a-gradual_stack-s1"].config.model.num_layers, depths) == (2, [4, 8])
+    assert by_name["a-g_stack-s2"].config.model.num_layers == 2
+
+
+def test_fingerprint_is_of_what_decides_the_result(tmp_path: Path) -> None:
+    def prints(**changes: Any) -> set[str]:
+        return {cell.fingerprint for cell in load_grid(grid_file(tmp_path, **changes)).cells}
+
+    plain = prints()
+    values = yaml.safe_load((tmp_path / "grid.yaml").read_text())["run"]
+    same = {**values, "train": {**values["train"], "save_every": 7, "micro_batch": 2}}
+    assert prints(run=same, study={"name": "other", "dir": str(tmp_path)}) == plain
+    for section, key, value in (("train", "steps", 44), ("model", "hidden_size", 64),
+                                ("data", "sequence_length", 16)):  # fmt: skip
+        other = {**values, section: {**values[section], key: value}}
+        assert not prints(run=other) & plain
+    assert prints(seeds=[1, 2]) > plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": ["fixed", "tall"]}, "arms: got 'tall'; accepted: fixed, zero_layer"),
+        ({"sizes": []}, "sizes: got none"),
+        ({"sizes": [{"name": "a"}]}, "name and to_layers"),
+        ({"speed": 1}, "speed: unknown key; accepted: study, run, sizes"),
+        ({"tau": 0.5}, "tau: got 0.5; accepted: a list"),
+        ({"tau": [1.5]}, "cell a-zero_layer-tau1.5-random-s1: expansion[0].at: got 1.5"),
+        ({"run": {"expansion": []}}, "run.expansion: got one"),
+    ],
+)
+def test_bad_grids(tmp_path: Path, capsys: Any, changes: dict[str, Any], words: str) -> None:
+    path = grid_file(tmp_path, **changes)
+    assert cli.main(["grid", "run", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "studies").exists()
+
+
+def test_interrupted_at_random_each_cell_ends_once(tmp_path: Path, corpus: Path) -> None:
+    """Killed and stopped at random moments, cells go on from their saves; a deleted one reruns."""
+    path = grid_file(tmp_path, corpus)
+    command = [sys.executable, "-m", "megatron_progressive", "grid", "run", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env=environment, cwd=tmp_path,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    rng = random.Random(4)
+    study = Study(load_grid(path))
+    for number in range(4):
+        process = start()
+        deadline = time.monotonic() + rng.uniform(8, 20)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
+            assert process.wait(60) in (75, -signal.SIGKILL)
+    process = start()
+    assert process.wait(200) in (0, 1)
+    while any(one.state == "running" for one in study.status()):
+        time.sleep(0.2)  # what a killed grid had started
+    assert start().wait(200) == 0
+    cells = study.grid.cells
+    assert [one.state for one in study.status()] == ["finished"] * 6
+    for cell in cells:
+        steps = [e["step"] for e in read_metrics(cell.folder) if e["event"] == "train"]
+        assert steps == list(range(1, cell.config.train.steps + 1))
+    stamps = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in cells}
+    gone = cells[2]
+    first = json.loads((gone.folder / "summary.json").read_text())
+    subprocess.run(["rm", "-r", str(gone.folder)], check=True)
+    assert start().wait(200) == 0
+    for cell in cells:
+        again = (cell.folder / "summary.json").stat().st_mtime_ns != stamps[cell.name]
+        assert again is (cell is gone)
+    rows = {row["cell"]: row for row in study.collect()}
+    assert rows.keys() == stamps.keys()
+    assert rows[gone.name]["final_eval_loss"] == first["final_eval_loss"]
