@@ -49,18 +49,15 @@ def local_box(name: str, spec: TensorSpec, parameter: torch.Tensor, groups: Proc
         shape[spec.tp_axis] //= ranks
         offset[spec.tp_axis] = shape[spec.tp_axis] * rank
     built = tuple(parameter.shape)
-    flattened = (
-        math.prod(shape[: 1 - len(built)] if len(built) > 1 else shape),
-        *shape[len(shape) - len(built) + 1 :],
-    )
-    if flattened != built:
+    merged = 1 + len(shape) - len(built)  # its first axis is the first ones of the tensor
+    if (math.prod(shape[:merged]), *shape[merged:]) != built:
         raise RuntimeError(f"{name}: Megatron-core built {built}, not {shape}")
     return Box(tuple(offset), tuple(shape))
 
 
 def _replicas(spec: TensorSpec, groups: ProcessGroups) -> tuple[int, int]:
-    """(among the ranks that hold the same box of a tensor, among those of them that a data-parallel
-    optimizer does not divide it over): the number of this rank.
+    """This rank's number (among all that hold the same box of a tensor, among those of them that
+    hold the same shard of it under a distributed optimizer).
 
     The same box are on all tensor-parallel ranks of an uncut tensor, and on all data-parallel
     ranks.
