@@ -61,14 +61,15 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
 def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study import grid_text
     from megatron_progressive.study.grid import load_grid
-    from megatron_progressive.study.grid_run import Study
+    from megatron_progressive.study.grid_run import Launch, Study
 
     grid = load_grid(Path(args.grid))
     study = Study(grid)
     if args.grid_command == "plan":
         print(grid_text.plan(grid))
     elif args.grid_command == "run":
-        return study.run(args.workers, args.nproc, lambda line: print(line, flush=True))
+        launch = Launch(args.nproc, args.srun)
+        return study.run(args.workers, launch, lambda line: print(line, flush=True))
     elif args.grid_command == "status":
         print(grid_text.status(study.status()))
     else:
@@ -206,6 +207,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             sub.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time")
             sub.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of a cell")
+            sub.add_argument(
+                "--srun", default="", metavar="COMMAND",
+                help="inside a Slurm job: srun and its options, to run a cell on the job's tasks",
+            )  # fmt: skip
     report = command(commands, "report", _report, "report.html, figures and report.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
     report.add_argument(

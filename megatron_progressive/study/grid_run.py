@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,6 +62,22 @@ def code_version() -> str:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{__version__} ({found.stdout.strip()})" if found.returncode == 0 else __version__
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run start."""
+
+    nproc: int = 1
+    """Local workers."""
+    srun: str = ""
+    """Inside a Slurm job instead: ``srun`` and its options, over all of the job's tasks."""
+
+    def command(self, config: Path) -> list[str]:
+        train = [sys.executable, "-m", "megatron_progressive", "train", str(config)]
+        if self.srun:
+            return [*shlex.split(self.srun), *train]
+        return [*train, "--nproc", str(self.nproc)]
 
 
 class Study:
@@ -124,13 +141,14 @@ class Study:
     def run_cell(
         self,
         cell: Cell,
-        nproc: int,
+        launch: Launch,
         started: Callable[[Any], None] = lambda process: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> int | None:
         """Run or continue a cell until it is finished, has failed too often or was stopped.
 
         Args:
+            launch: how a run's processes start.
             started: gets the process of each try, to pass signals on to.
             stopping: whether such a signal has come: what ends then has not failed.
 
@@ -144,13 +162,12 @@ class Study:
             write_atomically(path, to_yaml(cell.config))
             log = self._file("logs", cell, ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "megatron_progressive", "train", str(path)]
+            command = launch.command(path)
             while self.attempts(cell).failures <= self.grid.retries:
                 with open(log, "ab") as out:
                     process = subprocess.Popen(
-                        [*command, "--nproc", str(nproc)], stdout=out, stderr=out,
-                        start_new_session=True, pass_fds=(lock,),
-                    )  # fmt: skip
+                        command, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock,)
+                    )
                     started(process)
                     code = process.wait()
                 if code and stopping():  # perhaps before it could take the signal
@@ -171,7 +188,7 @@ class Study:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(attempts))
 
-    def run(self, workers: int, nproc: int, say: Callable[[str], None]) -> int:
+    def run(self, workers: int, launch: Launch, say: Callable[[str], None]) -> int:
         """Run what is not finished, the cheapest cells first, ``workers`` at a time.
 
         Signals (SIGTERM, SIGINT, SIGUSR1) go to the running cells, which save and stop.
@@ -208,7 +225,7 @@ class Study:
                         return
                     cell = waiting.pop(0)
                 say(f"{cell.name}: starts ({len(waiting)} after it)")
-                code = self.run_cell(cell, nproc, started, stop.is_set)
+                code = self.run_cell(cell, launch, started, stop.is_set)
                 if code is not None:
                     codes.append(code)
                     loss = self._status(cell).loss
