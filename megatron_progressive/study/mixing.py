@@ -3,8 +3,9 @@
 Two readings of the same gap, ``L_progressive / L_fixed - 1`` at the same step, in %:
 
 - of the validation losses. Met at the first of :data:`CONSECUTIVE` validations in a row at or
-  below the threshold; true mixing lies between the last validation above it before those and
-  that one;
+  below the threshold, after which as many in a row are never above it again (two runs that have
+  hardly learnt anything are alike, and part later); true mixing lies between the last validation
+  above it before those and that one;
 - of the training losses, step by step. Both runs see the same batches in the same order, so what
   a batch adds to both losses cancels. The gap is averaged over a centred window and must stay at
   or below the threshold for as many steps as the validations span. How far noise moves that
@@ -69,7 +70,8 @@ class MixingTime:
     steps: int | None
     """t_mix; None where it did not mix."""
     low: int | None
-    """Lower end of the interval; None where it did not mix."""
+    """Lower end of the interval; None where it did not mix, 0 where no validation before t_mix was
+    above the threshold."""
     high: int | None
     """Upper end; None where it did not mix, or noise could move it beyond what was run."""
     train: TrainReading
@@ -143,7 +145,7 @@ def mixing_time(
     train = _train_reading(
         train_steps, train_gaps, threshold_percent, window, hold, draws, np.random.default_rng(seed)
     )
-    met = _first_run(gaps <= threshold_percent, consecutive)
+    met = _met(gaps <= threshold_percent, consecutive)
     low = high = None
     if met is not None:
         low, high = (0 if met == 0 else int(steps[met - 1])), int(steps[met])
@@ -187,13 +189,19 @@ def averaged(values: _Array, window: int) -> _Array:
     return np.asarray((sums[last] - sums[first]) / (last - first))
 
 
-def _first_run(below: NDArray[np.bool_], length: int) -> int | None:
-    """Index of the first of ``length`` consecutive true values."""
-    if len(below) < length:
-        return None
-    counts = np.convolve(below, np.ones(length, dtype=int), "valid")
-    found = np.flatnonzero(counts == length)
-    return int(found[0]) if len(found) else None
+def _met(below: NDArray[np.bool_], length: int) -> int | None:
+    """Index of the first of ``length`` consecutive true values after the last ``length``
+    consecutive false ones."""
+    parted = _runs(~below, length)
+    start = int(parted[-1]) + length if len(parted) else 0
+    found = _runs(below[start:], length)
+    return start + int(found[0]) if len(found) else None
+
+
+def _runs(values: NDArray[np.bool_], length: int) -> NDArray[np.int64]:
+    """Where ``length`` consecutive true values begin."""
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return np.flatnonzero(sums[length:] - sums[:-length] == length)
 
 
 def _train_reading(
@@ -204,7 +212,7 @@ def _train_reading(
     rest = gaps - smooth
 
     def crossing(values: _Array) -> float:
-        at = _first_run(values <= threshold, hold)
+        at = _met(values <= threshold, hold)
         return math.inf if at is None else float(steps[at])
 
     found = crossing(smooth)

@@ -213,6 +213,12 @@ def render(
     else:
         high = "open: beyond the pilot" if mixing.high is None else _tokens(mixing.high, mixing)
         lines.append(f"  interval  95 %: from {_tokens(mixing.low, mixing)} to {high}")
+        if mixing.low == 0:
+            lines.append(
+                f"            hardly ever more than {mixing.threshold_percent:g} % apart: they mix "
+                f"between two validations,"
+            )
+            lines.append("            or had learnt too little at the expansion to differ")
         lines += _tau_lines(proposal)
     lines.append(f"  written   {pilot.folder}: pilot.json, mixing.png")
     return lines

@@ -104,6 +104,20 @@ def test_one_lucky_validation_is_no_mixing() -> None:
     assert mixing_time(progressive, fixed, consecutive=1).steps == 31 * EVERY - TAU
 
 
+def test_runs_that_meet_early_and_part_again_did_not_mix() -> None:
+    """Where neither has learnt anything yet the losses are alike."""
+    progressive, fixed = pair()
+    progressive.evals["loss"][:] = fixed.evals["loss"] * np.where(
+        progressive.evals["step"] < 200, 1.001, 1.02
+    )
+    found = mixing_time(progressive, fixed)
+    assert not found.mixed
+    assert found.gap_left_percent == pytest.approx(2)
+    # and if they meet once more, that is when they mixed
+    progressive.evals["loss"][:] *= np.where(progressive.evals["step"] < 600, 1, 1 / 1.02)
+    assert mixing_time(progressive, fixed).steps == 600 - TAU
+
+
 def test_an_end_that_noise_could_move_beyond_the_run_is_open() -> None:
     found = mixing_time(*pair(noise=0.003, scale=230.0, seed=1))  # meets 80 steps before the end
     assert found.mixed
