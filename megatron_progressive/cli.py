@@ -38,6 +38,12 @@ def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _pilot(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.train.pilot import run_pilot
+
+    return run_pilot(_config(args), args.nproc, args.steps)
+
+
 def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive import data
     from megatron_progressive.runtime.distributed import prepare_imports
@@ -147,6 +153,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="1e9 bytes per second that a rank sends and receives at an expansion (default: 25)",
     )
+    pilot = command(commands, "pilot", _pilot, "measure the mixing time; proposes τ")
+    takes_config(pilot)
+    pilot.add_argument("--nproc", type=int, metavar="N", help="start N local workers")
+    pilot.add_argument(
+        "--steps",
+        type=float,
+        metavar="S",
+        help="where its two runs stop: a fraction of the run's steps, or a step (default: 0.25)",
+    )
     data = commands.add_parser("data", help="corpora").add_subparsers(
         dest="data_command", required=True, metavar="COMMAND"
     )
@@ -232,11 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options_first(words: list[str]) -> list[str]:
-    if words[:1] not in (["train"], ["plan"]):
+    if words[:1] not in (["train"], ["plan"], ["pilot"]):
         return words
     options, rest, at = [], words[1:], 0
     while at < len(rest):
-        if rest[at] in ("--nproc", "--link-gb-per-s"):
+        if rest[at] in ("--nproc", "--link-gb-per-s", "--steps"):
             options += rest[at : at + 2]
             del rest[at : at + 2]
         else:

@@ -144,6 +144,9 @@ class DataSection:
 class TrainSection:
     steps: int = 1500
     """Optimizer steps of the run."""
+    stop_after: Optional[int] = None
+    """Last step to do, of a schedule that is for ``steps`` (default: all of them). A run that was
+    stopped goes on when this is raised."""
     global_batch: int = 16
     """Samples an optimizer step, over all ranks."""
     micro_batch: int = 4
@@ -275,6 +278,11 @@ class RunConfig:
         """The run folder."""
         return Path(self.run.dir) / self.run.name
 
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends with."""
+        return self.train.steps if self.train.stop_after is None else self.train.stop_after
+
     def expansion_steps(self) -> list[int]:
         """Step after which each expansion happens (1-based, in order)."""
         return [int(e.at) if e.at >= 1 else round(e.at * self.train.steps) for e in self.expansion]
@@ -340,6 +348,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.validation_fraction": (0.0001, 0.5),
     "data.max_bytes": (0, None),
     "train.steps": (1, None),
+    "train.stop_after": (1, None),
     "train.global_batch": (1, None),
     "train.micro_batch": (1, None),
     "train.eval_every": (1, None),

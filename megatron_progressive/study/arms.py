@@ -85,6 +85,7 @@ def is_fixed(control: Run, progressive: Run) -> bool:
     return (
         _comparable(control, progressive)
         and mine.steps == theirs.steps
+        and control.config.last_step == progressive.config.last_step
         and mine.global_batch == theirs.global_batch
     )
 
@@ -94,7 +95,7 @@ def is_short(control: Run, progressive: Run) -> bool:
     within 2 % (or within one step, in very short runs)."""
     if not _comparable(control, progressive):
         return False
-    if control.config.train.steps >= progressive.config.train.steps:
+    if control.config.last_step >= progressive.config.last_step:
         return False
     one_step = step_flops(control.target, control.config)
     apart = abs(control.planned_flops - progressive.planned_flops)

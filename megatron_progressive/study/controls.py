@@ -53,7 +53,7 @@ def short_control(config: RunConfig) -> RunConfig:
             f"train.steps: got {config.train.steps}, whose {budget:.3g} FLOPs do not pay for "
             f"one step of the target ({one_step:.3g}); accepted: more steps"
         )
-    return replace(control, train=replace(control.train, steps=budget // one_step))
+    return replace(control, train=replace(control.train, steps=budget // one_step, stop_after=None))
 
 
 def control_words(config: RunConfig, control: RunConfig) -> list[str]:
@@ -65,6 +65,8 @@ def control_words(config: RunConfig, control: RunConfig) -> list[str]:
     ]
     if control.train.steps != config.train.steps:
         words.append(f"train.steps={control.train.steps}")
+    if control.train.stop_after != config.train.stop_after:
+        words.append("train.stop_after=null")
     for key, value in vars(control.parallel).items():
         if value != getattr(config.parallel, key):
             words.append(f"parallel.{key}={value}")

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from megatron_progressive.study.arms import FIXED, OTHER, PROGRESSIVE, SHORT, Comparison
+from megatron_progressive.study.mixing import MixingTime, averaged, train_gap
 from megatron_progressive.study.rows import time_text
 from megatron_progressive.study.runs import Run
 from megatron_progressive.study.verdict import MIXED_PERCENT, gap_curve
@@ -128,6 +129,37 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
     _label_ends(axes, labels)
     figure.savefig(path)
     return True
+
+
+def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path) -> None:
+    """The gap of ``run`` to ``fixed`` after its last expansion, and where it closes, as a PNG."""
+    figure = Figure(figsize=(11, 5), dpi=_DPI, layout="constrained")
+    axes, colour = figure.subplots(), _PALETTE[PROGRESSIVE][0]
+    _title(figure, title)
+    per_step, threshold = found.tokens_per_step, found.threshold_percent
+    steps, gap = train_gap(run, fixed)
+    gap = averaged(gap, found.train.window_steps)
+    axes.plot(per_step * steps, gap, color=colour, linewidth=1, alpha=0.5)
+    steps, gap = gap_curve(run, fixed)
+    steps, gap = per_step * (steps[steps > found.tau] - found.tau), gap[steps > found.tau]
+    axes.plot(steps, gap, color=colour, linewidth=2, marker="o", markersize=4)
+    axes.axhspan(-threshold, threshold, color=_FAINT, alpha=0.6, linewidth=0)
+    axes.axhline(0, color=_PALETTE[FIXED][0], linewidth=1.5)
+    if found.low is not None and found.tokens is not None:
+        high = found.steps_after if found.high is None else found.high
+        axes.axvspan(per_step * found.low, per_step * high, color=colour, alpha=0.12, linewidth=0)
+        axes.axvline(found.tokens, color=colour, linewidth=1, linestyle=":")
+    _dress(axes, "Loss above fixed-size at the same step, %", "tokens after the expansion")
+    axes.set_yscale("symlog", linthresh=2 * threshold or 1.0, linscale=0.7)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _step_axis(axes, float(steps[-1]), 0.02)
+    axes.text(
+        0.99, 0.98, "dots: validation\nthin: training, averaged"
+        + "\nshaded: where it mixed, 95 %" * (found.low is not None),
+        transform=axes.transAxes, ha="right", va="top", fontsize=9.5, color="#666666",
+    )  # fmt: skip
+    axes.text(0, 0, f" fixed-size, ± {threshold:g} %", va="bottom", fontsize=10, color=_INK)
+    figure.savefig(path)
 
 
 def _title(figure: Figure, title: str) -> None:

@@ -134,7 +134,7 @@ def step_flops(shape: ModelShape, config: RunConfig) -> int:
 def phases(config: RunConfig) -> list[Phase]:
     """The phases of a run, in order: one more than it has expansions."""
     depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
-    ends = [*config.expansion_steps(), config.train.steps]
+    ends = [*config.expansion_steps(), config.last_step]
     found, first = [], 1
     for depth, last in zip(depths, ends, strict=True):
         shape = model_shape(config, depth)

@@ -79,7 +79,7 @@ def _head(plan: Plan) -> list[str]:
     phases = [p.phase for p in plan.phases]
     arrow = " → ".join
     short = short_counts([p.params_without_positions for p in plan.phases])
-    tokens = train.steps * plan.step_tokens
+    tokens = plan.config.last_step * plan.step_tokens
     lines = [f"Plan of {config.run.name} ({config.model.family}, preset {config.model.preset})"]
     lines += _line("layers", arrow(str(p.num_layers) for p in phases))
     positions = any(p.params_without_positions != p.phase.params for p in plan.phases)
@@ -100,7 +100,7 @@ def _head(plan: Plan) -> list[str]:
     a_parameter = "an active parameter" if shape.moe else "a parameter"
     lines += _line(
         "tokens",
-        f"{tokens:,} = {train.steps:,} steps x {train.global_batch} samples x "
+        f"{tokens:,} = {plan.config.last_step:,} steps x {train.global_batch} samples x "
         f"{shape.sequence_length} tokens; {_digits(per_param)} {a_parameter}",
     )
     for expansion in plan.expansions:

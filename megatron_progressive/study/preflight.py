@@ -30,6 +30,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     """
     _check_schedule(config)
     _check_expansions(config)
+    _check_stop(config)
     for index in range(len(config.expansion) + 1):
         _check_phase(config, index, world)
     return _warnings(config)
@@ -70,6 +71,15 @@ def _check_expansions(config: RunConfig) -> None:
             )
         check_depths(expansion, depth, field, "before it")
         before, depth = step, expansion.to_layers
+
+
+def _check_stop(config: RunConfig) -> None:
+    stop, least = config.train.stop_after, 1 + max(config.expansion_steps(), default=0)
+    if stop is not None and not least <= stop <= config.train.steps:
+        raise ConfigError(
+            f"train.stop_after: got {stop}; accepted: from {least} (a step follows every "
+            f"expansion) to train.steps {config.train.steps}"
+        )
 
 
 def _expansion_step(field: str, at: float, steps: int) -> int:

@@ -26,7 +26,7 @@ class Row:
     params: list[int]
     """Of each phase."""
     steps: int
-    """Configured."""
+    """That the run is to have."""
     steps_done: int
     tokens: int
     """Seen so far."""
@@ -59,7 +59,7 @@ def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
         seed=run.config.run.seed,
         layers=run.depths,
         params=run.params,
-        steps=run.config.train.steps,
+        steps=run.config.last_step,
         steps_done=run.last_step,
         tokens=run.last_step * run.step_tokens,
         total_flops=run.total_flops,

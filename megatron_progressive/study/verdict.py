@@ -134,7 +134,7 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     missing = [f"{m.arm} ({m.reason})" for m in comparison.missing]
     sentences = []
     if not run.finished:
-        sentences.append(f"Unfinished: step {run.last_step} of {run.config.train.steps}.")
+        sentences.append(f"Unfinished: step {run.last_step} of {run.config.last_step}.")
     elif not usable:
         sentences.append("Diverged: its final validation loss is not a number.")
     if missing:
@@ -284,7 +284,7 @@ def _equal_sentence(equal: EqualLoss | None, fixed: Run) -> str:
         rate = (
             f"; its learning rate has decayed to {100 * equal.lr_fraction:.0f} % of its peak there"
         )
-    last = " (its last)" if equal.step == fixed.config.train.steps else ""
+    last = " (its last)" if equal.step == fixed.config.last_step else ""
     return (
         f"At equal loss: the fixed-size run is there at step {equal.step:,}{last} with "
         f"{cheaper}{rate}."
@@ -326,7 +326,7 @@ def _headline(
     run: Run, gap: float | None, short_gap: float | None, speedup: float | None, usable: bool
 ) -> str:
     if not run.finished:
-        return f"{run.name}: unfinished at step {run.last_step} of {run.config.train.steps}"
+        return f"{run.name}: unfinished at step {run.last_step} of {run.config.last_step}"
     if not usable:
         return f"{run.name}: diverged"
     parts = []

@@ -43,7 +43,7 @@ class Monitor:
             )
             self._live.start()
             self._task = self._live.add_task(
-                "", total=config.train.steps, completed=first_step, line=""
+                "", total=config.last_step, completed=first_step, line=""
             )
 
     def note(self, text: str) -> None:
@@ -59,7 +59,7 @@ class Monitor:
         rate = self._step_flops[step - 1] / max(1e-9, now - self._last)
         self._last = now
         self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
-        every, total = self._config.train.log_every, self._config.train.steps
+        every, total = self._config.train.log_every, self._config.last_step
         if not self._shows or (self._live is None and step % every and step != total):
             return
         left = short_time(self._remaining[step] / self._rate)

@@ -20,11 +20,12 @@ from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.run_folder import check_folder, is_finished
 
 
-def run_job(config: RunConfig, nproc: int | None, arguments: list[str]) -> int:
+def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: bool = False) -> int:
     """Train; returns the exit code.
 
     Under torchrun or Slurm this process is one rank of the job. Otherwise ``nproc`` local
-    workers are started with ``arguments`` (those of ``mprog``), or, for one, none.
+    workers are started with ``arguments`` (those of ``mprog``), or, for one, none (with ``apart``
+    also for one: several runs in a row then share no process).
 
     Raises:
         ConfigError: before any process group or file is created.
@@ -39,17 +40,22 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str]) -> int:
         raise ConfigError(f"--nproc: got {nproc}; accepted: from 1")
     warnings = check_run(config, world)
     progress = check_folder(config)
-    if is_finished(config.folder):
+    if is_finished(config):
         if place is None or place.rank == 0:
             print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
         return 0
+    if progress is not None and progress.step > config.last_step:
+        raise ConfigError(
+            f"train.stop_after: got {config.train.stop_after}; accepted: from "
+            f"{progress.step}, where {config.folder} is"
+        )
     data.check(config)
     if place is None or place.rank == 0:
         for warning in warnings if progress is None else ():
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         prepare_imports()
         data.prepare(config)
-    if place is None and world > 1:
+    if place is None and (world > 1 or apart):
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
     return _rank(config, place or Place(0, 0, 1), progress, warnings)
 

@@ -47,7 +47,7 @@ class _Run:
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
         self.data = TrainingData.open(config)
         self.recorder = Recorder(config, resumed, writes=first)
-        plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.train.steps + 1)]
+        plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         self.monitor = Monitor(config, plan, self.progress.step, shows=first)
         self.started = time.perf_counter() - self.progress.wall_s
         self.train_wall = self.progress.train_wall_s
@@ -168,7 +168,7 @@ class _Run:
 
     def evaluate_if_due(self, step: int) -> None:
         train = self.config.train
-        if step % train.eval_every and step != train.steps:
+        if step % train.eval_every and step != self.config.last_step:
             return
         size = train.global_batch
         batches = [
@@ -180,12 +180,15 @@ class _Run:
         self.recorder.event(
             "eval", step=step, tokens=tokens, flops=self.progress.flops, loss=self.eval_loss
         )
-        self.monitor.note(f"step {step}/{train.steps}  validation loss {self.eval_loss:.4f}")
+        self.monitor.note(
+            f"step {step}/{self.config.last_step}  validation loss {self.eval_loss:.4f}"
+        )
         self.monitor.resume_clock()
 
     def save_if_due(self, step: int, stop: bool) -> None:
         train = self.config.train
-        if stop or step == train.steps or (train.save_every and step % train.save_every == 0):
+        due = train.save_every and step % train.save_every == 0
+        if stop or due or step == self.config.last_step:
             self.save(step)
 
     def save(self, step: int) -> None:
@@ -243,7 +246,7 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
             if run.expansion_due(run.progress.step):  # saved right before it
                 run.expand(run.progress.step)
                 run.evaluate_if_due(run.progress.step)
-            for step in range(run.progress.step + 1, config.train.steps + 1):
+            for step in range(run.progress.step + 1, config.last_step + 1):
                 stop = run.train_step(step, flag.raised)
                 if run.expansion_due(step):
                     run.save(step)  # whoever resumes from it expands again, to the same bits
@@ -253,7 +256,7 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
                 else:
                     run.evaluate_if_due(step)
                     run.save_if_due(step, stop)
-                if stop and step < config.train.steps:
+                if stop and step < config.last_step:
                     run.monitor.note(f"stopped by a signal after saving step {step}")
                     return STOPPED
         run.finish()

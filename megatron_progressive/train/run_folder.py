@@ -17,8 +17,8 @@ METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 # What may differ between a run and its continuation: how it is laid out and watched, never
 # what is computed.
-_FREE = {"run.dir", "train.micro_batch", "train.save_every", "train.keep_checkpoints",
-         "train.log_every", "data.prepared"}  # fmt: skip
+_FREE = {"run.dir", "train.stop_after", "train.micro_batch", "train.save_every",
+         "train.keep_checkpoints", "train.log_every", "data.prepared"}  # fmt: skip
 
 
 def _decisive(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -62,9 +62,13 @@ def check_folder(config: RunConfig) -> Progress | None:
     return read_progress(saved[-1]) if saved else None
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run ended (its summary is written last)."""
-    return (folder / SUMMARY_FILE).is_file()
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run ended (its summary is written last), with its last step or a later one."""
+    path = config.folder / SUMMARY_FILE
+    if not path.is_file():
+        return False
+    steps = json.loads(path.read_text()).get("steps")
+    return isinstance(steps, int) and steps >= config.last_step
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -99,6 +103,8 @@ class Recorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / CONFIG_FILE, to_yaml(config))
+        # of a run that was stopped early and goes on
+        (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
         # Steps after the checkpoint are going to be done again: no step twice.
         kept = [e for e in read_metrics(self.folder) if progress and _done(e, progress, config)]
         text = "".join(json.dumps(event) + "\n" for event in kept)

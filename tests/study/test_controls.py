@@ -31,6 +31,7 @@ def progressive(
     )
 
 
+WHOLE = progressive(0, [{"at": 0.5, "to_layers": 6}])
 CASES = [
     progressive(0, [{"at": 0.8, "to_layers": 6}]),
     progressive(1, [{"at": 0.5, "to_layers": 4, "parallel": {"tensor": 2}}], 77, "adamw"),
@@ -41,6 +42,7 @@ CASES = [
             {"at": 600, "to_layers": 8, "parallel": {"tensor": 4, "pipeline": 1}},
         ],
     ),
+    replace(WHOLE, train=replace(WHOLE.train, stop_after=1000)),
 ]
 
 

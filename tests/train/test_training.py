@@ -18,6 +18,7 @@ import yaml
 
 from megatron_progressive.config import to_yaml
 from megatron_progressive.state.checkpoint import checkpoints
+from megatron_progressive.study.flops import total_flops
 from megatron_progressive.train.run_folder import read_metrics
 from tests.pool import Pool
 from tests.train.cases import run_config, run_values, train_here
@@ -85,6 +86,28 @@ def test_same_layout_is_bitwise_the_same_run(pool: Pool, corpus: Path, tmp_path:
     )
     assert first == second
     assert sum(e["event"] == "train" for e in first) == 60
+
+
+def test_a_run_that_stops_early_goes_on_to_the_same_bits(
+    pool: Pool, corpus: Path, tmp_path: Path
+) -> None:
+    """Stopped inside the decay: with a schedule of its own it would have another."""
+    whole = run_config(tmp_path, corpus, "whole", "train.save_every=0")
+    pool.run(1, train_here, whole)
+    part = run_config(tmp_path, corpus, "part", "train.save_every=0", "train.stop_after=57")
+    pool.run(1, train_here, part)
+    summary = json.loads((part.folder / "summary.json").read_text())
+    assert summary["steps"] == 57
+    assert summary["final_eval_loss"] == events(part.folder, "eval")[-1]["loss"]
+    assert events(part.folder, "eval")[-1]["step"] == 57
+    assert summary["total_flops"] == total_flops(part)
+    first = {step: loss for step, loss in losses(whole.folder).items() if step <= 57}
+    assert losses(part.folder) == first
+    pool.run(1, train_here, run_config(tmp_path, corpus, "part", "train.save_every=0"))
+    assert losses(part.folder) == losses(whole.folder)
+    ends = [json.loads((run.folder / "summary.json").read_text()) for run in (part, whole)]
+    assert ends[0]["steps"] == 60
+    assert ends[0]["final_eval_loss"] == ends[1]["final_eval_loss"]
 
 
 @pytest.mark.parametrize(("saved_at", "virtual"), [(20, 1), (40, 2), (50, 1)])
