@@ -14,13 +14,18 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_progressive.config import OptimSection
+from megatron_progressive.engines.places import (
+    BufferTensor,
+    Place,
+    owner_places,
+    zero_3_places,
+    zero_places,
+)
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape, TensorSpec, layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
@@ -41,13 +46,6 @@ _WEIGHT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _STATE_DTYPE = "float32"
 
 FINAL_NORM = "decoder.final_layernorm."
-
-_TENSOR_ALIGNMENT = 64
-"""Elements: where a tensor may start in a buffer of the distributed optimizer."""
-_BUCKET_ALIGNMENT = 128
-"""Elements: the end of a bucket is a multiple of this and of the data-parallel ranks."""
-_ZERO_ALIGNMENT = 2
-"""Elements: DeepSpeed's share of a flat group is a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -127,75 +125,6 @@ def _state_pieces(
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in a buffer whose buckets are each cut into equal shares, one of each
-    for every data-parallel rank."""
-
-    start: int
-    """Of the tensor, from the start of its bucket."""
-    numel: int
-    share: int
-    """Elements of the bucket on each rank, padding included."""
-
-    def ranks(self) -> range:
-        """Data-parallel ranks that own some of the tensor."""
-        return range(self.start // self.share, (self.start + self.numel - 1) // self.share + 1)
-
-    def owned(self, data_rank: int) -> tuple[int, int]:
-        """The flat range of the tensor that a rank owns; empty where first >= last."""
-        low = data_rank * self.share - self.start
-        return max(0, low), min(self.numel, low + self.share)
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def distributed_optimizer_places(
-    numels: Sequence[int], alone: Sequence[bool], data_ranks: int
-) -> list[_Place]:
-    """Places of tensors in a model chunk's buffer of Megatron-core's distributed optimizer.
-
-    The buffer has the tensors in reverse order, each at a multiple of 64 elements, in one
-    bucket: the engine asks for no overlap of the gradients' reduction, which would cut buckets
-    by size. A tensor with ``alone`` (the embedding that two pipeline stages share) has a bucket
-    of its own. The end of a bucket is padded to a multiple of 128 and of the ranks.
-
-    Args:
-        numels: elements of each tensor, in the order of registration.
-    """
-    buckets: list[list[int]] = [[]]
-    for tensor in reversed(range(len(numels))):
-        if alone[tensor]:
-            buckets += [[tensor], []]
-        else:
-            buckets[-1].append(tensor)
-    places: dict[int, _Place] = {}
-    for bucket in buckets:
-        starts, end = [], 0
-        for tensor in bucket:
-            starts.append(_rounded_up(end, _TENSOR_ALIGNMENT))
-            end = starts[-1] + numels[tensor]
-        share = _rounded_up(end, math.lcm(data_ranks, _BUCKET_ALIGNMENT)) // data_ranks
-        for tensor, start in zip(bucket, starts, strict=True):
-            places[tensor] = _Place(start, numels[tensor], share)
-    return [places[tensor] for tensor in range(len(numels))]
-
-
-def zero_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
-    """Places of tensors in DeepSpeed's flat group (ZeRO stages 1 and 2): one after the other,
-    in the order of registration, the end padded to a multiple of 2 x ranks."""
-    share = _rounded_up(sum(numels), _ZERO_ALIGNMENT * data_ranks) // data_ranks
-    starts = itertools.accumulate(numels, initial=0)
-    return [_Place(start, numel, share) for start, numel in zip(starts, numels, strict=False)]
-
-
-def zero_3_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
-    """Places of tensors under DeepSpeed's ZeRO stage 3, which cuts each on its own."""
-    return [_Place(0, numel, -(-numel // data_ranks)) for numel in numels]
-
-
-@dataclass(frozen=True)
 class _Part:
     """Tensors of one stage that the same parallel groups divide: all of them, or all but the
     experts, or the experts of one expert-parallel rank."""
@@ -214,9 +143,7 @@ class _Part:
     @property
     def state_sharded(self) -> bool:
         """Whether optimizer state (master weights too) is divided over data-parallel ranks."""
-        if self.layout.engine == "deepspeed":
-            return self.layout.zero_stage >= 1
-        return self.optim.name == ADAMW and self.layout.zero_stage >= 1
+        return self.layout.zero_stage >= 1
 
     @property
     def weights_sharded(self) -> bool:
@@ -263,14 +190,17 @@ class _Part:
                     pieces[owner].extend(_state_pieces(tensor, parts, self.optim, self.precision))
         return pieces
 
-    def _places(self, chunk: list[HeldTensor], boxes: list[Box]) -> list[_Place]:
+    def _places(self, chunk: list[HeldTensor], boxes: list[Box]) -> list[Place]:
         numels = [box.numel for box in boxes]
         if self.weights_sharded:
             return zero_3_places(numels, self.data)
         if self.layout.engine == "deepspeed":
             return zero_places(numels, self.data)
-        alone = [tensor.alone for tensor in chunk]
-        return distributed_optimizer_places(numels, alone, self.data)
+        tensors = [
+            BufferTensor(t.name, numel, rule_of(t.spec, self.optim), t.alone)
+            for t, numel in zip(chunk, numels, strict=True)
+        ]
+        return owner_places(tensors, self.data)
 
     def _weight(self, tensor: HeldTensor, box: Box) -> PieceMeta:
         dtype = _WEIGHT_DTYPES[self.precision]
