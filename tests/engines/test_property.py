@@ -26,14 +26,15 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
     parallel = {"engine": "megatron", "tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
                 "uneven": True, "expert": 1, "expert_tensor": None,
                 "zero_stage": rng.randint(0, 1)}  # fmt: skip
-    if rng.random() < 0.4:
+    if rng.random() < (0.25 if experts else 0.45):
         return {
             **parallel,
             "engine": "deepspeed",
-            "expert_tensor": 1,
+            "expert_tensor": 1 if experts else None,
             "zero_stage": rng.randint(0, 3),
         }
-    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0])
+    most = 2 if experts else 4  # leaves ranks for experts
+    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0 and t <= most])
     rest = world // parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
     if parallel["pipeline"] > 1:
@@ -42,7 +43,8 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
         block = world // parallel["pipeline"]
         tensor = rng.choice([parallel["tensor"], parallel["tensor"], 1])
         parallel["expert_tensor"] = tensor
-        parallel["expert"] = rng.choice([e for e in (2, 4, 1) if block // tensor % e == 0])
+        several = [e for e in (2, 4) if block // tensor % e == 0 and rng.random() < 0.8]
+        parallel["expert"] = rng.choice(several or [1])
     return parallel
 
 
@@ -90,7 +92,8 @@ def random_case(seed: int, world: int) -> RunConfig:
             parallel["zero_stage"] = min(parallel["zero_stage"], 2)
     expansion = {
         "at": 2,
-        "to_layers": rng.randint(source + 1, 12),
+        # experts are many tensors: few of the deepest models have them, for the time it takes
+        "to_layers": rng.randint(source + 1, 12 if not experts or rng.random() < 0.25 else 6),
         "init": rng.choice(["random", "zero", *copying]),
         "order": rng.choice(["stack", "inter", "last"]),
         "insert": rng.choice(["bottom", "top"]),
@@ -100,6 +103,7 @@ def random_case(seed: int, world: int) -> RunConfig:
     words = [
         f"model.num_layers={source}",
         *parts,
+        "optim.ns_steps=1",  # the expansion is tested, not the optimizer
         f"optim.name={rng.choice(['adamw', 'muon_nsgd'])}",
         f"optim.embeddings={rng.choice(['muon', 'adamw'])}",
         f"train.precision={rng.choice(['fp32', 'bf16'])}",
@@ -166,6 +170,11 @@ def test_cases_cover_what_they_are_meant_to() -> None:
     assert set(stages) == {0, 1, 2, 3}
     virtual = {(a.virtual_pipeline, b.virtual_pipeline) for a, b in phases}
     assert virtual == set(itertools.product([1, 2], repeat=2))
+    assert {c.model.family for c in configs} == set(cases.SMALL_FAMILIES)
+    experts = {(a.expert > 1, b.expert > 1) for a, b in phases}
+    assert experts == set(itertools.product([True, False], repeat=2))
+    assert any(b.expert > 1 and b.expert_tensor != b.tensor for _, b in phases)
+    assert any(b.expert > 1 and b.expert_tensor == b.tensor == 2 for _, b in phases)
     assert {c.model.num_layers for c in configs} == set(range(5))
     assert {c.expansion[0].to_layers for c in configs} >= set(range(2, 13))
 
