@@ -36,6 +36,7 @@ from megatron_progressive.engines.megatron_optimizer import (
 )
 from megatron_progressive.engines.megatron_owners import owner_layout
 from megatron_progressive.engines.megatron_state import sharded_state, table_with_tied_head
+from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.optim.rules import ADAMW
@@ -104,7 +105,9 @@ class MegatronEngine:
     ) -> FullParamLayout:
         """Where the parameters of a model chunk lie in buffers that data-parallel ranks divide."""
         if self.config.optim.name != ADAMW:
-            return owner_layout(names, self._table, self.config.optim, self.groups, buffers)
+            optim = self.config.optim
+            embedding = shared_embedding_is_whole(self.shape, self.layout, optim)
+            return owner_layout(names, self._table, optim, self.groups, buffers, embedding)
         data, experts = self.layout.data, self.layout.expert_data
         return DistributedOptimizer.compute_full_param_layout(
             list(names.values()), None, data, buffers, experts

@@ -39,11 +39,13 @@ def owner_layout(
     optim: OptimSection,
     groups: ProcessGroups,
     buffers: DistributedDataParallelConfig,
+    whole_embedding: bool,
 ) -> FullParamLayout:
     """How DDP lays out the buffers of one model chunk, tensors whole in the ranks' shares.
 
     Args:
         parameters: of the chunk by canonical name, in the order of registration.
+        whole_embedding: :func:`.partitions.shared_embedding_is_whole`.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     grouped = group_params_for_buffers(list(names), buffers.grad_reduce_in_fp32)
@@ -51,7 +53,13 @@ def owner_layout(
     for key, (members, indices) in grouped.items():
         ranks = groups.layout.expert_data if key.is_expert_parallel else groups.layout.data
         tensors = [
-            BufferTensor(names[p], p.numel(), rule_of(table[names[p]], optim), _shared_by_stages(p))
+            BufferTensor(
+                names[p],
+                p.numel(),
+                rule_of(table[names[p]], optim),
+                alone=_shared_by_stages(p) and not whole_embedding,
+                first=_shared_by_stages(p) and whole_embedding,
+            )
             for p in members
         ]
         places = owner_places(tensors, ranks)

@@ -57,8 +57,9 @@ class HeldTensor:
     tied_copy: bool = False
     """A later stage's copy of the embedding."""
     alone: bool = False
-    """Whether it has a bucket of the distributed optimizer to itself: the embedding that the
-    first and the last stage each have a copy of."""
+    """Whether it is the embedding that the first and the last stage each have a copy of. It has a
+    bucket of the distributed optimizer to itself, or lies first in one
+    (:func:`shared_embedding_is_whole`)."""
 
 
 def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTensor]]]:
@@ -102,6 +103,25 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
     return chunks
 
 
+def shared_embedding_is_whole(shape: ModelShape, layout: Layout, optim: OptimSection) -> bool:
+    """Whether under Muon-NSGD one data-parallel rank owns the whole embedding that the first and
+    the last stage have copies of: on both it fits into a rank's share of the buffer."""
+    chunks = chunk_tensors(shape, layout)
+    for chunk in (chunks[0][0], chunks[-1][-1]):
+        dense = [
+            tensor
+            for tensor in chunk
+            if tensor.spec.trainable
+            and not (layout.separate_experts and tensor.spec.expert is not None)
+        ]
+        numels = [_local_box(tensor.spec, 0, layout.tensor).numel for tensor in dense]
+        for tensor, numel in zip(dense, numels, strict=True):
+            adamw = rule_of(tensor.spec, optim) == ADAMW
+            if tensor.alone and (adamw or numel * layout.data > sum(numels)):
+                return False
+    return True
+
+
 def _local_box(spec: TensorSpec, tensor_rank: int, tensor_ranks: int) -> Box:
     """The box of a tensor that a tensor-parallel rank computes with."""
     if spec.tp_axis is None:
@@ -139,6 +159,8 @@ class _Part:
     optim: OptimSection
     precision: str
     layout: Layout
+    whole_embedding: bool
+    """:func:`shared_embedding_is_whole`"""
 
     @property
     def state_sharded(self) -> bool:
@@ -197,7 +219,13 @@ class _Part:
         if self.layout.engine == "deepspeed":
             return zero_places(numels, self.data)
         tensors = [
-            BufferTensor(t.name, numel, rule_of(t.spec, self.optim), t.alone)
+            BufferTensor(
+                t.name,
+                numel,
+                rule_of(t.spec, self.optim),
+                alone=t.alone and not self.whole_embedding,
+                first=t.alone and self.whole_embedding,
+            )
             for t, numel in zip(chunk, numels, strict=True)
         ]
         return owner_places(tensors, self.data)
@@ -225,18 +253,19 @@ def _parts(
     """The parts of every stage."""
     experts = shape.moe.num_experts if shape.moe is not None else layout.expert
     separate, ranks = layout.separate_experts, layout.expert_tensor
+    embedding = shared_embedding_is_whole(shape, layout, optim)
     for stage, chunks in enumerate(chunk_tensors(shape, layout)):
         first = stage * layout.tensor * layout.data
         divided = _by_expert_rank(chunks, experts // layout.expert) if separate else {}
         yield _Part(
             divided[None] if separate else chunks, range(first, first + layout.tensor),
-            layout.tensor, layout.data, optim, precision, layout,
+            layout.tensor, layout.data, optim, precision, layout, embedding,
         )  # fmt: skip
         for expert_rank in range(layout.expert if separate else 0):
             begin = first + ranks * expert_rank
             yield _Part(
                 divided[expert_rank], range(begin, begin + ranks), ranks * layout.expert,
-                layout.expert_data, optim, precision, layout,
+                layout.expert_data, optim, precision, layout, embedding,
             )  # fmt: skip
 
 

@@ -63,6 +63,9 @@ class BufferTensor:
     alone: bool = False
     """Whether it has a bucket to itself: the embedding that two pipeline stages have copies of.
     Their gradients are added where each rank owns the same part of both."""
+    first: bool = False
+    """Whether it lies at the start of its bucket, whole in the first share: that embedding, where
+    it fits on both stages."""
 
 
 def _rounded_up(value: int, multiple: int) -> int:
@@ -113,6 +116,9 @@ def owner_places(tensors: Sequence[BufferTensor], data_ranks: int) -> list[Place
     Args:
         tensors: in the order of registration. Within a bucket of whole tensors the places
             depend on names and sizes alone.
+
+    Raises:
+        RuntimeError: a tensor that is to lie first is larger than a share.
     """
     places: dict[int, Place] = {}
     for bucket, members in enumerate(_buckets(tensors)):
@@ -121,10 +127,12 @@ def owner_places(tensors: Sequence[BufferTensor], data_ranks: int) -> list[Place
             starts, end = _in_a_row([tensors[i].numel for i in members])
             share = _equal_share(end, data_ranks)
         else:
-            members.sort(key=lambda i: (-tensors[i].numel, tensors[i].name))
+            members.sort(key=lambda i: (not tensors[i].first, -tensors[i].numel, tensors[i].name))
             starts, share = _whole_in_shares([tensors[i].numel for i in members], data_ranks)
         for i, start in zip(members, starts, strict=True):
             places[i] = Place(start, tensors[i].numel, share, bucket)
+            if tensors[i].first and places[i].owned(0) != (0, tensors[i].numel):
+                raise RuntimeError(f"{tensors[i].name}: does not fit into the first of the shares")
     return [places[i] for i in range(len(tensors))]
 
 
@@ -139,7 +147,8 @@ def _buckets(tensors: Sequence[BufferTensor]) -> Iterator[list[int]]:
 
 
 def _whole_in_shares(numels: Sequence[int], data_ranks: int) -> tuple[list[int], int]:
-    """Starts of tensors, given the largest first, and the share; as few are cut as fit."""
+    """Starts of tensors, given the largest first (but for one that lies at the start), and the
+    share; as few are cut as fit."""
     total = sum(_rounded_up(numel, _TENSOR_ALIGNMENT) for numel in numels)
     least = _rounded_up(-(-total // data_ranks), _BUCKET_ALIGNMENT)
     shares = [

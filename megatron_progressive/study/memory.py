@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from megatron_progressive.config import OptimSection, RunConfig
+from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.partitions import chunk_tensors
 from megatron_progressive.models.base import ModelShape, TensorSpec
 from megatron_progressive.optim.rules import ADAMW, rule_of
