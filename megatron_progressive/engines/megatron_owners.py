@@ -12,6 +12,8 @@ takes an optimizer that is no Adam rests on the ``init_state_fn`` that it is giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -140,7 +142,7 @@ class OwnerOptimizer(FlatOptimizer):
                     (self._sent if first_stage else self._received).add(name)
 
     @torch.no_grad()
-    def step(self, closure: object = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update the shards in the groups, from their gradients."""
         self.update(self._all, self.param_groups[0]["lr"])
 

@@ -70,6 +70,18 @@ def weights_after(config: RunConfig, steps: int) -> dict[str, Any]:
     return {name: t.numpy() for (name, slot), t in state.items() if slot == "param"}
 
 
+def one_step(config: RunConfig, lr: float) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The whole state before and after the first step, as arrays of rank 0."""
+    engine = cases.start(config)
+    before = cases.gather(engine.state())
+    cases.step(engine, 0, lr)
+    after = cases.gather(engine.state())
+    engine.close()
+    if dist.get_rank():
+        return {}, {}
+    return tuple({key: t.numpy() for key, t in state.items()} for state in (before, after))  # type: ignore[return-value]
+
+
 @contextmanager
 def counted_bytes(groups: list[Any]) -> Iterator[dict[str, int]]:
     """Bytes that this rank sends over some groups, by collective: what a ring or a direct exchange

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.engines.partitions import chunk_tensors
 from megatron_progressive.engines.places import MOST_PADDING, BufferTensor, owner_places
 from megatron_progressive.models import model_shape, tensor_table
-from megatron_progressive.optim.rules import ADAMW, MUON, rule_of
+from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.newton_schulz import JORDAN
+from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, rule_of
 from megatron_progressive.runtime.layout import Layout
 from tests.engines import cases, owner_cases
 from tests.pool import Pool
@@ -50,6 +53,66 @@ def test_ten_steps_equal_those_of_one_process(pool: Pool, layers: int) -> None:
         for name, weight in expected[family].items():
             difference = np.linalg.norm(found[name] - weight)
             assert difference <= 1e-5 * np.linalg.norm(weight), (family, world, parallel, name)
+
+
+# Newton-Schulz enlarges the rounding of a gradient's smallest directions some hundred times
+LR = 0.002
+
+
+@pytest.mark.parametrize(
+    ("family", "world", "parallel"),
+    [("gpt2", 2, {}), ("llama3", 4, {"tensor": 2}), ("mixtral", 4, {"expert": 2, "tensor": 2})],
+)
+def test_one_step_equals_torchs_muon_and_the_formula_of_nsgd(
+    pool: Pool,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    world: int,
+    parallel: dict[str, Any],
+) -> None:
+    """After one step momentum is (1 - 0.95) of the gradient that it took."""
+    # torch orthogonalises in bf16; with its cast to bf16 taken away it is fp32
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
+    config = cases.family_config(family, ["model.num_layers=2", *words(parallel)])
+    before, after = pool.run(world, owner_cases.one_step, config, LR)[0]
+    rules = set()
+    for name, spec in tensor_table(model_shape(config)).items():
+        weight = torch.from_numpy(before[name, "param"])
+        gradient = torch.from_numpy(after[name, "momentum"]) / 0.05
+        found = torch.from_numpy(after[name, "param"])
+        rule = rule_of(spec, config.optim)
+        rules.add(rule)
+        if rule == MUON:
+            grads, found_parts = separate(gradient, spec), separate(found, spec)
+            for old, grad, new in zip(separate(weight, spec), grads, found_parts, strict=True):
+                assert_close(torchs_muon(old, grad), new, name)
+        else:
+            update = gradient / gradient.norm() * math.sqrt(gradient.numel())
+            assert_close(weight - LR * update, found, name)
+    assert rules == {MUON, NSGD}
+
+
+def separate(tensor: torch.Tensor, spec: TensorSpec) -> list[torch.Tensor]:
+    if not spec.row_blocks:
+        return list(tensor.reshape(-1, *tensor.shape[-2:]))
+    groups = tensor.reshape(-1, sum(spec.row_blocks), tensor.shape[-1]).split(spec.row_blocks, 1)
+    return [rows.reshape(-1, tensor.shape[-1]) for rows in groups]
+
+
+def torchs_muon(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = gradient.clone()
+    # torch's "original" scales by sqrt(max(1, out / in)), ours by sqrt(out / in)
+    ratio = min(1.0, math.sqrt(weight.shape[0] / weight.shape[1]))
+    torch.optim.Muon(
+        [parameter], lr=LR * ratio, weight_decay=0.01 / ratio, momentum=0.95, nesterov=True,
+        ns_coefficients=JORDAN, ns_steps=5, adjust_lr_fn="original",
+    ).step()  # fmt: skip
+    return parameter.detach()
+
+
+def assert_close(expected: torch.Tensor, found: torch.Tensor, name: str) -> None:
+    assert (expected - found).norm() <= 1e-6 * expected.norm(), name
 
 
 def matrices(config: RunConfig, layers: int | None = None) -> int:
