@@ -222,9 +222,10 @@ class ParallelSection:
     expert_tensor: Optional[int] = None
     """Tensor-parallel ranks of the experts (default: ``tensor``)."""
     zero_stage: int = 1
-    """megatron: 1 shards AdamW's state over data-parallel ranks (Megatron's distributed
-    optimizer), 0 does not; Muon-NSGD keeps its state on every data-parallel rank. deepspeed: 0
-    to 3, with either optimizer: 2 shards gradients too, 3 the weights as well."""
+    """megatron: 1 divides optimizer state over data-parallel ranks (Megatron's distributed
+    optimizer), for Muon-NSGD in whole tensors, each updated by one rank; 0 keeps it on every
+    rank, and each repeats Newton-Schulz. deepspeed: 0 to 3: 2 divides gradients too, 3 the
+    weights as well."""
     staging_mib: int = 64
     """Most memory a rank stages for sending and receiving at an expansion, MiB."""
 

@@ -206,7 +206,7 @@ class ReplicatedOptimizer(FlatOptimizer):
                 weight = self._master[parameter] = weight.float()
                 self._sums[parameter] = torch.zeros_like(weight)
                 parameter.register_post_accumulate_grad_hook(self._adder())  # type: ignore[no-untyped-call]
-            self.attach(parameter, weight, [Cut(name, table[name], ((0, weight.numel()),), 0)])
+            self.attach(parameter, weight, [Cut(name, table[name], {0: (0, weight.numel())})])
 
     def _adder(self) -> Callable[[torch.Tensor], None]:
         sums = self._sums

@@ -139,9 +139,9 @@ def attach(
                 offset = max(0, total - size * optimizer.rank)
                 total += numel
             inside = [min(max(bound, 0), numel) for bound in bounds]
-            ranges = tuple(itertools.pairwise(inside))
-            start, end = ranges[optimizer.rank]
-            cuts.append(Cut(name, table[name], ranges, offset if start < end else 0))
+            pairs = enumerate(itertools.pairwise(inside))
+            ranges = {rank: (start, end) for rank, (start, end) in pairs if start < end}
+            cuts.append(Cut(name, table[name], ranges, offset if optimizer.rank in ranges else 0))
         optimizer.attach(partition, partition, cuts)
 
 
@@ -205,7 +205,7 @@ def sharded_state(
     for fragment in optimizer.fragments():
         cut = fragment.cut
         name, shape, parameter = cut.name, cut.spec.shape, parameters[cut.name]
-        start, end = cut.ranges[optimizer.rank]
+        start, end = cut.range_of(optimizer.rank)
         if stage == 3:
             local: Any = parameter
             pieces.extend(_flat_pieces(cut, PARAM, local.ds_tensor[: end - start], start))
@@ -218,7 +218,7 @@ def sharded_state(
         for slot, value in slots.items():
             if value.dim() == 0:
                 # each rank with a fragment has the number; stage 0 has it on every rank
-                others = rank if stage == 0 else cut.holders.index(rank)
+                others = rank if stage == 0 else list(cut.ranges).index(rank)
                 pieces.append(scalar_piece(name, slot, value, others, tied=False))
             elif stage == 0:
                 pieces.append(Piece(name, slot, shape, whole(shape), value.view(shape), rank))

@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -32,11 +33,13 @@ from megatron_progressive.engines.megatron_model import (
 from megatron_progressive.engines.megatron_optimizer import (
     build_optimizer,
     clip_gradients,
-    is_sharded,
 )
+from megatron_progressive.engines.megatron_owners import owner_layout
 from megatron_progressive.engines.megatron_state import sharded_state, table_with_tied_head
+from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape
+from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.state.boxes import ShardedState
@@ -66,7 +69,7 @@ class MegatronEngine:
         self._names = {name: weight for names in named for name, weight in names.items()}
         table = engine_table(tensor_table(shape))
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
-        sharded = is_sharded(config.optim, layout.zero_stage)
+        sharded = layout.zero_stage >= 1
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=sharded,
             grad_reduce_in_fp32=True,
@@ -79,11 +82,7 @@ class MegatronEngine:
                 transformer,
                 buffers,
                 Float16Module(transformer, chunk) if bf16 else chunk,
-                full_param_layout=DistributedOptimizer.compute_full_param_layout(
-                    list(names.values()), None, layout.data, buffers, layout.expert_data
-                )
-                if sharded
-                else None,
+                full_param_layout=self._buffer_layout(names, buffers) if sharded else None,
             )
             for chunk, names in zip(chunks, named, strict=True)
         ]
@@ -101,6 +100,19 @@ class MegatronEngine:
         self._forward_backward = get_forward_backward_func()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+
+    def _buffer_layout(
+        self, names: dict[str, torch.nn.Parameter], buffers: DistributedDataParallelConfig
+    ) -> FullParamLayout:
+        """Where the parameters of a model chunk lie in buffers that data-parallel ranks divide."""
+        if self.config.optim.name != ADAMW:
+            optim = self.config.optim
+            embedding = shared_embedding_is_whole(self.shape, self.layout, optim)
+            return owner_layout(names, self._table, optim, self.groups, buffers, embedding)
+        data, experts = self.layout.data, self.layout.expert_data
+        return DistributedOptimizer.compute_full_param_layout(
+            list(names.values()), None, data, buffers, experts
+        )
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
         for chunk in self.chunks:

@@ -1,9 +1,10 @@
 """Optimizers of the Megatron engine: Megatron-core's wrappers around torch's and our own.
 
-Three wrappers, all Megatron-core's: the distributed optimizer (AdamW, ZeRO stage 1), the one
-with fp32 master weights (bf16) and the fp32 one. They are built directly, not through
-``get_megatron_optimizer``: that takes Transformer Engine's FusedAdam where it finds it, whose
-step count is one for a whole group, while layers that are new at τ start at step zero.
+Three wrappers, all Megatron-core's: the distributed optimizer (ZeRO stage 1), and where state is
+on every data-parallel rank the one with fp32 master weights (bf16) and the fp32 one. They are
+built directly, not through ``get_megatron_optimizer``: that takes Transformer Engine's FusedAdam
+where it finds it, whose step count is one for a whole group, while layers that are new at τ start
+at step zero.
 """
 
 from __future__ import annotations
@@ -27,15 +28,11 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_progressive.config import OptimSection
+from megatron_progressive.engines.megatron_owners import OwnerOptimizer
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.muon_nsgd import ADAMW, MuonNSGD, rule_of
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.memory import zeros_like
-
-
-def is_sharded(optim: OptimSection, zero_stage: int) -> bool:
-    """Whether optimizer state is divided over data-parallel ranks."""
-    return optim.name == ADAMW and zero_stage >= 1
 
 
 def parameter_groups(
@@ -92,6 +89,10 @@ def build_optimizer(
         # the norm of the gradient is a sum over the ranks of every wrapper, so all have both
         for experts in ((False, True) if groups.layout.separate_experts else (False,))
     ]
+    for wrapper in wrappers[:-1]:
+        # Each distributed optimizer would gather the weights of all buffers: the last one does,
+        # after all have stepped.
+        wrapper._defer_param_sync = True
     return ChainedOptimizer(wrappers)
 
 
@@ -104,7 +105,9 @@ def _wrapper(
     bf16: bool,
     experts: bool,
 ) -> MegatronOptimizer:
-    sharded = is_sharded(optim, groups.layout.zero_stage)
+    sharded = groups.layout.zero_stage >= 1
+    data_group = groups.expert_data_group if experts else groups.data_group
+    tensor_group = groups.expert_tensor_group if experts else groups.tensor_group
     config = OptimizerConfig(
         optimizer="adam",  # a label: the optimizer object is passed in
         lr=optim.lr,
@@ -122,10 +125,12 @@ def _wrapper(
         inner = torch.optim.AdamW(
             members, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused
         )
-    elif members:
-        inner = MuonNSGD(
-            members, optim, groups.expert_tensor_group if experts else groups.tensor_group
+    elif members and sharded:
+        inner = OwnerOptimizer(
+            list(parameters.values()), optim, data_group.rank(), data_group, tensor_group
         )
+    elif members:
+        inner = MuonNSGD(members, optim, tensor_group)
     wrapper: MegatronOptimizer
     if sharded:
         buffers = {
@@ -139,7 +144,7 @@ def _wrapper(
             lambda *_: None,
             model_chunks=chunks,
             per_model_buffers=buffers,
-            data_parallel_group=groups.expert_data_group if experts else groups.data_group,
+            data_parallel_group=data_group,
             data_parallel_group_gloo=None,
             data_parallel_group_idx=dist.get_rank(
                 groups.expert_model_group if experts else groups.model_group
@@ -159,7 +164,9 @@ def _wrapper(
         )
     wrapper.tp_group = groups.tensor_group
     wrapper.expert_tp_group = groups.expert_tensor_group
-    if isinstance(inner, MuonNSGD):
+    if isinstance(inner, OwnerOptimizer):
+        inner.attach_shards(wrapper, parameters, table, tensor_group.size(), groups.first_stage)
+    elif isinstance(inner, MuonNSGD):
         inner.init_state()
     elif inner is not None:
         _init_adamw_state(inner)

@@ -14,13 +14,18 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_progressive.config import OptimSection
+from megatron_progressive.engines.places import (
+    BufferTensor,
+    Place,
+    owner_places,
+    zero_3_places,
+    zero_places,
+)
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape, TensorSpec, layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
@@ -42,13 +47,6 @@ _STATE_DTYPE = "float32"
 
 FINAL_NORM = "decoder.final_layernorm."
 
-_TENSOR_ALIGNMENT = 64
-"""Elements: where a tensor may start in a buffer of the distributed optimizer."""
-_BUCKET_ALIGNMENT = 128
-"""Elements: the end of a bucket is a multiple of this and of the data-parallel ranks."""
-_ZERO_ALIGNMENT = 2
-"""Elements: DeepSpeed's share of a flat group is a multiple of this."""
-
 
 @dataclass(frozen=True)
 class HeldTensor:
@@ -59,8 +57,9 @@ class HeldTensor:
     tied_copy: bool = False
     """A later stage's copy of the embedding."""
     alone: bool = False
-    """Whether it has a bucket of the distributed optimizer to itself: the embedding that the
-    first and the last stage each have a copy of."""
+    """Whether it is the embedding that the first and the last stage each have a copy of. It has a
+    bucket of the distributed optimizer to itself, or lies first in one
+    (:func:`shared_embedding_is_whole`)."""
 
 
 def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTensor]]]:
@@ -104,6 +103,25 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
     return chunks
 
 
+def shared_embedding_is_whole(shape: ModelShape, layout: Layout, optim: OptimSection) -> bool:
+    """Whether under Muon-NSGD one data-parallel rank owns the whole embedding that the first and
+    the last stage have copies of: on both it fits into a rank's share of the buffer."""
+    chunks = chunk_tensors(shape, layout)
+    for chunk in (chunks[0][0], chunks[-1][-1]):
+        dense = [
+            tensor
+            for tensor in chunk
+            if tensor.spec.trainable
+            and not (layout.separate_experts and tensor.spec.expert is not None)
+        ]
+        numels = [_local_box(tensor.spec, 0, layout.tensor).numel for tensor in dense]
+        for tensor, numel in zip(dense, numels, strict=True):
+            adamw = rule_of(tensor.spec, optim) == ADAMW
+            if tensor.alone and (adamw or numel * layout.data > sum(numels)):
+                return False
+    return True
+
+
 def _local_box(spec: TensorSpec, tensor_rank: int, tensor_ranks: int) -> Box:
     """The box of a tensor that a tensor-parallel rank computes with."""
     if spec.tp_axis is None:
@@ -127,75 +145,6 @@ def _state_pieces(
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in a buffer whose buckets are each cut into equal shares, one of each
-    for every data-parallel rank."""
-
-    start: int
-    """Of the tensor, from the start of its bucket."""
-    numel: int
-    share: int
-    """Elements of the bucket on each rank, padding included."""
-
-    def ranks(self) -> range:
-        """Data-parallel ranks that own some of the tensor."""
-        return range(self.start // self.share, (self.start + self.numel - 1) // self.share + 1)
-
-    def owned(self, data_rank: int) -> tuple[int, int]:
-        """The flat range of the tensor that a rank owns; empty where first >= last."""
-        low = data_rank * self.share - self.start
-        return max(0, low), min(self.numel, low + self.share)
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def distributed_optimizer_places(
-    numels: Sequence[int], alone: Sequence[bool], data_ranks: int
-) -> list[_Place]:
-    """Places of tensors in a model chunk's buffer of Megatron-core's distributed optimizer.
-
-    The buffer has the tensors in reverse order, each at a multiple of 64 elements, in one
-    bucket: the engine asks for no overlap of the gradients' reduction, which would cut buckets
-    by size. A tensor with ``alone`` (the embedding that two pipeline stages share) has a bucket
-    of its own. The end of a bucket is padded to a multiple of 128 and of the ranks.
-
-    Args:
-        numels: elements of each tensor, in the order of registration.
-    """
-    buckets: list[list[int]] = [[]]
-    for tensor in reversed(range(len(numels))):
-        if alone[tensor]:
-            buckets += [[tensor], []]
-        else:
-            buckets[-1].append(tensor)
-    places: dict[int, _Place] = {}
-    for bucket in buckets:
-        starts, end = [], 0
-        for tensor in bucket:
-            starts.append(_rounded_up(end, _TENSOR_ALIGNMENT))
-            end = starts[-1] + numels[tensor]
-        share = _rounded_up(end, math.lcm(data_ranks, _BUCKET_ALIGNMENT)) // data_ranks
-        for tensor, start in zip(bucket, starts, strict=True):
-            places[tensor] = _Place(start, numels[tensor], share)
-    return [places[tensor] for tensor in range(len(numels))]
-
-
-def zero_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
-    """Places of tensors in DeepSpeed's flat group (ZeRO stages 1 and 2): one after the other,
-    in the order of registration, the end padded to a multiple of 2 x ranks."""
-    share = _rounded_up(sum(numels), _ZERO_ALIGNMENT * data_ranks) // data_ranks
-    starts = itertools.accumulate(numels, initial=0)
-    return [_Place(start, numel, share) for start, numel in zip(starts, numels, strict=False)]
-
-
-def zero_3_places(numels: Sequence[int], data_ranks: int) -> list[_Place]:
-    """Places of tensors under DeepSpeed's ZeRO stage 3, which cuts each on its own."""
-    return [_Place(0, numel, -(-numel // data_ranks)) for numel in numels]
-
-
-@dataclass(frozen=True)
 class _Part:
     """Tensors of one stage that the same parallel groups divide: all of them, or all but the
     experts, or the experts of one expert-parallel rank."""
@@ -210,13 +159,13 @@ class _Part:
     optim: OptimSection
     precision: str
     layout: Layout
+    whole_embedding: bool
+    """:func:`shared_embedding_is_whole`"""
 
     @property
     def state_sharded(self) -> bool:
         """Whether optimizer state (master weights too) is divided over data-parallel ranks."""
-        if self.layout.engine == "deepspeed":
-            return self.layout.zero_stage >= 1
-        return self.optim.name == ADAMW and self.layout.zero_stage >= 1
+        return self.layout.zero_stage >= 1
 
     @property
     def weights_sharded(self) -> bool:
@@ -263,14 +212,23 @@ class _Part:
                     pieces[owner].extend(_state_pieces(tensor, parts, self.optim, self.precision))
         return pieces
 
-    def _places(self, chunk: list[HeldTensor], boxes: list[Box]) -> list[_Place]:
+    def _places(self, chunk: list[HeldTensor], boxes: list[Box]) -> list[Place]:
         numels = [box.numel for box in boxes]
         if self.weights_sharded:
             return zero_3_places(numels, self.data)
         if self.layout.engine == "deepspeed":
             return zero_places(numels, self.data)
-        alone = [tensor.alone for tensor in chunk]
-        return distributed_optimizer_places(numels, alone, self.data)
+        tensors = [
+            BufferTensor(
+                t.name,
+                numel,
+                rule_of(t.spec, self.optim),
+                alone=t.alone and not self.whole_embedding,
+                first=t.alone and self.whole_embedding,
+            )
+            for t, numel in zip(chunk, numels, strict=True)
+        ]
+        return owner_places(tensors, self.data)
 
     def _weight(self, tensor: HeldTensor, box: Box) -> PieceMeta:
         dtype = _WEIGHT_DTYPES[self.precision]
@@ -295,18 +253,19 @@ def _parts(
     """The parts of every stage."""
     experts = shape.moe.num_experts if shape.moe is not None else layout.expert
     separate, ranks = layout.separate_experts, layout.expert_tensor
+    embedding = shared_embedding_is_whole(shape, layout, optim)
     for stage, chunks in enumerate(chunk_tensors(shape, layout)):
         first = stage * layout.tensor * layout.data
         divided = _by_expert_rank(chunks, experts // layout.expert) if separate else {}
         yield _Part(
             divided[None] if separate else chunks, range(first, first + layout.tensor),
-            layout.tensor, layout.data, optim, precision, layout,
+            layout.tensor, layout.data, optim, precision, layout, embedding,
         )  # fmt: skip
         for expert_rank in range(layout.expert if separate else 0):
             begin = first + ranks * expert_rank
             yield _Part(
                 divided[expert_rank], range(begin, begin + ranks), ranks * layout.expert,
-                layout.expert_data, optim, precision, layout,
+                layout.expert_data, optim, precision, layout, embedding,
             )  # fmt: skip
 
 

@@ -3,18 +3,18 @@
 A partition is a flat fp32 tensor that holds, for each of several tensors, the part that this
 data-parallel rank owns. The mathematics is that of :mod:`.muon_nsgd` and of torch's AdamW;
 state lies where the weights do. AdamW counts steps per tensor, so that layers that are new at τ
-start at step zero. What needs a whole tensor is exchanged over the data-parallel group: of
-vectors the squared norms, of matrices that are cut the update itself, a bounded number of them
-at a time, and each is orthogonalised by one rank.
+start at step zero. What lies whole on one rank is updated there. What is cut is exchanged over
+the data-parallel group: of vectors the squared norms, of matrices the update itself, a bounded
+number of them at a time. Shards of tensor-parallel ranks are exchanged likewise. Each matrix is
+orthogonalised by one rank of all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,8 @@ from torch.optim.adamw import adamw
 
 from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
-from megatron_progressive.optim.muon_nsgd import (
-    orthogonalised,
-    with_momentum,
-)
+from megatron_progressive.optim.exchange import Exchange, Parted
+from megatron_progressive.optim.muon_nsgd import orthogonalised, with_momentum
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
 
@@ -39,14 +37,36 @@ class Cut:
 
     name: str
     spec: TensorSpec
-    ranges: tuple[tuple[int, int], ...]
-    """Flat range [start, end) of the tensor that each rank holds; empty where none."""
-    offset: int
+    """Of the whole tensor."""
+    ranges: Mapping[int, tuple[int, int]]
+    """Flat range [start, end) of the tensor that each rank holds, of those that hold some."""
+    offset: int = 0
     """Where this rank's range starts in its partition."""
+    tensor_ranks: int = 1
+    """Tensor-parallel ranks. Data-parallel ranks cut what each of these has of the tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor on one tensor-parallel rank."""
+        axis = self.spec.tp_axis
+        return tuple(
+            size // self.tensor_ranks if i == axis else size
+            for i, size in enumerate(self.spec.shape)
+        )
 
     @cached_property
-    def holders(self) -> list[int]:
-        return [rank for rank, (start, end) in enumerate(self.ranges) if start < end]
+    def numel(self) -> int:
+        """Elements of the tensor on one tensor-parallel rank."""
+        return math.prod(self.shape)
+
+    @property
+    def shared(self) -> bool:
+        """Whether several data-parallel ranks hold parts of it."""
+        return len(self.ranges) > 1
+
+    def range_of(self, rank: int) -> tuple[int, int]:
+        """What a data-parallel rank holds; (0, 0) where nothing."""
+        return self.ranges.get(rank, (0, 0))
 
 
 @dataclass
@@ -57,8 +77,10 @@ class Fragment:
     rule: str
     weight: torch.Tensor
     """fp32 [end - start]; the weight that the optimizer updates."""
+    param: torch.Tensor
+    """What stands for the partition in the parameter groups."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
-    """``step`` is a number, the others are fp32 [end - start]."""
+    """``step`` is a number, the others are fp32 [end - start]; none where nothing is held."""
 
     def part(self, partition: torch.Tensor) -> torch.Tensor:
         """The fragment of a tensor that is laid out as the partition is."""
@@ -73,6 +95,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         optim: hyperparameters; ``lr`` is the initial one, later set on the groups.
         rank: of this process in the data-parallel group.
         group: the data-parallel group; None where every rank holds whole tensors.
+        tensor_group: the tensor-parallel group; None without tensor parallelism.
     """
 
     def __init__(
@@ -81,11 +104,14 @@ class FlatOptimizer(torch.optim.Optimizer):
         optim: OptimSection,
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__([{"params": list(params)}], dict(lr=optim.lr))
         self.optim = optim
         self.rank = rank
         self.group = group if group is not None and group.size() > 1 else None
+        several = tensor_group is not None and tensor_group.size() > 1
+        self.tensor_group = tensor_group if several else None
         self._fragments: dict[torch.Tensor, list[Fragment]] = {}
 
     def attach(self, param: torch.Tensor, partition: torch.Tensor, cuts: Sequence[Cut]) -> None:
@@ -94,17 +120,18 @@ class FlatOptimizer(torch.optim.Optimizer):
         ``param`` is what stands for the partition in the parameter groups. Every rank names the
         same tensors in the same order, also those of which it holds nothing.
         """
-        fragments = []
-        for cut in cuts:
-            start, end = cut.ranges[self.rank]
-            weight = partition.detach().view(-1)[cut.offset : cut.offset + end - start]
-            fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight)
-            if start < end:
-                fragment.slots = {name: zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
-                if fragment.rule == ADAMW:
-                    fragment.slots[STEP] = torch.zeros((), dtype=torch.float32)
-            fragments.append(fragment)
-        self._fragments[param] = fragments
+        self._fragments[param] = [self.fragment(param, partition, cut) for cut in cuts]
+
+    def fragment(self, param: torch.Tensor, partition: torch.Tensor, cut: Cut) -> Fragment:
+        """This rank's part of a tensor, with its state allocated (zero)."""
+        start, end = cut.range_of(self.rank)
+        weight = partition.detach().view(-1)[cut.offset : cut.offset + end - start]
+        fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight, param)
+        if start < end:
+            fragment.slots = {name: zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
+            if fragment.rule == ADAMW:
+                fragment.slots[STEP] = torch.zeros((), dtype=torch.float32)
+        return fragment
 
     def fragments(self) -> Iterator[Fragment]:
         """Every tensor's fragment on this rank, empty ones included."""
@@ -121,11 +148,13 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Update the partitions in the groups. Collective over the data-parallel group."""
         for group in self.param_groups:
             for param in group["params"]:
-                fragments = self._fragments[param]
-                gradient = self.gradient(param)
-                self._adamw([f for f in fragments if f.rule == ADAMW], gradient, group["lr"])
-                self._normalise([f for f in fragments if f.rule == NSGD], gradient, group["lr"])
-                self._muon([f for f in fragments if f.rule == MUON], gradient, group["lr"])
+                self.update(self._fragments[param], group["lr"])
+
+    def update(self, fragments: list[Fragment], lr: float) -> None:
+        """Update the weights of fragments, of the same tensors in the same order on all ranks."""
+        self._adamw([f for f in fragments if f.rule == ADAMW and f.slots], lr)
+        self._normalise([f for f in fragments if f.rule == NSGD], lr)
+        self._muon([f for f in fragments if f.rule == MUON], lr)
 
     def _decay(self, fragment: Fragment) -> float:
         return self.optim.weight_decay if len(fragment.cut.spec.shape) > 1 else 0.0
@@ -134,13 +163,15 @@ class FlatOptimizer(torch.optim.Optimizer):
         fragment.weight.mul_(1 - lr * self._decay(fragment))
         fragment.weight.add_(update, alpha=-lr)
 
-    def _adamw(self, fragments: list[Fragment], gradient: torch.Tensor, lr: float) -> None:
-        held = [f for f in fragments if f.slots]
+    def _gradient(self, fragment: Fragment) -> torch.Tensor:
+        return fragment.part(self.gradient(fragment.param))
+
+    def _adamw(self, held: list[Fragment], lr: float) -> None:
         for decay in sorted({self._decay(f) for f in held}):
             same = [f for f in held if self._decay(f) == decay]
             adamw(
                 [f.weight for f in same],
-                [f.part(gradient) for f in same],
+                [self._gradient(f) for f in same],
                 [f.slots["exp_avg"] for f in same],
                 [f.slots["exp_avg_sq"] for f in same],
                 [],
@@ -154,53 +185,78 @@ class FlatOptimizer(torch.optim.Optimizer):
                 maximize=False,
             )
 
-    def _update(self, fragment: Fragment, gradient: torch.Tensor) -> torch.Tensor:
+    def _update(self, fragment: Fragment) -> torch.Tensor:
         """The update before it is normalised: fp32, flat, empty where the rank holds nothing."""
         if not fragment.slots:
             return fragment.weight
-        return with_momentum(fragment.part(gradient), fragment.slots["momentum"], self.optim)
+        return with_momentum(self._gradient(fragment), fragment.slots["momentum"], self.optim)
 
-    def _normalise(self, fragments: list[Fragment], gradient: torch.Tensor, lr: float) -> None:
+    def _normalise(self, fragments: list[Fragment], lr: float) -> None:
+        shared = self.group is not None and any(f.cut.shared for f in fragments)
+        # vectors that lie whole where they are need nothing of the other data-parallel ranks
+        fragments = fragments if shared else [f for f in fragments if f.slots]
         if not fragments:
             return
-        updates = [self._update(f, gradient) for f in fragments]
+        updates = [self._update(f) for f in fragments]
         squares = torch.stack([update.square().sum() for update in updates])
-        if self.group is not None:
+        if shared:
             dist.all_reduce(squares, group=self.group)
+        if self.tensor_group is not None:
+            # shards add their squares; replicated vectors count on one rank only
+            first = self.tensor_group.rank() == 0
+            counts = [first or f.cut.spec.tp_axis is not None for f in fragments]
+            squares *= torch.tensor(counts, dtype=squares.dtype, device=squares.device)
+            dist.all_reduce(squares, group=self.tensor_group)
         norms = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         for fragment, update, norm in zip(fragments, updates, norms, strict=True):
             # divided first: a zero tensor has a zero update, not 0 x infinity
             update = update.div(norm).mul_(math.sqrt(fragment.cut.spec.numel))
             self._apply(fragment, update, lr)
 
-    def _muon(self, fragments: list[Fragment], gradient: torch.Tensor, lr: float) -> None:
+    def _muon(self, fragments: list[Fragment], lr: float) -> None:
         """Whole matrices where they are; the others are exchanged, the same ones on all ranks."""
-        own = [f for f in fragments if f.cut.holders == [self.rank]]
+        own = [f for f in fragments if f.slots and not f.cut.shared]
         for some in _batches(own, EXCHANGE_NUMEL):
-            self._orthogonalise_and_apply(some, [self._update(f, gradient) for f in some], lr)
-        shared = [f for f in fragments if len(f.cut.holders) > 1]
+            updates = self._orthogonalised([self._update(f) for f in some], [f.cut for f in some])
+            for fragment, update in zip(some, updates, strict=True):
+                self._apply(fragment, update, lr)
+        shared = [f for f in fragments if f.cut.shared]
         ranks = self.group.size() if self.group is not None else 1
         for some in _batches(shared, EXCHANGE_NUMEL * ranks):
-            exchange = _Exchange([f.cut for f in some], self.rank, self.group)
-            whole = exchange.gather([self._update(f, gradient) for f in some])
-            owned = [exchange.cuts[i].spec for i in exchange.owned]
-            updates = self._orthogonalised(whole, owned)
-            for fragment, update in zip(some, exchange.scatter(updates), strict=True):
+            parts = [Parted(f.cut.numel, f.cut.ranges) for f in some]
+            exchange = Exchange(parts, self.rank, self.group)
+            whole = exchange.gather([self._update(f) for f in some])
+            whole = self._orthogonalised(whole, [some[i].cut for i in exchange.owned])
+            updates = exchange.scatter(whole, some[0].weight)
+            for fragment, update in zip(some, updates, strict=True):
                 self._apply(fragment, update, lr)
 
-    def _orthogonalise_and_apply(
-        self, fragments: list[Fragment], updates: list[torch.Tensor], lr: float
-    ) -> None:
-        specs = [f.cut.spec for f in fragments]
-        for fragment, update in zip(fragments, self._orthogonalised(updates, specs), strict=True):
-            self._apply(fragment, update, lr)
+    def _orthogonalised(self, updates: list[torch.Tensor], cuts: list[Cut]) -> list[torch.Tensor]:
+        """Flat tensors in, as one tensor-parallel rank has them, their flat scaled updates out.
 
-    def _orthogonalised(
-        self, updates: list[torch.Tensor], specs: list[TensorSpec]
+        The tensor-parallel ranks, which come with the same tensors, share them out among
+        themselves: each matrix is made whole, and orthogonalised, on one of them.
+        """
+        if not cuts:
+            return []
+        if self.tensor_group is None:
+            return self._whole_orthogonalised(updates, cuts)
+        exchange = Exchange(
+            [_over_tensor_ranks(cut) for cut in cuts], self.tensor_group.rank(), self.tensor_group
+        )
+        homed = [cuts[i] for i in exchange.owned]
+        shards = exchange.gather(updates)
+        whole = [_joined(flat, cut) for flat, cut in zip(shards, homed, strict=True)]
+        whole = self._whole_orthogonalised(whole, homed)
+        shards = [_parted(flat, cut) for flat, cut in zip(whole, homed, strict=True)]
+        return exchange.scatter(shards, updates[0])
+
+    def _whole_orthogonalised(
+        self, updates: list[torch.Tensor], cuts: list[Cut]
     ) -> list[torch.Tensor]:
-        """Flat whole matrices in, their flat scaled updates out."""
-        matrices = [u.view(spec.shape) for u, spec in zip(updates, specs, strict=True)]
-        blocks = [spec.row_blocks for spec in specs]
+        """Flat whole tensors in, their flat scaled updates out."""
+        matrices = [u.view(cut.spec.shape) for u, cut in zip(updates, cuts, strict=True)]
+        blocks = [cut.spec.row_blocks for cut in cuts]
         return [u.reshape(-1) for u in orthogonalised(matrices, blocks, self.optim)]
 
 
@@ -209,7 +265,7 @@ def _batches(fragments: list[Fragment], most: int) -> Iterator[list[Fragment]]:
     batch: list[Fragment] = []
     room = most
     for fragment in fragments:
-        numel = fragment.cut.spec.numel
+        numel = fragment.cut.numel
         if batch and numel > room:
             yield batch
             batch, room = [], most
@@ -219,68 +275,25 @@ def _batches(fragments: list[Fragment], most: int) -> Iterator[list[Fragment]]:
         yield batch
 
 
-class _Exchange:
-    """Cut tensors to one owner each and back, in two all-to-alls over the data-parallel group.
+def _over_tensor_ranks(cut: Cut) -> Parted:
+    """A tensor as tensor-parallel ranks hold it: their shards, flat, one after the other."""
+    ranks, numel = range(cut.tensor_ranks), cut.numel
+    if cut.spec.tp_axis is None:
+        return Parted(numel, dict.fromkeys(ranks, (0, numel)), replicated=True)
+    return Parted(numel * len(ranks), {r: (r * numel, (r + 1) * numel) for r in ranks})
 
-    Each rank derives the same owners from the same cuts. An element travels once each way, as
-    in a reduce-scatter followed by an all-gather.
-    """
 
-    def __init__(self, cuts: list[Cut], rank: int, group: dist.ProcessGroup | None) -> None:
-        self.cuts, self.rank, self.group = cuts, rank, group
-        self.ranks = len(cuts[0].ranges)
-        load = [0] * self.ranks
-        owners = [0] * len(cuts)
-        # the largest first, each to the rank that has least
-        for i in sorted(range(len(cuts)), key=lambda i: (-cuts[i].spec.numel, i)):
-            owners[i] = min(range(self.ranks), key=lambda r: (load[r], r))
-            load[owners[i]] += cuts[i].spec.numel
-        self._of = [[i for i, o in enumerate(owners) if o == r] for r in range(self.ranks)]
-        self.owned = self._of[rank]
+def _joined(shards: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """The whole tensor, flat, of its shards, flat, one after the other."""
+    if cut.spec.tp_axis is None:
+        return shards
+    parts = shards.view(cut.tensor_ranks, *cut.shape).unbind()
+    return torch.cat(parts, dim=cut.spec.tp_axis).view(-1)
 
-    def _length(self, cut: int, rank: int) -> int:
-        start, end = self.cuts[cut].ranges[rank]
-        return end - start
 
-    def _all_to_all(
-        self, sent: list[torch.Tensor], out: list[int], arriving: list[int]
-    ) -> torch.Tensor:
-        buffer = torch.cat(sent)
-        received = buffer.new_empty(sum(arriving))
-        dist.all_to_all_single(received, buffer, arriving, out, group=self.group)
-        return received
-
-    def gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's part of every tensor in; the whole tensors that it owns out."""
-        out = [sum(self._length(i, self.rank) for i in self._of[r]) for r in range(self.ranks)]
-        arriving = [sum(self._length(i, r) for i in self.owned) for r in range(self.ranks)]
-        sent = [parts[i] for r in range(self.ranks) for i in self._of[r]]
-        self._nothing = parts[0].new_empty(0)
-        received = self._all_to_all(sent, out, arriving)
-        whole = [received.new_empty(self.cuts[i].spec.numel) for i in self.owned]
-        position = 0
-        for r in range(self.ranks):
-            for i, tensor in zip(self.owned, whole, strict=True):
-                start, end = self.cuts[i].ranges[r]
-                tensor[start:end] = received[position : position + end - start]
-                position += end - start
+def _parted(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """The inverse of :func:`_joined`."""
+    if cut.spec.tp_axis is None:
         return whole
-
-    def scatter(self, whole: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The whole tensors that this rank owns in; its part of every tensor out."""
-        out = [sum(self._length(i, r) for i in self.owned) for r in range(self.ranks)]
-        arriving = [sum(self._length(i, self.rank) for i in self._of[r]) for r in range(self.ranks)]
-        sent = [
-            tensor[slice(*self.cuts[i].ranges[r])]
-            for r in range(self.ranks)
-            for i, tensor in zip(self.owned, whole, strict=True)
-        ]
-        received = self._all_to_all([*sent, self._nothing], out, arriving)
-        parts: dict[int, Any] = {}
-        position = 0
-        for r in range(self.ranks):
-            for i in self._of[r]:
-                length = self._length(i, self.rank)
-                parts[i] = received[position : position + length]
-                position += length
-        return [parts[i] for i in range(len(self.cuts))]
+    parts = whole.view(cut.spec.shape).chunk(cut.tensor_ranks, dim=cut.spec.tp_axis)
+    return torch.stack(parts).view(-1)

@@ -5,9 +5,10 @@ Muon: K. Jordan et al. 2024; the pairing with normalised SGD: Bu et al. 2026, ar
 then the tensor is divided by its own norm and multiplied by sqrt(numel), so that the update's
 root mean square is the learning rate, as Muon's is for a square matrix up to sqrt(1/n).
 
-State is replicated over data-parallel ranks. Under tensor parallelism the shards of a matrix
-are gathered, every rank orthogonalises the whole matrix and keeps its own shard: the update
-equals the unsharded one.
+:class:`MuonNSGD` is the plain form, on whole parameters: state is on every data-parallel rank.
+Under tensor parallelism the shards of a matrix are gathered, every rank orthogonalises the whole
+matrix and keeps its own shard. :mod:`.flat` is the divided form, with one rank for each matrix.
+Both updates equal the unsharded one.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _memory_table(plan: Plan) -> list[str]:
     lines += aligned(rows)
     stores = "parameters " + plan.config.train.precision + ", everything else fp32"
     by = {False: "on every data-parallel rank", True: "divided over data-parallel ranks"}
-    divided = [by[divides_state(plan.config.optim, p.layout)] for p in plan.phases]
+    divided = [by[divides_state(p.layout)] for p in plan.phases]
     text = f"{stores}; optimizer state {' → '.join(dict.fromkeys(divided))}"
     if MOE in plan.shape.layer_kinds() and any(p.layout.expert > 1 for p in plan.phases):
         text += "; experts over expert-parallel ranks, their state over those that hold the same"

@@ -1,0 +1,161 @@
+"""Muon-NSGD in Megatron-core's distributed optimizer, with one owner of each matrix.
+
+DDP's buffers are laid out so that nearly every tensor lies whole in one data-parallel rank's
+share (:func:`.places.owner_places`). The distributed optimizer reduce-scatters gradients and
+all-gathers weights as it does for AdamW, and its inner optimizer is
+:class:`~megatron_progressive.optim.flat.FlatOptimizer` on the shares.
+
+Reads private parts of ``DistributedOptimizer`` (megatron-core 0.19.2): the shard that stands for a
+parameter in the inner optimizer's groups, and the places of parameters in its buffers. That it
+takes an optimizer that is no Adam rests on the ``init_state_fn`` that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
+
+from megatron_progressive.config import OptimSection
+from megatron_progressive.engines.places import BufferTensor, Place, owner_places
+from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.flat import Cut, FlatOptimizer, Fragment
+from megatron_progressive.optim.rules import rule_of
+from megatron_progressive.runtime.groups import ProcessGroups
+
+
+def _shared_by_stages(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is an embedding that two pipeline stages have copies of."""
+    return getattr(parameter, "shared_embedding", False)
+
+
+def owner_layout(
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+    groups: ProcessGroups,
+    buffers: DistributedDataParallelConfig,
+    whole_embedding: bool,
+) -> FullParamLayout:
+    """How DDP lays out the buffers of one model chunk, tensors whole in the ranks' shares.
+
+    Args:
+        parameters: of the chunk by canonical name, in the order of registration.
+        whole_embedding: :func:`.partitions.shared_embedding_is_whole`.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    grouped = group_params_for_buffers(list(names), buffers.grad_reduce_in_fp32)
+    layouts = {}
+    for key, (members, indices) in grouped.items():
+        ranks = groups.layout.expert_data if key.is_expert_parallel else groups.layout.data
+        tensors = [
+            BufferTensor(
+                names[p],
+                p.numel(),
+                rule_of(table[names[p]], optim),
+                alone=_shared_by_stages(p) and not whole_embedding,
+                first=_shared_by_stages(p) and whole_embedding,
+            )
+            for p in members
+        ]
+        places = owner_places(tensors, ranks)
+        layouts[key] = _buffer_layout(members, places, indices, ranks)
+    return FullParamLayout(layouts=layouts)
+
+
+def _buffer_layout(
+    members: list[torch.nn.Parameter], places: list[Place], indices: list[int], ranks: int
+) -> PerBufferParamLayout:
+    """Places as Megatron-core writes them down: from the start of the buffer."""
+    shares = dict(sorted((place.bucket, place.share) for place in places))
+    buckets, end = [], 0
+    for share in shares.values():
+        buckets.append((end, end + share * ranks))
+        end += share * ranks
+    spans = {}
+    for parameter, place in zip(members, places, strict=True):
+        start = buckets[place.bucket][0] + place.start
+        spans[parameter] = (start, start + place.numel, place.bucket)
+    return PerBufferParamLayout(
+        param_index_map=spans,
+        bucket_indices=buckets,
+        per_bucket_numel_unpadded=[
+            sum(place.numel for place in places if place.bucket == bucket) for bucket in shares
+        ],
+        param_indices=indices,
+        num_optimizer_shards=ranks,
+    )
+
+
+class OwnerOptimizer(FlatOptimizer):
+    """The distributed optimizer's inner one: its groups hold a shard of each tensor that this
+    rank owns (some of). Collective over the data- and the tensor-parallel group.
+
+    Of an embedding that the first and the last stage have copies of, the first stage has the
+    update and sends it: each rank its part to the one that owns the same part of the other copy.
+    """
+
+    def attach_shards(
+        self,
+        wrapper: DistributedOptimizer,
+        parameters: dict[str, torch.nn.Parameter],
+        table: dict[str, TensorSpec],
+        tensor_ranks: int,
+        first_stage: bool,
+    ) -> None:
+        """Allocate the state (zero) of what this rank owns of the buffers of ``wrapper``.
+
+        Args:
+            parameters: by canonical name.
+            tensor_ranks: that cut them.
+            first_stage: whether this is the first pipeline stage.
+        """
+        names = {parameter: name for name, parameter in parameters.items()}
+        self._all: list[Fragment] = []
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        for buffer in wrapper.buffers:
+            for parameter in buffer.params:
+                name = names[parameter]
+                start, end, bucket = buffer.param_index_map[parameter]
+                first, last = buffer.bucket_indices[bucket]
+                share = (last - first) // wrapper.data_parallel_group.size()
+                place = Place(start - first, end - start, share)
+                ranges = {rank: place.owned(rank) for rank in place.ranks()}
+                cut = Cut(name, table[name], ranges, tensor_ranks=tensor_ranks)
+                if self.rank in ranges:
+                    group, order = wrapper.model_param_group_index_map[parameter]
+                    shard = self.param_groups[group]["params"][order]
+                else:
+                    shard = torch.empty(0, dtype=torch.float32, device=parameter.device)
+                fragment = self.fragment(shard, shard, cut)
+                if fragment.slots:
+                    self.state[shard] = fragment.slots
+                self._all.append(fragment)
+                if _shared_by_stages(parameter):
+                    (self._sent if first_stage else self._received).add(name)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the shards in the groups, from their gradients."""
+        self.update(self._all, self.param_groups[0]["lr"])
+
+    def _muon(self, fragments: list[Fragment], lr: float) -> None:
+        super()._muon([f for f in fragments if f.cut.name not in self._received], lr)
+        for fragment in fragments:
+            if fragment.cut.name in self._received and fragment.slots:
+                update = torch.empty_like(self._update(fragment))
+                dist.broadcast(update, group=parallel_state.get_embedding_group(), group_src=0)
+                self._apply(fragment, update, lr)
+
+    def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
+        if fragment.cut.name in self._sent and fragment.slots:
+            update = update.contiguous()
+            dist.broadcast(update, group=parallel_state.get_embedding_group(), group_src=0)
+        super()._apply(fragment, update, lr)
