@@ -112,6 +112,9 @@ class ModelSection:
     without layers has none."""
     mtp_loss_coeff: float = 0.1
     """Weight of their loss."""
+    mup: Optional[bool] = None
+    """Whether initial values and updates scale with width and depth by the spectral condition, so
+    that one learning rate serves all sizes (default: that of ``run.init_from``, or false)."""
     rope: RopeSection = field(default_factory=RopeSection)
     """Rotary positions, of families that have them."""
     mla: MLASection = field(default_factory=MLASection)
@@ -176,8 +179,17 @@ class OptimSection:
     """Muon-NSGD: momentum."""
     nesterov: bool = True
     """Muon-NSGD: Nesterov's form of momentum."""
-    ns_steps: int = 5
-    """Muon-NSGD: Newton-Schulz iterations."""
+    ns_coefficients: str = "jordan"
+    """Muon-NSGD: Newton-Schulz coefficients: ``jordan`` (5 steps, singular values near 1),
+    ``polar_express`` (5 steps, closer) or ``deepseek_v4`` (10 steps, closest)."""
+    ns_steps: Optional[int] = None
+    """Muon-NSGD: Newton-Schulz iterations (default: the coefficients' own)."""
+    ns_dtype: Optional[str] = None
+    """Muon-NSGD: type that Newton-Schulz computes in: ``fp32``, ``bf16`` or ``fp16`` (default: fp16
+    on CUDA, where it has not run yet, and fp32 elsewhere)."""
+    ns_kernel_from: Optional[int] = None
+    """Muon-NSGD on CUDA: least size of the symmetric products of Newton-Schulz that a Triton kernel
+    computes (default: none; it has not been measured on a GPU)."""
     scale: str = "out_in"
     """Muon-NSGD: ``out_in`` = sqrt(n_out/n_in), ``moonlight`` = 0.2 sqrt(max(n_out, n_in))."""
     embeddings: str = "muon"
@@ -292,6 +304,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
     "optim.name": ("muon_nsgd", "adamw"),
+    "optim.ns_coefficients": ("jordan", "polar_express", "deepseek_v4"),
+    "optim.ns_dtype": (None, "fp32", "bf16", "fp16"),
     "optim.scale": ("out_in", "moonlight"),
     "optim.embeddings": ("muon", "adamw"),
     "schedule.name": ("wsd", "cosine", "linear"),
@@ -352,6 +366,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.clip_grad": (0, None),
     "optim.momentum": (0, 0.99999),
     "optim.ns_steps": (1, None),
+    "optim.ns_kernel_from": (1, None),
     "optim.beta1": (0, 0.99999),
     "optim.beta2": (0, 0.99999),
     "optim.eps": (0, None),

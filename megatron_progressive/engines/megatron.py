@@ -107,7 +107,7 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         losses = self._run(batch, forward_only=False)
         for group in self.optimizer.param_groups if self._names else ():
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.prepare_grads()
         grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()

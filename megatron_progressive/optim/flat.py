@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.muon_nsgd import (
     orthogonalised,
     with_momentum,
@@ -57,6 +58,8 @@ class Fragment:
     rule: str
     weight: torch.Tensor
     """fp32 [end - start]; the weight that the optimizer updates."""
+    lr_factor: float = 1.0
+    """Of the learning rate, not of the weight decay."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     """``step`` is a number, the others are fp32 [end - start]."""
 
@@ -98,7 +101,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         for cut in cuts:
             start, end = cut.ranges[self.rank]
             weight = partition.detach().view(-1)[cut.offset : cut.offset + end - start]
-            fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight)
+            factor = lr_factor(cut.spec, self.optim)
+            fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight, factor)
             if start < end:
                 fragment.slots = {name: zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
                 if fragment.rule == ADAMW:
@@ -132,12 +136,12 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
         fragment.weight.mul_(1 - lr * self._decay(fragment))
-        fragment.weight.add_(update, alpha=-lr)
+        fragment.weight.add_(update, alpha=-lr * fragment.lr_factor)
 
     def _adamw(self, fragments: list[Fragment], gradient: torch.Tensor, lr: float) -> None:
         held = [f for f in fragments if f.slots]
-        for decay in sorted({self._decay(f) for f in held}):
-            same = [f for f in held if self._decay(f) == decay]
+        for decay, factor in sorted({(self._decay(f), f.lr_factor) for f in held}):
+            same = [f for f in held if (self._decay(f), f.lr_factor) == (decay, factor)]
             adamw(
                 [f.weight for f in same],
                 [f.part(gradient) for f in same],
@@ -148,8 +152,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 amsgrad=False,
                 beta1=self.optim.beta1,
                 beta2=self.optim.beta2,
-                lr=lr,
-                weight_decay=decay,
+                lr=lr * factor,
+                weight_decay=decay / factor,
                 eps=self.optim.eps,
                 maximize=False,
             )
