@@ -4,16 +4,25 @@ Width: every matrix has a spectral norm of about sqrt(n_out / n_in), and so has 
 Simon and Bernstein 2023, arXiv 2310.17813, condition 1). A table that is only looked up has
 one-hot inputs, so each of its rows is a matrix of n_in = 1: entries of RMS 1, updates of RMS lr.
 
-Depth: a model of L layers adds 2 L branches to the residual stream. Their initial outputs are
-independent and their updates are not, so the sum keeps its size when a branch's initial output
-scales with (2 L)^-1/2 and the change of its output with (2 L)^-1 (Yang, Yu, Zhu and Hayou 2023,
-arXiv 2310.02244). What is multiplied into the branch's last linear takes the rest of the factor
-from that linear's values, hence :data:`BRANCHES`.
+Depth: a model of L layers adds 2 L branches to the residual stream. Their updates point the same
+way, so the change of each branch's output scales with 1 / (2 L). That factor lies in the last
+linear of the branch, initial values and updates alike; what is inside the branch then moves as
+it does at any depth, and no layer is left to lazy learning (Dey et al. 2025, arXiv 2505.01618,
+alpha = 1; the 1 / sqrt(L) of Yang, Yu, Zhu and Hayou 2023, arXiv 2310.02244, is alpha = 1/2).
 
 Nothing is multiplied in the forward pass: everything lies in initial values and in factors of the
 learning rate, so that checkpoints and exports are of the plain architecture. A tied table is both
-lookup (RMS 1) and head (RMS 1 / sqrt(h)): the gain of the norm before the head, 1 / sqrt(h) at the
-start, stands between the two.
+lookup (rows of RMS 1) and head (RMS 1 / sqrt(h)): the gain of the norm before the head, 1 / sqrt(h)
+at the start, stands between the two.
+
+Heads should keep their width when a model gets wider (more heads): scores are divided by the root
+of a head's width as everywhere, not by the width.
+
+Expansion: from step tau on, every tensor has the target's factors. New layers are drawn with the
+target's depth; survivors keep their weights, and their last linears, drawn and trained for the
+source's L, now move 1 / L_target as far a step. That is what keeps the sum over branches at the
+learning rate; momentum is stored before the factor, so it carries over. A survivor's branch stays
+larger than a new one's at first by the ratio of the depths.
 """
 
 from __future__ import annotations
@@ -56,14 +65,17 @@ FORMS: dict[str, str] = {
 OUTSIDE, INNER, LAST = "outside", "inner", "last"
 """Where a tensor stands: outside the residual branches, inside one, or at its end."""
 
-import os
-_A = float(os.environ.get("MUP_ALPHA", "1.0"))
 BRANCHES: dict[str, tuple[float, float]] = {
     OUTSIDE: (0.0, 0.0),
-    INNER: (0.0, -(1-_A)),
-    LAST: (-_A, -1.0),
+    INNER: (0.0, 0.0),
+    LAST: (-1.0, -1.0),
 }
 """Exponents of 2 L in a tensor's initial values and in its updates."""
+
+
+LOOKUP_STD = 0.25
+"""Initial RMS of a looked-up row, at every width. Constants are free; with 1 a tiny model learned
+slower, since an update of RMS lr turns a large row less."""
 
 
 def place_of(name: str, spec: TensorSpec) -> str:
@@ -89,11 +101,11 @@ def _scaled(name: str, spec: TensorSpec, shape: ModelShape) -> TensorSpec:
     if form == ROWS:
         tied = shape.tie_embeddings and spec.role == "embedding"
         scaling = Scaling(TIED_ROWS if tied else ROWS, update)
-        return dataclasses.replace(spec, std=init * float(os.environ.get("MUP_EMB", "1")), scaling=scaling)
+        return dataclasses.replace(spec, std=init * LOOKUP_STD, scaling=scaling)
     if form == MATRIX:
         std = init * spectral_std(*spec.shape[-2:])
         return dataclasses.replace(spec, std=std, scaling=Scaling(MATRIX, update))
     gain = 1.0
-    if shape.tie_embeddings and ".".join(name.split(".")[-2:-1]) == "final_layernorm":
+    if shape.tie_embeddings and ".final_layernorm." in name:  # also a prediction module's
         gain = shape.hidden_size**-0.5
     return dataclasses.replace(spec, gain=gain, scaling=Scaling(VECTOR, update * gain))

@@ -116,8 +116,7 @@ def optimizer_flops(shape: ModelShape, optim: OptimSection) -> int:
         matrix for spec in tensor_table(shape).values() for matrix in muon_matrices(spec, optim)
     )
     return sum(
-        count * newton_schulz_flops(n_out, n_in, steps)
-        for (n_out, n_in), count in counts.items()
+        count * newton_schulz_flops(n_out, n_in, steps) for (n_out, n_in), count in counts.items()
     )
 
 

@@ -32,9 +32,7 @@ SLACK = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.12}
 def matrices(shape: tuple[int, int], batch: int = 3, condition: float = 4.0) -> torch.Tensor:
     """[batch, *shape] of singular values between 1 and 1 / condition, at any scale."""
     generator = torch.Generator().manual_seed(math.prod(shape))
-    u, _, v = torch.linalg.svd(
-        torch.randn(batch, *shape, generator=generator), full_matrices=False
-    )
+    u, _, v = torch.linalg.svd(torch.randn(batch, *shape, generator=generator), full_matrices=False)
     values = torch.logspace(0, -math.log10(condition), min(shape))
     scales = torch.tensor([1.0, 1e-3, 1e4])[:batch, None, None]
     return scales * (u * values) @ v
