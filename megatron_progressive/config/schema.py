@@ -203,6 +203,31 @@ class OptimSection:
 
 
 @dataclass(frozen=True)
+class KernelsSection:
+    """Fast kernels of the Megatron engine, on CUDA only: by default on there (but CUDA graphs)
+    where the model has a use for them. True is refused without CUDA. Not run on a GPU yet."""
+
+    cross_entropy: Optional[bool] = None
+    """Fused cross-entropy."""
+    rope: Optional[bool] = None
+    """Fused rotation by position (with Transformer Engine)."""
+    activation: Optional[bool] = None
+    """Fused bias and activation, SwiGLU included."""
+    dropout: Optional[bool] = None
+    """Fused bias, dropout and residual addition."""
+    grouped_gemm: Optional[bool] = None
+    """Experts in one grouped product (with Transformer Engine)."""
+    permute: Optional[bool] = None
+    """Fused permutation of tokens to experts (with Transformer Engine)."""
+    overlap_gradients: Optional[bool] = None
+    """Reduce gradients during the backward pass (distributed optimizer)."""
+    overlap_parameters: Optional[bool] = None
+    """Gather parameters during the forward pass (distributed optimizer)."""
+    cuda_graphs: Optional[bool] = None
+    """Capture layers as CUDA graphs; each expansion captures anew."""
+
+
+@dataclass(frozen=True)
 class ScheduleSection:
     name: str = "wsd"
     """``wsd`` (warmup-stable-decay), ``cosine`` or ``linear``; all end at zero."""
@@ -280,6 +305,7 @@ class RunConfig:
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    kernels: KernelsSection = field(default_factory=KernelsSection)
     expansion: list[ExpansionSection] = field(default_factory=list)
 
     @property

@@ -1,8 +1,8 @@
 """alpha X X^T + beta C for symmetric C, in Triton: half of the tiles, mirrored.
 
 Used for Newton-Schulz on CUDA from a size on that is measured to pay (``optim.ns_kernel_from``;
-cuBLAS is faster up to 2048, pytorch issue 184886). Written against Triton's interpreter; not yet run
-on a GPU.
+cuBLAS is faster up to 2048, pytorch issue 184886). Written against Triton's interpreter; not yet
+run on a GPU.
 """
 
 from __future__ import annotations
