@@ -83,6 +83,13 @@ def _coordcheck(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0 if check.passed else 1
 
 
+def _env(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.runtime.environment import environment, render
+
+    print(render(environment()))
+    return 0
+
+
 def _checkpoint_inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.inspection import inspect_checkpoint, render
 
@@ -153,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="1e9 bytes per second that a rank sends and receives at an expansion (default: 25)",
     )
+    command(commands, "env", _env, "versions, devices, and what the fast path lacks")
     coordcheck = command(
         commands, "coordcheck", _coordcheck, "activations and updates against width and depth"
     )

@@ -17,12 +17,14 @@ TILE, DEPTH = 128, 64
 """Rows and columns of a tile of the result, and columns of X that are multiplied at a time."""
 
 
+# fmt: off
 @triton.jit  # type: ignore[untyped-decorator]
-def _lower_triangle(
+def _lower_triangle(  # type: ignore[no-untyped-def]
     x_pointer, added_pointer, out_pointer,
     rows, columns, x_batch, x_row, x_column, scale, added_scale,
     ADDS: tl.constexpr, UPCASTS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):
+    # fmt: on
     """One tile of the lower triangle and its mirror image. Grid: (tiles of the triangle, batch).
 
     The result and what is added are contiguous [batch, rows, rows].

@@ -14,6 +14,7 @@ from megatron_progressive import cli
 from megatron_progressive.config import ConfigError, from_dict
 from megatron_progressive.models import model_shape
 from megatron_progressive.study import coordinate
+from tests.jobs import Jobs
 from tests.pool import Pool
 from tests.study.coordinate_cases import BREAKS, failed_slopes
 
@@ -109,19 +110,15 @@ def test_bad_input(
     assert not out.exists()
 
 
-def test_command_writes_figure_and_json_and_says_what_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_command_writes_figure_and_json_and_says_what_failed(tmp_path: Path, jobs: Jobs) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({**values(), "run": {"dir": str(tmp_path)}}))
     out = tmp_path / "out"
     words = ["coordcheck", str(file), "--widths", "32,64", "--depths", "1,2", "--steps", "2"]
-    assert cli.main([*words, "--out", str(out), "--slope", "1e-9"]) == 1
-    printed = capsys.readouterr()
-    assert "coordinate check failed" in printed.out
-    assert "random tokens" in printed.out
-    assert "left" in printed.err
+    job = jobs.run(1, tmp_path, [*words, "--out", str(out), "--slope", "1e-9"])
+    assert job.codes == [1]
+    for part in ("coordinate check failed", "random tokens", "3/3 models", "left"):
+        assert part in job.output[0]
     written = json.loads((out / "coordcheck.json").read_text())
     assert written["passed"] is False
     assert len(written["slopes"]) == 14
