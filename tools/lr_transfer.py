@@ -128,13 +128,26 @@ def best(results: list[Cell]) -> dict[tuple[str, int, int], tuple[float, float, 
     return out
 
 
+def interpolated(points: list[tuple[float, float]]) -> float | None:
+    """Least point of the parabola through the best (learning rate, loss) and its neighbours, in
+    log2 of the learning rate; None at the edge of the grid or beside a diverged run."""
+    points = sorted(points)
+    at = min(range(len(points)), key=lambda i: points[i][1])
+    if not 0 < at < len(points) - 1 or points[at + 1][1] >= SPECIAL:
+        return None
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log2(lr), loss) for lr, loss in points[at - 1 : at + 2])
+    slopes = ((y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1))
+    curvature = (slopes[1] - slopes[0]) / (x2 - x0)
+    return 2 ** ((x0 + x1) / 2 - slopes[0] / (2 * curvature)) if curvature > 0 else None
+
+
 def table(results: list[Cell]) -> str:
     """Markdown: a row a shape and arm, the loss at each learning rate, the best one in bold."""
     rates = sorted({cell["lr"] for cell in results})
     losses = {key(cell)[:4]: cell["loss"] for cell in results}
     lines = [
-        "| arm | width | depth | " + " | ".join(f"lr {lr:g}" for lr in rates) + " |",
-        "|---|---|---|" + "---|" * len(rates),
+        "| arm | width | depth | " + " | ".join(f"lr {lr:g}" for lr in rates) + " | best |",
+        "|---|---|---|" + "---|" * (len(rates) + 1),
     ]
     for place, (lr, _, _) in sorted(best(results).items()):
         row = [losses.get((*place, rate)) for rate in rates]
@@ -142,6 +155,9 @@ def table(results: list[Cell]) -> str:
             "" if loss is None else f"**{loss:.3f}**" if rate == lr else f"{loss:.3f}"
             for rate, loss in zip(rates, row, strict=True)
         ]
+        found = [(rate, loss) for rate, loss in zip(rates, row, strict=True) if loss is not None]
+        least = interpolated(found)
+        shown.append("at the edge" if least is None else f"{least:.3f}")
         lines.append(f"| {place[0]} | {place[1]} | {place[2]} | " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", *verdict(results)]) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -60,6 +61,14 @@ def test_grid_resumes_and_reads_the_best_rate(
     assert "at the edge of the grid for 64x4" in text
     assert (tmp_path / "lr_transfer.png").stat().st_size > 10_000
     assert json.loads(lines[0])["steps"] == 200
+
+
+def test_interpolated_best_rate_is_that_of_a_parabola(tool: ModuleType) -> None:
+    rates = [0.01 * 2**i for i in range(5)]
+    points = [(lr, 3 + 0.1 * math.log2(lr / 0.033) ** 2) for lr in rates]
+    assert tool.interpolated(points) == pytest.approx(0.033)
+    assert tool.interpolated([(lr, lr) for lr in rates]) is None
+    assert tool.interpolated([(0.01, 5.0), (0.02, 4.0), (0.04, tool.SPECIAL)]) is None
 
 
 def test_product_has_every_pair(
