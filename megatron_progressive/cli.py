@@ -83,6 +83,38 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _coordcheck(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.runtime.distributed import Place, prepare_imports, world_group
+    from megatron_progressive.study import coordinate
+
+    config = _config(args)
+    widths, depths = (
+        coordinate.sizes_from_text(f"--{name}", getattr(args, name), [])
+        for name in ("widths", "depths")
+    )
+    if args.steps < 1 or not args.slope > 0:
+        raise ConfigError(
+            f"--steps, --slope: got {args.steps}, {args.slope}; accepted: from 1, above 0"
+        )
+    shapes = coordinate.shapes_of(config, widths, depths)
+    coordinate.check_sizes(config, shapes)
+    prepare_imports()
+    with world_group(Place(0, 0, 1)):
+        check = coordinate.coordinate_check(config, shapes, args.steps, args.slope)
+    from megatron_progressive.study.coordinate_figure import text, write
+
+    write(check, shapes, Path(args.out))
+    print(text(check))
+    return 0 if check.passed else 1
+
+
+def _env(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.runtime.environment import environment, render
+
+    print(render(environment()))
+    return 0
+
+
 def _checkpoint_inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.inspection import inspect_checkpoint, render
 
@@ -161,6 +193,20 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="S",
         help="where its two runs stop: a fraction of the run's steps, or a step (default: 0.25)",
+    )
+    command(commands, "env", _env, "versions, devices, and what the fast path lacks")
+    coordcheck = command(
+        commands, "coordcheck", _coordcheck, "activations and updates against width and depth"
+    )
+    takes_config(coordcheck)
+    for name, what in (("widths", "1, 2, 4 times the model's"), ("depths", "1,2,4,8")):
+        coordcheck.add_argument(f"--{name}", metavar="N,N,…", help=f"default: {what}")
+    coordcheck.add_argument("--steps", type=int, default=16, metavar="N", help="default: 16")
+    coordcheck.add_argument(
+        "--slope", type=float, default=0.2, metavar="S", help="largest that passes (default: 0.2)"
+    )
+    coordcheck.add_argument(
+        "--out", metavar="FOLDER", default="coordcheck", help="where to write (default: it)"
     )
     data = commands.add_parser("data", help="corpora").add_subparsers(
         dest="data_command", required=True, metavar="COMMAND"
@@ -246,12 +292,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+_OPTIONS = (
+    "--nproc", "--link-gb-per-s", "--widths", "--depths", "--steps", "--slope", "--out",
+)  # fmt: skip
+
+
 def _options_first(words: list[str]) -> list[str]:
-    if words[:1] not in (["train"], ["plan"], ["pilot"]):
+    if words[:1] not in (["train"], ["plan"], ["pilot"], ["coordcheck"]):
         return words
     options, rest, at = [], words[1:], 0
     while at < len(rest):
-        if rest[at] in ("--nproc", "--link-gb-per-s", "--steps"):
+        if rest[at] in _OPTIONS:
             options += rest[at : at + 2]
             del rest[at : at + 2]
         else:

@@ -112,6 +112,9 @@ class ModelSection:
     without layers has none."""
     mtp_loss_coeff: float = 0.1
     """Weight of their loss."""
+    mup: Optional[bool] = None
+    """Whether initial values and updates scale with width and depth by the spectral condition, so
+    that one learning rate serves all sizes (default: that of ``run.init_from``, or false)."""
     rope: RopeSection = field(default_factory=RopeSection)
     """Rotary positions, of families that have them."""
     mla: MLASection = field(default_factory=MLASection)
@@ -179,8 +182,17 @@ class OptimSection:
     """Muon-NSGD: momentum."""
     nesterov: bool = True
     """Muon-NSGD: Nesterov's form of momentum."""
-    ns_steps: int = 5
-    """Muon-NSGD: Newton-Schulz iterations."""
+    ns_coefficients: str = "jordan"
+    """Muon-NSGD: Newton-Schulz coefficients: ``jordan`` (5 steps, singular values near 1),
+    ``polar_express`` (5 steps, closer) or ``deepseek_v4`` (10 steps, closest)."""
+    ns_steps: Optional[int] = None
+    """Muon-NSGD: Newton-Schulz iterations (default: the coefficients' own)."""
+    ns_dtype: Optional[str] = None
+    """Muon-NSGD: type that Newton-Schulz computes in: ``fp32``, ``bf16`` or ``fp16`` (default: fp16
+    on CUDA, where it has not run yet, and fp32 elsewhere)."""
+    ns_kernel_from: Optional[int] = None
+    """Muon-NSGD on CUDA: least size of the symmetric products of Newton-Schulz that a Triton kernel
+    computes (default: none; it has not been measured on a GPU)."""
     scale: str = "out_in"
     """Muon-NSGD: ``out_in`` = sqrt(n_out/n_in), ``moonlight`` = 0.2 sqrt(max(n_out, n_in))."""
     embeddings: str = "muon"
@@ -191,6 +203,31 @@ class OptimSection:
     """AdamW: decay of the second moment."""
     eps: float = 1e-8
     """AdamW: added to the root of the second moment."""
+
+
+@dataclass(frozen=True)
+class KernelsSection:
+    """Fast kernels of the Megatron engine, on CUDA only: by default on there (but CUDA graphs)
+    where the model has a use for them. True is refused without CUDA. Not run on a GPU yet."""
+
+    cross_entropy: Optional[bool] = None
+    """Fused cross-entropy."""
+    rope: Optional[bool] = None
+    """Fused rotation by position (with Transformer Engine)."""
+    activation: Optional[bool] = None
+    """Fused bias and activation, SwiGLU included."""
+    dropout: Optional[bool] = None
+    """Fused bias, dropout and residual addition."""
+    grouped_gemm: Optional[bool] = None
+    """Experts in one grouped product (with Transformer Engine)."""
+    permute: Optional[bool] = None
+    """Fused permutation of tokens to experts (with Transformer Engine)."""
+    overlap_gradients: Optional[bool] = None
+    """Reduce gradients during the backward pass (distributed optimizer)."""
+    overlap_parameters: Optional[bool] = None
+    """Gather parameters during the forward pass (distributed optimizer)."""
+    cuda_graphs: Optional[bool] = None
+    """Capture layers as CUDA graphs; each expansion captures anew."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +309,7 @@ class RunConfig:
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    kernels: KernelsSection = field(default_factory=KernelsSection)
     expansion: list[ExpansionSection] = field(default_factory=list)
 
     @property
@@ -301,6 +339,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
     "optim.name": ("muon_nsgd", "adamw"),
+    "optim.ns_coefficients": ("jordan", "polar_express", "deepseek_v4"),
+    "optim.ns_dtype": (None, "fp32", "bf16", "fp16"),
     "optim.scale": ("out_in", "moonlight"),
     "optim.embeddings": ("muon", "adamw"),
     "schedule.name": ("wsd", "cosine", "linear"),
@@ -362,6 +402,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.clip_grad": (0, None),
     "optim.momentum": (0, 0.99999),
     "optim.ns_steps": (1, None),
+    "optim.ns_kernel_from": (1, None),
     "optim.beta1": (0, 0.99999),
     "optim.beta2": (0, 0.99999),
     "optim.eps": (0, None),

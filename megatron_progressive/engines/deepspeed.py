@@ -24,6 +24,7 @@ from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines import deepspeed_state
 from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
 from megatron_progressive.engines.expert_load import ExpertLoad
+from megatron_progressive.engines.kernels import kernels_here
 from megatron_progressive.engines.megatron_model import (
     build_chunk,
     canonical_buffers,
@@ -62,7 +63,9 @@ class DeepSpeedEngine:
         self._stage, self._bf16 = layout.zero_stage, config.train.precision == "bf16"
         model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        self._transformer = transformer_config(shape, self.groups, dtype)
+        # DeepSpeed reduces and gathers in its own ways
+        kernels = kernels_here(config, shape, sharded=False)
+        self._transformer = transformer_config(shape, self.groups, dtype, kernels)
         core = build_chunk(shape, self.groups, self._transformer, 0).to(dtype)
         self._names, self._table = canonical_names(core, self.groups), tensor_table(shape)
         _check_shapes(self._names, self._table)

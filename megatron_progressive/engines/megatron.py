@@ -22,6 +22,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
 from megatron_progressive.engines.expert_load import ExpertLoad
+from megatron_progressive.engines.kernels import kernels_here
 from megatron_progressive.engines.megatron_model import (
     TIED_HEAD,
     build_chunk,
@@ -60,7 +61,9 @@ class MegatronEngine:
         # No dropout and no random initialisation: Megatron-core only asks that its RNG
         # tracker be set up.
         model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
-        transformer = transformer_config(shape, self.groups, dtype)
+        sharded = layout.zero_stage >= 1
+        kernels = kernels_here(config, shape, sharded=sharded)
+        transformer = transformer_config(shape, self.groups, dtype, kernels)
         chunks = [
             build_chunk(shape, self.groups, transformer, chunk)
             for chunk in range(layout.virtual_pipeline)
@@ -69,12 +72,11 @@ class MegatronEngine:
         self._names = {name: weight for names in named for name, weight in names.items()}
         table = engine_table(tensor_table(shape))
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
-        sharded = layout.zero_stage >= 1
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=sharded,
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            overlap_param_gather=False,
+            overlap_grad_reduce=kernels.overlap_gradients,
+            overlap_param_gather=kernels.overlap_parameters,
             check_for_nan_in_grad=False,
         )
         self.chunks = [
@@ -94,6 +96,10 @@ class MegatronEngine:
             for chunk in chunks
             for name, buffer in canonical_buffers(chunk, self.groups).items()
         }
+        if kernels.overlap_gradients:  # only the last micro-batch's gradients are reduced
+            no_syncs = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+        self._gathers_late = kernels.overlap_parameters
         transformer.grad_scale_func = None
         self._load = ExpertLoad(shape, chunks)
         transformer.finalize_model_grads_func = self._finalize_gradients
@@ -120,7 +126,8 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         losses = self._run(batch, forward_only=False)
         for group in self.optimizer.param_groups if self._names else ():
-            group["lr"] = lr
+            # an optimizer with several tensors in a group has their factors itself
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.prepare_grads()
         grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
@@ -141,6 +148,9 @@ class MegatronEngine:
         return sum(means) / len(means)
 
     def state(self) -> ShardedState:
+        if self._gathers_late:  # the next forward pass would
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         optimizers = self.optimizer.chained_optimizers
         return sharded_state(self._names, self._buffers, self._table, optimizers, self.groups)
 

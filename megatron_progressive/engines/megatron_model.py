@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
+from megatron_progressive.engines.kernels import Kernels, transformer_kwargs
 from megatron_progressive.engines.megatron_spec import (
     decoder_spec,
     mtp_spec,
@@ -48,7 +49,7 @@ def _untouched(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(
-    shape: ModelShape, groups: ProcessGroups, dtype: torch.dtype
+    shape: ModelShape, groups: ProcessGroups, dtype: torch.dtype, kernels: Kernels
 ) -> TransformerConfig:
     """Megatron-core's configuration of one rank's part of the model."""
     layout, cuda = groups.layout, torch.cuda.is_available()
@@ -80,19 +81,15 @@ def transformer_config(
         deallocate_pipeline_outputs=cuda,
         use_cpu_initialization=not cuda,
         perform_initialization=False,
-        transformer_impl="transformer_engine" if transformer_engine_available() else "local",
+        transformer_impl="transformer_engine" if kernels.transformer_engine else "local",
         init_method=_untouched,
         output_layer_init_method=_untouched,  # the default divides by the number of layers
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=cuda,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
-        moe_grouped_gemm=experts and transformer_engine_available(),
-        **transformer_config_kwargs(shape),
+        **{**transformer_config_kwargs(shape), **transformer_kwargs(kernels, shape)},
     )
     if not cuda:
         check_gloo_pipeline(config)

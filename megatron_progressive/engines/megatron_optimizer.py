@@ -30,6 +30,7 @@ from megatron.core.optimizer.optimizer import (
 from megatron_progressive.config import OptimSection
 from megatron_progressive.engines.megatron_owners import OwnerOptimizer
 from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.muon_nsgd import ADAMW, MuonNSGD, rule_of
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.memory import zeros_like
@@ -45,15 +46,16 @@ def parameter_groups(
     for name, parameter in parameters.items():
         spec = table[name]
         decay = optim.weight_decay if len(spec.shape) > 1 else 0.0
-        stack = math.prod(spec.shape[:-2])
-        key = (rule_of(spec, optim), decay, spec.tp_axis, spec.row_blocks, stack)
+        stack, factor = math.prod(spec.shape[:-2]), lr_factor(spec, optim)
+        key = (rule_of(spec, optim), decay, factor, spec.tp_axis, spec.row_blocks, stack)
         members[key].append(parameter)
     return [
         dict(
-            params=params, rule=rule, weight_decay=decay, row_blocks=blocks, stack=stack,
-            tp_axis=axis,
+            # lr is set to the schedule's times lr_factor: the decay, lr x weight_decay, stays
+            params=params, rule=rule, weight_decay=decay / factor, row_blocks=blocks, stack=stack,
+            tp_axis=axis, lr_factor=factor,
         )
-        for (rule, decay, axis, blocks, stack), params in members.items()
+        for (rule, decay, factor, axis, blocks, stack), params in members.items()
     ]  # fmt: skip
 
 

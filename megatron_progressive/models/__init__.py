@@ -12,6 +12,7 @@ from megatron_progressive.models.base import MLA, ModelShape, MoE, Rope, TensorS
 from megatron_progressive.models.blocks import TableBuilder
 from megatron_progressive.models.checks import check_shape
 from megatron_progressive.models.family import Family
+from megatron_progressive.models.mup import with_mup
 
 FAMILIES: dict[str, Family] = {
     "gpt2": gpt2.FAMILY,
@@ -103,7 +104,8 @@ def _table(shape: ModelShape) -> dict[str, TensorSpec]:
     builder = TableBuilder(
         shape, norm_bias=family.norm == "LayerNorm", gated=family.gated, qk_norm=family.qk_norm
     )
-    return builder.model(family.learned_positions)
+    table = builder.model(family.learned_positions)
+    return with_mup(table, shape) if shape.mup else table
 
 
 def tensor_table(shape: ModelShape) -> dict[str, TensorSpec]:

@@ -21,6 +21,22 @@ DENSE, MOE = "dense", "moe"
 """Kinds of layers, by their feed-forward part."""
 
 
+ROWS, TIED_ROWS, MATRIX, VECTOR = "rows", "tied_rows", "matrix", "vector"
+"""The norm in which a tensor's size counts (:class:`Scaling`): the RMS of each row of a table that
+is looked up, the same of a table that is the head too, the spectral norm, the RMS."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How much a tensor may move (muP; :mod:`.mup` says where the numbers come from)."""
+
+    form: str
+    """``rows``, ``tied_rows``, ``matrix`` or ``vector``."""
+    update: float
+    """Size of an update in that norm, for a learning rate of 1. For ``matrix`` a factor of
+    sqrt(n_out / n_in)."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions (:class:`.config.RopeSection`)."""
@@ -88,6 +104,8 @@ class ModelShape:
     mtp_layers: int = 0
     """Multi-token prediction modules, where there are layers."""
     mtp_loss_coeff: float = 0.0
+    mup: bool = False
+    """Whether initial values and updates follow :mod:`.mup`."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -121,6 +139,8 @@ class TensorSpec:
     init: str
     """``normal``, ``zeros`` or ``ones``."""
     std: float = 0.0
+    gain: float = 1.0
+    """Of ``ones``: the value in its place."""
     tp_axis: int | None = None
     """Axis that tensor parallelism cuts; None is replicated."""
     row_blocks: tuple[int, ...] = ()
@@ -134,6 +154,8 @@ class TensorSpec:
     """Global number of the routed expert that it belongs to."""
     trainable: bool = True
     """Whether the optimizer has it. Others are fp32 in every precision."""
+    scaling: Scaling | None = None
+    """How its updates scale; None: as the optimizer's rule has them."""
 
     @property
     def numel(self) -> int:

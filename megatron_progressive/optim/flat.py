@@ -23,6 +23,7 @@ from torch.optim.adamw import adamw
 from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.exchange import Exchange, Parted
+from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.muon_nsgd import orthogonalised, with_momentum
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
@@ -79,6 +80,8 @@ class Fragment:
     """fp32 [end - start]; the weight that the optimizer updates."""
     param: torch.Tensor
     """What stands for the partition in the parameter groups."""
+    lr_factor: float = 1.0
+    """Of the learning rate, not of the weight decay."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     """``step`` is a number, the others are fp32 [end - start]; none where nothing is held."""
 
@@ -126,7 +129,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         """This rank's part of a tensor, with its state allocated (zero)."""
         start, end = cut.range_of(self.rank)
         weight = partition.detach().view(-1)[cut.offset : cut.offset + end - start]
-        fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight, param)
+        factor = lr_factor(cut.spec, self.optim)
+        fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight, param, factor)
         if start < end:
             fragment.slots = {name: zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
             if fragment.rule == ADAMW:
@@ -161,14 +165,14 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
         fragment.weight.mul_(1 - lr * self._decay(fragment))
-        fragment.weight.add_(update, alpha=-lr)
+        fragment.weight.add_(update, alpha=-lr * fragment.lr_factor)
 
     def _gradient(self, fragment: Fragment) -> torch.Tensor:
         return fragment.part(self.gradient(fragment.param))
 
     def _adamw(self, held: list[Fragment], lr: float) -> None:
-        for decay in sorted({self._decay(f) for f in held}):
-            same = [f for f in held if self._decay(f) == decay]
+        for decay, factor in sorted({(self._decay(f), f.lr_factor) for f in held}):
+            same = [f for f in held if (self._decay(f), f.lr_factor) == (decay, factor)]
             adamw(
                 [f.weight for f in same],
                 [self._gradient(f) for f in same],
@@ -179,8 +183,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 amsgrad=False,
                 beta1=self.optim.beta1,
                 beta2=self.optim.beta2,
-                lr=lr,
-                weight_decay=decay,
+                lr=lr * factor,
+                weight_decay=decay / factor,
                 eps=self.optim.eps,
                 maximize=False,
             )

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.optim.newton_schulz import orthogonalise
+from megatron_progressive.optim.newton_schulz import compute_dtype, orthogonalise
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
 
@@ -88,7 +88,13 @@ def orthogonalised(
         for j, matrix in enumerate(matrices):
             by_shape[matrix.shape].append((i, j))
     for shape, places in by_shape.items():
-        batch = orthogonalise(torch.stack([parts[i][j] for i, j in places]), optim.ns_steps)
+        batch = orthogonalise(
+            torch.stack([parts[i][j] for i, j in places]),
+            optim.ns_steps,
+            coefficients=optim.ns_coefficients,
+            dtype=compute_dtype(optim, tensors[0].device),
+            kernel_from=optim.ns_kernel_from,
+        )
         batch *= update_scale(shape[0], shape[1], optim.scale)
         for (i, j), matrix in zip(places, batch, strict=True):
             parts[i][j] = matrix

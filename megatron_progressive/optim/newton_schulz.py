@@ -4,28 +4,73 @@ from __future__ import annotations
 
 import torch
 
-# Keller Jordan's quintic, five steps (kellerjordan.github.io/posts/muon, December 2024):
-# singular values end between about 0.7 and 1.2, which is as good for Muon as exactly 1.
-JORDAN = (3.4445, -4.7750, 2.0315)
+from megatron_progressive.config import OptimSection
+from megatron_progressive.optim.coefficients import Coefficients, ns_coefficients
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types to compute in, as ``optim.ns_dtype`` names them."""
 
 
-def orthogonalise(matrices: torch.Tensor, steps: int = 5, eps: float = 1e-7) -> torch.Tensor:
+def compute_dtype(optim: OptimSection, device: torch.device) -> torch.dtype:
+    """The type of a run's iteration: ``optim.ns_dtype``, or fp16 on CUDA and fp32 elsewhere.
+
+    fp16 and not bf16: after the division by the Frobenius norm nothing is above about 25, so the
+    three more bits of the mantissa count and the range does not. Not yet run on a GPU.
+    """
+    if optim.ns_dtype is not None:
+        return DTYPES[optim.ns_dtype]
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def orthogonalise(
+    matrices: torch.Tensor,
+    steps: int | None = None,
+    eps: float = 1e-7,
+    *,
+    coefficients: str = "jordan",
+    dtype: torch.dtype = torch.float32,
+    kernel_from: int | None = None,
+) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices U V^T, approximately.
 
     Args:
         matrices: [..., n_out, n_in], any leading batch axes, fp32.
-        steps: iterations of X <- a X + (b A + c A A) X with A = X X^T.
+        steps: iterations of X <- a X + (b A + c A A) X with A = X X^T; None: the set's own.
         eps: added to the Frobenius norm, so that a zero matrix stays zero.
+        coefficients: name of a set (:data:`.coefficients.SETS`).
+        dtype: type of the iteration. The norm is fp32.
+        kernel_from: least n of the n x n products that our symmetric kernel computes (CUDA);
+            None: none of them.
 
-    Returns: a new tensor of the same shape.
+    Returns: a new fp32 tensor of the same shape.
+
+    Raises:
+        KeyError: no set of this name.
     """
-    a, b, c = JORDAN
+    plan = ns_coefficients(coefficients, steps)
     x: torch.Tensor = matrices
     tall = x.size(-2) > x.size(-1)
     if tall:  # A = X X^T on the shorter side
         x = x.mT
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)).to(dtype)
+    if kernel_from is not None and x.is_cuda and x.size(-2) >= kernel_from:
+        x = _with_symmetric_kernel(x, plan)
+    else:
+        for a, b, c in plan:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+    x = x.to(torch.float32)
     return x.mT if tall else x
+
+
+def _with_symmetric_kernel(x: torch.Tensor, plan: tuple[Coefficients, ...]) -> torch.Tensor:
+    """The same iteration; its two symmetric products cost half."""
+    from megatron_progressive.optim.symmetric import symmetric_product
+
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:]).contiguous()
+    for a, b, c in plan:
+        gram = symmetric_product(x)
+        poly = symmetric_product(gram, scale=c, added=gram, added_scale=b)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.view(shape)

@@ -58,7 +58,7 @@ def initial_values(
     if spec.init == "zeros":
         return torch.zeros(box.shape)
     if spec.init == "ones":
-        return torch.ones(box.shape)
+        return torch.full(box.shape, spec.gain)
     if spec.init != "normal":
         raise ValueError(f"{name}: unknown init {spec.init!r}")
     key = tensor_key(seed, generation, name)

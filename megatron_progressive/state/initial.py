@@ -15,7 +15,7 @@ from megatron_progressive.models import FAMILIES
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.state.checkpoint import checkpoints, read_description
 
-_TRAINING = {"mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
+_TRAINING = {"mup", "mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
 """Fields of the model that say how it is trained: a run may set others than the checkpoint's."""
 
 

@@ -32,6 +32,7 @@ from functools import lru_cache
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape, TensorSpec
+from megatron_progressive.optim.coefficients import ns_steps
 from megatron_progressive.optim.rules import MUON, rule_of
 
 _LOOKUPS = ("embedding", "position")
@@ -97,25 +98,25 @@ def muon_matrices(spec: TensorSpec, optim: OptimSection) -> list[tuple[int, int]
     return [(groups * rows, n_in) for rows in spec.row_blocks]
 
 
-def newton_schulz_flops(n_out: int, n_in: int, ns_steps: int) -> int:
+def newton_schulz_flops(n_out: int, n_in: int, steps: int) -> int:
     """FLOPs to orthogonalise one matrix.
 
     Each iteration X <- a X + (b A + c A A) X with A = X X^T has three products on the shorter
     side n and the longer one m: X X^T (2 n^2 m), A A (2 n^3) and B X (2 n^2 m).
     """
     n, m = min(n_out, n_in), max(n_out, n_in)
-    return ns_steps * (4 * n * n * m + 2 * n**3)
+    return steps * (4 * n * n * m + 2 * n**3)
 
 
 @lru_cache(maxsize=64)
 def optimizer_flops(shape: ModelShape, optim: OptimSection) -> int:
     """FLOPs of one optimizer step: Newton-Schulz of every Muon matrix, 0 for AdamW."""
+    steps = ns_steps(optim)
     counts = Counter(
         matrix for spec in tensor_table(shape).values() for matrix in muon_matrices(spec, optim)
     )
     return sum(
-        count * newton_schulz_flops(n_out, n_in, optim.ns_steps)
-        for (n_out, n_in), count in counts.items()
+        count * newton_schulz_flops(n_out, n_in, steps) for (n_out, n_in), count in counts.items()
     )
 
 

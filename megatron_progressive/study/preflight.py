@@ -31,6 +31,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     _check_schedule(config)
     _check_expansions(config)
     _check_stop(config)
+    _check_mup(config)
     for index in range(len(config.expansion) + 1):
         _check_phase(config, index, world)
     return _warnings(config)
@@ -56,6 +57,14 @@ def _check_schedule(config: RunConfig) -> None:
     if config.schedule.name == "wsd" and warmup + decay > 1 + 1e-9:  # 0.7 + 0.3 is not quite 1
         raise ConfigError(
             f"schedule.decay: got {decay} after warmup {warmup}; accepted: warmup + decay up to 1"
+        )
+
+
+def _check_mup(config: RunConfig) -> None:
+    if model_shape(config).mup and config.optim.scale != "out_in":
+        raise ConfigError(
+            f"optim.scale: got {config.optim.scale!r} with model.mup; accepted: out_in (its own "
+            "scale)"
         )
 
 

@@ -8,6 +8,7 @@ import traceback
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.engines.kernels import check_kernels
 from megatron_progressive.runtime.distributed import (
     Place,
     place_from_environment,
@@ -39,6 +40,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     if world < 1:
         raise ConfigError(f"--nproc: got {nproc}; accepted: from 1")
     warnings = check_run(config, world)
+    check_kernels(config)
     progress = check_folder(config)
     if is_finished(config):
         if place is None or place.rank == 0:

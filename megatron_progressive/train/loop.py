@@ -12,6 +12,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.data import TrainingData
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.engines.kernels import kernels_line
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape
@@ -54,6 +55,7 @@ class _Run:
         self.eval_loss = float("nan")
         self.history: DepthHistory = ((0, depths[0]),)
         self.engine = self._first_engine()
+        self.monitor.note(kernels_line(config, self.engine.shape, self.engine.layout))
         if self.resumed:
             self.recorder.event(
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world

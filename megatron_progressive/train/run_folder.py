@@ -18,7 +18,8 @@ METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 # What may differ between a run and its continuation: how it is laid out and watched, never
 # what is computed.
 _FREE = {"run.dir", "train.stop_after", "train.micro_batch", "train.save_every",
-         "train.keep_checkpoints", "train.log_every", "data.prepared"}  # fmt: skip
+         "train.keep_checkpoints", "train.log_every", "data.prepared",
+         "optim.ns_kernel_from"}  # fmt: skip
 
 
 def _decisive(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -26,7 +27,7 @@ def _decisive(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     items = values.items() if isinstance(values, dict) else enumerate(values)
     for key, value in items:
         name = f"{prefix}.{key}" if prefix else str(key)
-        if name == "parallel" or name.endswith(".parallel") or name in _FREE:
+        if name in ("parallel", "kernels") or name.endswith(".parallel") or name in _FREE:
             continue
         if isinstance(value, dict) or (isinstance(value, list) and value):
             yield from _decisive(value, name)

@@ -33,7 +33,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
 def test_fp32_run_agrees_with_the_cpu(corpus: Path, tmp_path: Path, optimizer: str) -> None:
-    optim = {"name": optimizer}
+    optim = {"name": optimizer, "ns_dtype": "fp32"}  # on CUDA it is fp16 by default
     here = train(tmp_path, corpus, "cuda", False, optim=optim)
     there = train(tmp_path, corpus, "cpu", True, optim=optim)
     assert losses(here) == pytest.approx(losses(there), rel=5e-3)  # TF32 is off by default

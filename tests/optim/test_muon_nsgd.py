@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_progressive.config import OptimSection
+from megatron_progressive.optim.coefficients import SETS
 from megatron_progressive.optim.muon_nsgd import MuonNSGD, joined, matrices_of, update_scale
-from megatron_progressive.optim.newton_schulz import JORDAN, orthogonalise
+from megatron_progressive.optim.newton_schulz import orthogonalise
 from tests.pool import Pool
 
 OPTIM = OptimSection(lr=0.02, weight_decay=0.01)
@@ -47,7 +48,7 @@ def test_muon_equals_torchs(shape: tuple[int, int], monkeypatch: pytest.MonkeyPa
         weight_decay=0.01 / ratio,
         momentum=0.95,
         nesterov=True,
-        ns_coefficients=JORDAN,
+        ns_coefficients=SETS["jordan"].values[0],
         ns_steps=5,
         adjust_lr_fn="original",
     )

@@ -1,0 +1,84 @@
+"""``mprog env``: versions, devices, and what the fast path lacks, with how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+DISTRIBUTIONS = (
+    "torch", "megatron-core", "deepspeed", "transformer-engine", "emerging-optimizers", "triton",
+)  # fmt: skip
+"""What is listed by its version; Python and apex are listed beside them."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What :func:`environment` finds."""
+
+    versions: dict[str, str | None]
+    """By name; None: not installed."""
+    devices: list[str]
+    """CUDA devices, by name."""
+    missing: list[str]
+    """One line each: what the fast path lacks, and how to get it."""
+
+
+def version_of(name: str) -> str | None:
+    """The installed version of a distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def apex_version(find: Callable[[str], object] = importlib.util.find_spec) -> str | None:
+    """NVIDIA's apex. PyPI's distribution of that name is something else: the kernels tell."""
+    if find("fused_weight_gradient_mlp_cuda") is None:
+        return None
+    return version_of("apex") or "of NVIDIA's image"
+
+
+def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[str]:
+    """What the fast path lacks, a line each; none where nothing is missing."""
+    how = {
+        "transformer-engine": "fused layers, attention and grouped GEMM: use NVIDIA's PyTorch "
+        "image (nvcr.io/nvidia/pytorch), or `pip install transformer-engine[pytorch,core_cu13]` "
+        "where there is CUDA (not elsewhere)",
+        "apex": "fused accumulation of weight gradients: comes with NVIDIA's PyTorch image, or "
+        "build it from github.com/NVIDIA/apex (`apex` on PyPI is another program)",
+        "triton": "the symmetric kernel of Newton-Schulz: `pip install triton` (Linux)",
+        "deepspeed": "`parallel.engine: deepspeed`: `DS_BUILD_OPS=0 pip install deepspeed==0.19.8`",
+        "megatron-core": "training at all: `pip install megatron-core==0.19.2`",
+    }
+    lines = [f"{name}: {text}" for name, text in how.items() if versions.get(name) is None]
+    if not devices:
+        lines.insert(0, "a CUDA device: without one everything runs on the CPU over gloo")
+    return lines
+
+
+def environment() -> Environment:
+    """What this machine has. Loads torch, nothing else."""
+    import torch
+
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {name: version_of(name) for name in DISTRIBUTIONS}
+    versions["torch"] = torch.__version__  # with its build: +cpu, +cu130
+    versions["apex"] = apex_version()
+    devices = []
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(number)
+            devices.append(f"{found.name}, {found.total_memory / 2**30:.0f} GiB")
+    return Environment(versions, devices, missing_lines(versions, devices))
+
+
+def render(found: Environment) -> str:
+    """The lines that the command prints."""
+    lines = [f"{name:<20} {version or 'not installed'}" for name, version in found.versions.items()]
+    lines.append(f"{'devices':<20} {'; '.join(found.devices) or 'CPU only'}")
+    if found.missing:
+        lines += ["", "missing for the fast path:", *(f"- {line}" for line in found.missing)]
+    return "\n".join(lines)

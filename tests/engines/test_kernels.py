@@ -1,0 +1,114 @@
+"""Which kernels are chosen on which machine, and that overlapped communication trains the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
+from megatron_progressive.engines import kernels, megatron
+from megatron_progressive.models import model_shape
+from tests.engines.cases import Full, family_config, gather, start, step
+from tests.pool import Pool
+
+NAMES = [f.name for f in fields(KernelsSection)]
+
+
+def on(
+    family: str, layers: int = 2, section: KernelsSection | None = None, **machine: bool
+) -> set[str]:
+    shape = model_shape(family_config(family, []), layers)
+    given = {"cuda": True, "transformer_engine": True, "sharded": True, **machine}
+    found = kernels.resolve(section or KernelsSection(), shape, **given)
+    return {name for name in NAMES if getattr(found, name)}
+
+
+def test_nothing_is_on_without_cuda() -> None:
+    assert on("llama3", cuda=False) == set()
+
+
+def test_defaults_on_cuda() -> None:
+    dense = {"cross_entropy", "activation", "dropout", "overlap_gradients", "overlap_parameters"}
+    assert on("llama3") == dense | {"rope"}
+    assert on("gpt2") == dense  # learned positions
+    assert on("mixtral") == dense | {"rope", "grouped_gemm", "permute"}
+    assert on("mixtral", 0) == dense | {"rope"}  # no experts yet
+    assert on("deepseek_v3", transformer_engine=False) == dense
+    assert on("llama3", sharded=False) == (dense | {"rope"}) - {
+        "overlap_gradients",
+        "overlap_parameters",
+    }
+
+
+def test_each_can_be_turned_off_and_graphs_on() -> None:
+    everything = on("mixtral")
+    for name in everything:
+        assert on("mixtral", section=replace(KernelsSection(), **{name: False})) == (
+            everything - {name}
+        )
+    assert "cuda_graphs" in on("llama3", section=KernelsSection(cuda_graphs=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "mixtral"])
+def test_megatron_core_takes_the_activation(family: str) -> None:
+    """It accepts a fused GeLU by one name only; the kernel must be GPT-2's form."""
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu
+
+    shape = model_shape(family_config(family, []), 2)
+    values = kernels.transformer_kwargs(kernels.Kernels(True, activation=True), shape)
+    assert ("activation_func" in values) == (family == "gpt2")
+    if family == "gpt2":
+        x, bias = torch.randn(4, 8), torch.randn(8)
+        expected = torch.nn.functional.gelu(x + bias, approximate="tanh")
+        assert torch.allclose(bias_gelu(bias, x), expected, atol=1e-6)
+
+
+def test_asking_for_one_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kernels.check_kernels(family_config("gpt2", ["kernels.rope=false"]))
+    for name in NAMES:
+        with pytest.raises(ConfigError, match=rf"kernels\.{name}: got true without a CUDA device"):
+            kernels.check_kernels(family_config("gpt2", [f"kernels.{name}=true"]))
+    with pytest.raises(ConfigError, match=r"optim\.ns_kernel_from: got 4096"):
+        kernels.check_kernels(family_config("gpt2", ["optim.ns_kernel_from=4096"]))
+
+
+def test_the_line_names_what_is_in_use() -> None:
+    fast = kernels.Kernels(True, cross_entropy=True, rope=True, grouped_gemm=True)
+    line = kernels.summary(fast, OptimSection(), "fp16")
+    for part in ("Transformer Engine layers", "fused cross-entropy", "grouped GEMM", "rope",
+                 "Muon-NSGD (5 jordan steps in fp16)"):  # fmt: skip
+        assert part in line
+    plain = kernels.summary(kernels.Kernels(False), OptimSection(name="adamw"), "fp32")
+    assert "local layers" in plain
+    assert "AdamW" in plain
+    assert plain.endswith("none")
+
+
+def overlapped(words: list[str], overlaps: bool) -> tuple[list[float], Full]:
+    """Losses of steps and state, with communication that is overlapped as on CUDA or not."""
+    before = megatron.kernels_here
+    forced = kernels.Kernels(False, overlap_gradients=overlaps, overlap_parameters=overlaps)
+    megatron.kernels_here = lambda *_, **__: forced
+    try:
+        engine = start(family_config("gpt2", words), 2)
+    finally:
+        megatron.kernels_here = before
+    losses = [step(engine, number) for number in range(3)]
+    first = gather(engine.state())  # in the middle: the steps after it go on from the same weights
+    losses += [step(engine, number) for number in range(3, 5)]
+    last = gather(engine.state())
+    engine.close()
+    return losses, {**{(f"first {k[0]}", k[1]): v for k, v in first.items()}, **last}
+
+
+def test_overlapped_communication_trains_the_same(pool: Pool) -> None:
+    words = ["optim.name=adamw", "train.micro_batch=2"]  # two micro-batches a rank
+    losses, full = pool.run(2, overlapped, words, True)[0]
+    expected, whole = pool.run(2, overlapped, words, False)[0]
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert full.keys() == whole.keys()
+    for key, tensor in full.items():
+        assert torch.allclose(tensor, whole[key], rtol=1e-5, atol=1e-7), key

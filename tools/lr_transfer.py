@@ -1,0 +1,248 @@
+"""Learning-rate transfer: does one learning rate serve all widths and depths?
+
+Trains tiny GPT-2s of several widths (at one depth) and depths (at one width), or of all pairs of
+them with ``--product``, at learning rates a factor of 2 apart, with muP and without, and draws the
+final validation loss against the learning rate. One process, no checkpoints; a line of
+``results.jsonl`` a finished cell, which is not run again:
+
+    python tools/lr_transfer.py OUT [--steps N] [--product] [key=value …]
+
+``key=value`` words change the base configuration (``data.prepared=FOLDER`` skips preparing the
+corpus). OUT gets ``results.jsonl``, ``lr_transfer.png`` and ``lr_transfer.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive import data
+from megatron_progressive.config import RunConfig, from_dict
+from megatron_progressive.runtime.distributed import Place, prepare_imports, world_group
+from megatron_progressive.runtime.progress import short_time
+from megatron_progressive.study.flops import total_flops
+
+ARMS: dict[str, dict[str, bool]] = {"mup": {"mup": True}, "standard": {"mup": False}}
+HEAD_DIM = 16
+SPECIAL = 8.0
+"""Loss that stands for a diverged run."""
+
+Cell = dict[str, Any]
+
+
+def base(out: Path, words: list[str]) -> RunConfig:
+    return from_dict(
+        {
+            "run": {"name": "lr_transfer", "dir": str(out)},
+            "model": {"family": "gpt2", "preset": "tiny"},
+            "data": {"vocab_size": 2048, "sequence_length": 128, "max_bytes": 6_000_000},
+            "train": {"global_batch": 8, "micro_batch": 8, "steps": 200, "eval_samples": 64},
+            "schedule": {"warmup": 0.05, "decay": 0.2},
+        },
+        words,
+    )
+
+
+def configured(out: Path, words: list[str], cell: Cell) -> RunConfig:
+    width = cell["width"]
+    model = [
+        f"model.hidden_size={width}",
+        f"model.num_attention_heads={width // HEAD_DIM}",
+        f"model.num_layers={cell['depth']}",
+        *(f"model.{key}={str(value).lower()}" for key, value in ARMS[cell["arm"]].items()),
+    ]
+    return base(out, [*words, *model, f"optim.lr={cell['lr']}", f"train.steps={cell['steps']}"])
+
+
+def final_loss(config: RunConfig) -> float:
+    """Validation loss after training, nats per token; :data:`SPECIAL` if it diverged."""
+    import torch.distributed as dist
+
+    from megatron_progressive.engines import make_engine
+    from megatron_progressive.engines.base import GlobalBatch
+    from megatron_progressive.models import model_shape, tensor_table
+    from megatron_progressive.optim.schedule import learning_rate
+    from megatron_progressive.runtime.layout import make_layout
+    from megatron_progressive.state.init import initialise_all
+
+    shape, size = model_shape(config), config.train.global_batch
+    engine = make_engine(config, shape, make_layout(config.parallel, dist.get_world_size()))
+    samples = data.TrainingData.open(config)
+    try:
+        initialise_all(engine.state(), tensor_table(shape), config.run.seed)
+        engine.loaded()
+        for step in range(1, config.train.steps + 1):
+            batch = GlobalBatch(samples.train_batch, (step - 1) * size, size)
+            loss = engine.train_step(batch, learning_rate(config, step)).loss
+            if not math.isfinite(loss) or loss > 2 * SPECIAL:
+                return SPECIAL
+        validation = [
+            GlobalBatch(samples.validation_batch, first, size)
+            for first in range(0, config.train.eval_samples, size)
+        ]
+        return min(SPECIAL, engine.evaluate(validation))
+    finally:
+        engine.close()
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """Cheapest first, so that an interrupted study is a complete smaller one."""
+    if args.product:
+        shapes = [(w, d) for w in args.widths for d in args.depths]
+    else:
+        shapes = [(args.widths[0], d) for d in args.depths]
+        shapes += [(w, args.depth) for w in args.widths]
+    unique = sorted(dict.fromkeys(shapes), key=lambda s: (12 * s[1] * s[0] + 2048) * s[0])
+    return [
+        dict(arm=arm, width=w, depth=d, lr=lr, steps=args.steps)
+        for w, d in unique
+        for arm in args.arms
+        for lr in args.lrs
+    ]
+
+
+def read(path: Path) -> list[Cell]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell[name] for name in ("arm", "width", "depth", "lr", "steps"))
+
+
+def best(results: list[Cell]) -> dict[tuple[str, int, int], tuple[float, float, bool]]:
+    """(learning rate, loss, whether it is inside the grid) of each arm, width and depth."""
+    found: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+    for cell in results:
+        place = (cell["arm"], cell["width"], cell["depth"])
+        found.setdefault(place, []).append((cell["loss"], cell["lr"]))
+    out = {}
+    for place, values in found.items():
+        loss, lr = min(values)
+        rates = sorted(lr for _, lr in values)
+        out[place] = (lr, loss, rates[0] < lr < rates[-1])
+    return out
+
+
+def interpolated(points: list[tuple[float, float]]) -> float | None:
+    """Least point of the parabola through the best (learning rate, loss) and its neighbours, in
+    log2 of the learning rate; None at the edge of the grid or beside a diverged run."""
+    points = sorted(points)
+    at = min(range(len(points)), key=lambda i: points[i][1])
+    if not 0 < at < len(points) - 1 or points[at + 1][1] >= SPECIAL:
+        return None
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log2(lr), loss) for lr, loss in points[at - 1 : at + 2])
+    slopes = ((y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1))
+    curvature = (slopes[1] - slopes[0]) / (x2 - x0)
+    return 2 ** ((x0 + x1) / 2 - slopes[0] / (2 * curvature)) if curvature > 0 else None
+
+
+def table(results: list[Cell]) -> str:
+    """Markdown: a row a shape and arm, the loss at each learning rate, the best one in bold."""
+    rates = sorted({cell["lr"] for cell in results})
+    losses = {key(cell)[:4]: cell["loss"] for cell in results}
+    lines = [
+        "| arm | width | depth | " + " | ".join(f"lr {lr:g}" for lr in rates) + " | best |",
+        "|---|---|---|" + "---|" * (len(rates) + 1),
+    ]
+    for place, (lr, _, _) in sorted(best(results).items()):
+        row = [losses.get((*place, rate)) for rate in rates]
+        shown = [
+            "" if loss is None else f"**{loss:.3f}**" if rate == lr else f"{loss:.3f}"
+            for rate, loss in zip(rates, row, strict=True)
+        ]
+        found = [(rate, loss) for rate, loss in zip(rates, row, strict=True) if loss is not None]
+        least = interpolated(found)
+        shown.append("at the edge" if least is None else f"{least:.3f}")
+        lines.append(f"| {place[0]} | {place[1]} | {place[2]} | " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", *verdict(results)]) + "\n"
+
+
+def verdict(results: list[Cell]) -> list[str]:
+    lines = []
+    for arm in sorted({cell["arm"] for cell in results}):
+        found = {place[1:]: value for place, value in best(results).items() if place[0] == arm}
+        rates = [lr for lr, _, _ in found.values()]
+        edge = [f"{w}x{d}" for (w, d), (_, _, inside) in found.items() if not inside]
+        steps = math.log2(max(rates) / min(rates))
+        lines.append(
+            f"{arm}: the best learning rate moves by a factor of {max(rates) / min(rates):g} "
+            f"({steps:.0f} grid steps) over {len(found)} shapes"
+            + (f"; at the edge of the grid for {', '.join(edge)}" if edge else "")
+        )
+    return lines
+
+
+def draw(results: list[Cell], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    arms = sorted({cell["arm"] for cell in results})
+    figure = Figure(figsize=(6.5 * len(arms), 5), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for axis, arm in zip(axes, arms, strict=True):
+        shapes = sorted({(c["width"], c["depth"]) for c in results if c["arm"] == arm})
+        for number, (width, depth) in enumerate(shapes):
+            mine = sorted(
+                (c["lr"], c["loss"])
+                for c in results
+                if (c["arm"], c["width"], c["depth"]) == (arm, width, depth)
+            )
+            colour = f"C{number}"
+            axis.plot(*zip(*mine, strict=True), marker="o", markersize=3, color=colour)
+            lr, loss = min(mine, key=lambda point: point[1])
+            axis.plot(lr, loss, "*", markersize=13, color=colour, label=f"{width} x {depth}")
+        axis.set_xscale("log", base=2)
+        axis.set_title(f"{arm}: final validation loss, nats per token", loc="left")
+        axis.set_xlabel("learning rate (star: the best)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(title="width x depth", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Learning-rate transfer over widths and depths.")
+    parser.add_argument("out", type=Path, help="folder of results, figure and table")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    parser.add_argument("--depth", type=int, default=2, help="at which widths are compared")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--product", action="store_true", help="all pairs of widths and depths")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, todo = args.out / "results.jsonl", cells(args)
+    done = {key(cell) for cell in read(path)}
+    left = [cell for cell in todo if key(cell) not in done]
+    costs = [total_flops(configured(args.out, args.words, cell)) for cell in left]
+    prepare_imports()
+    data.prepare(base(args.out, args.words))
+    spent = 0.0
+    with world_group(Place(0, 0, 1)), open(path, "a") as file:
+        for number, cell in enumerate(left):
+            started = time.monotonic()
+            loss = final_loss(configured(args.out, args.words, cell))
+            seconds = time.monotonic() - started
+            spent += seconds
+            file.write(json.dumps({**cell, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
+            file.flush()
+            rest = spent / sum(costs[: number + 1]) * sum(costs[number + 1 :])
+            print(
+                f"{number + 1}/{len(left)} {cell} loss {loss:.4f} in {seconds:.0f} s, "
+                f"left {short_time(rest)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    results = [cell for cell in read(path) if key(cell) in {key(c) for c in todo}]
+    draw(results, args.out / "lr_transfer.png")
+    (args.out / "lr_transfer.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
