@@ -16,7 +16,7 @@ from megatron_progressive.engines.partitions import chunk_tensors
 from megatron_progressive.engines.places import MOST_PADDING, BufferTensor, owner_places
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.models.base import TensorSpec
-from megatron_progressive.optim.newton_schulz import JORDAN
+from megatron_progressive.optim.coefficients import SETS
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, rule_of
 from megatron_progressive.runtime.layout import Layout
 from tests.engines import cases, owner_cases
@@ -106,7 +106,7 @@ def torchs_muon(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     ratio = min(1.0, math.sqrt(weight.shape[0] / weight.shape[1]))
     torch.optim.Muon(
         [parameter], lr=LR * ratio, weight_decay=0.01 / ratio, momentum=0.95, nesterov=True,
-        ns_coefficients=JORDAN, ns_steps=5, adjust_lr_fn="original",
+        ns_coefficients=SETS["jordan"].values[0], ns_steps=5, adjust_lr_fn="original",
     ).step()  # fmt: skip
     return parameter.detach()
 
