@@ -155,6 +155,14 @@ def test_the_interval_of_the_factor_holds_the_known_one_and_is_reproducible() ->
     assert json.loads(json.dumps(asdict(arm))) == asdict(arm)
 
 
+def test_bootstraps_of_one_seed_do_not_cancel() -> None:
+    fit = fit_compute(COMPUTE, noisy(1), draws=20)
+    factor = efficiency_at_compute(fit, fit, 3e18).factor
+    assert factor.low is not None
+    assert factor.high is not None
+    assert factor.low < 0.99 < 1.01 < factor.high
+
+
 def test_pareto() -> None:
     compute = [4, 1, 2, 3, 2, 5, 5]
     loss = [2.0, 4.0, 3.0, 3.5, 3.1, 1.9, float("nan")]
