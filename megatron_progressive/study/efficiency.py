@@ -76,7 +76,10 @@ def _paired(arm: Fit, reference: Fit) -> tuple[Array, Array]:
         if fit.form != "compute":
             raise ConfigError(f"form: got {fit.form}; accepted: compute")
     pairs = 1 + min(len(arm.draws), len(reference.draws))
-    return rows_of(arm)[:pairs], rows_of(reference)[:pairs]
+    rows, other = rows_of(arm)[:pairs], rows_of(reference)[:pairs]
+    # both bootstraps may have had the same seed: equal draws must not meet, or their noise cancels
+    other[1:] = np.roll(other[1:], 1, axis=0)
+    return rows, other
 
 
 def _efficiency(
