@@ -32,9 +32,9 @@ def counted_matrices() -> Iterator[list[int]]:
     calls: list[int] = []
     orthogonalise = muon_nsgd.orthogonalise
 
-    def count(matrices: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def count(matrices: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         calls.append(matrices.shape[:-2].numel())
-        return orthogonalise(matrices, *rest)
+        return orthogonalise(matrices, *rest, **more)
 
     with replaced(muon_nsgd, "orthogonalise", count):
         yield calls
