@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_progressive.config import ConfigError, RunConfig, from_dict
+from megatron_progressive.config.decisive import decisive
 from megatron_progressive.models import model_shape
 from megatron_progressive.study import controls
 from megatron_progressive.study.flops import total_flops
@@ -32,13 +33,8 @@ GRADUAL_STAGES = 3
 """Depths L/4, L/2, L of gradual stacking, for equal numbers of steps, each growth a copy of the
 layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively stacking")."""
 
-_INITS = {ZERO_LAYER: ("random", "zero"), ONE_LAYER: None}
 _KEYS = ("study", "run", "sizes", "arms", "tau", "init", "seeds")
 _STUDY_KEYS = ("name", "dir", "retries")
-
-# What does not decide a run's result: where it is, how it is laid out and watched.
-_FREE = {"run.name", "run.dir", "data.prepared", "train.save_every", "train.keep_checkpoints",
-         "train.log_every", "train.micro_batch"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,22 +76,11 @@ class Grid:
     warnings: list[str] = field(default_factory=list)
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in items:
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if name == "parallel" or name.endswith(".parallel") or name in _FREE:
-            continue
-        if isinstance(value, dict) or (isinstance(value, list) and value):
-            yield from _flat(value, name)
-        else:
-            yield name, value
-
-
 def fingerprint(config: RunConfig) -> str:
     """Twelve hexadecimal digits of what decides a run's result: model, data, steps, optimizer,
     schedule, expansions, seed; not its layout, which changes no more than rounding."""
-    text = json.dumps(sorted((name, repr(value)) for name, value in _flat(asdict(config))))
+    found = {key: repr(value) for key, value in decisive(config).items() if key != "run.name"}
+    text = json.dumps(found, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

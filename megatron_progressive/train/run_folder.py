@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
+from megatron_progressive.config.decisive import decisive
 from megatron_progressive.runtime.files import write_atomically, write_json
 from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
 
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
-
-# What may differ between a run and its continuation: how it is laid out and watched, never
-# what is computed.
-_FREE = {"run.dir", "train.stop_after", "train.micro_batch", "train.save_every",
-         "train.keep_checkpoints", "train.log_every", "data.prepared",
-         "optim.ns_kernel_from"}  # fmt: skip
-
-
-def _decisive(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything that decides the run's numbers."""
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    for key, value in items:
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if name in ("parallel", "kernels") or name.endswith(".parallel") or name in _FREE:
-            continue
-        if isinstance(value, dict) or (isinstance(value, list) and value):
-            yield from _decisive(value, name)
-        else:
-            yield name, value
 
 
 def check_folder(config: RunConfig) -> Progress | None:
@@ -51,8 +31,8 @@ def check_folder(config: RunConfig) -> Progress | None:
         raise ConfigError(f"run.name: {folder} is there and is no run folder; accepted: a new name")
     if not any(folder.iterdir()):
         return None
-    present = dict(_decisive(asdict(load(folder / CONFIG_FILE))))
-    wanted = dict(_decisive(asdict(config)))
+    present = decisive(load(folder / CONFIG_FILE))
+    wanted = decisive(config)
     for key in sorted({*present, *wanted}):
         if present.get(key) != wanted.get(key):
             raise ConfigError(
