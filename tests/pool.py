@@ -32,8 +32,12 @@ def _worker(connection: Connection, rank: int) -> None:
     from megatron_progressive.runtime import cpu
 
     cpu.install()
-    gc.freeze()
+    modules = 0
     while True:
+        if len(sys.modules) > modules:  # what was imported stays: engines that close collect often
+            modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
         message = connection.recv()
         if message is None:
             return

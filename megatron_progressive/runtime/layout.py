@@ -19,9 +19,12 @@ class Layout:
     """Model chunks of each pipeline stage."""
     expert: int = 1
     """Ranks over which experts are divided; they divide the data-parallel ranks."""
-    expert_tensor: int = 1
-    """Tensor-parallel ranks of an expert."""
+    expert_tensor: int = 0
+    """Tensor-parallel ranks of an expert; 0 stands for as many as ``tensor``."""
     zero_stage: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_tensor", self.expert_tensor or self.tensor)
 
     @property
     def data(self) -> int:

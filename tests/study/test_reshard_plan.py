@@ -148,16 +148,6 @@ def test_a_real_expansion_of_experts_moves_the_planned_bytes(
     assert event.bytes_moved == reshard_bytes(config, 0, 4).total > 0
 
 
-def test_replicas_send_in_turn() -> None:
-    """From two tensor-parallel shards, two replicas of each, to whole weights on four ranks:
-    every rank misses one half, which two hold: all send as much as they receive."""
-    expansion = {"at": 2, "to_layers": 2, "parallel": {"tensor": 1}}
-    config = cases.small_config(["parallel.tensor=2", "model.num_layers=1"], expansion)
-    planned = reshard_bytes(config, 0, 4)
-    assert len(set(planned.received.tolist())) == 1
-    assert planned.sent.tolist() == planned.received.tolist()
-
-
 def test_plan_says_bytes_and_time() -> None:
     expansion = {"at": 2, "to_layers": 4, "parallel": {"tensor": 2}}
     config = cases.small_config(["optim.name=adamw", "model.num_layers=1"], expansion)
