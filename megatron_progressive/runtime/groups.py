@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.transformer.moe import moe_logging
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
@@ -57,6 +59,13 @@ def _forget_metrics() -> None:
     depth, and with its groups."""
     moe_logging.destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}
+
+
+def _forget_angles() -> None:
+    """Empty the caches of rotary embeddings' angles, which keep those modules, and so the groups of
+    closed engines, alive. The next step of a living engine fills them again."""
+    RotaryEmbedding.forward.cache_clear()
+    YarnRotaryEmbedding.forward.cache_clear()
 
 
 class ProcessGroups:
@@ -110,9 +119,13 @@ class ProcessGroups:
     def close(self) -> None:
         """Destroy the groups (Megatron-core only forgets them). Collective over all ranks."""
         _forget_metrics()
+        _forget_angles()
         current = _parallel_state_globals()
         if current.get("_MODEL_PARALLEL_GROUP") is self._globals["_MODEL_PARALLEL_GROUP"]:
             parallel_state.destroy_model_parallel()
+            for name, value in _parallel_state_globals().items():  # it leaves one
+                if isinstance(value, dist.ProcessGroup):
+                    setattr(parallel_state, name, None)
         for group in self._created:
             if group in c10d._world.pg_map:
                 dist.destroy_process_group(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,10 @@ def saved_and_loaded(source: RunConfig, target: RunConfig, folder: Path) -> tupl
     return saved, loaded
 
 
-def groups_after_expansions(config: RunConfig, cycles: int) -> list[int]:
-    """Process groups alive after each of several engines in a row."""
+def groups_after_expansions(config: RunConfig, cycles: int) -> list[tuple[int, int]]:
+    """Process groups that torch knows, and threads (a group that something holds keeps some),
+    after each of several engines in a row."""
+    import psutil
     import torch.distributed.distributed_c10d as c10d
 
     counts = []
@@ -178,7 +181,9 @@ def groups_after_expansions(config: RunConfig, cycles: int) -> list[int]:
         step(engine, 0)
         engine, _ = _expand(engine, config)
         engine.close()
-        counts.append(len(c10d._world.pg_map))
+        del engine
+        time.sleep(0.1)  # threads end a moment later
+        counts.append((len(c10d._world.pg_map), psutil.Process().num_threads()))
     return counts
 
 

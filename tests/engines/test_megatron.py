@@ -129,9 +129,19 @@ def test_pipeline_settings_that_gloo_gets_wrong_are_refused() -> None:
             check_gloo_pipeline(SimpleNamespace(**{**sound, name: True}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
-def test_process_groups_are_released(pool: Pool, parallel: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("gpt2", {"tensor": 2}),
+        ("gpt2", {"pipeline": 2, "virtual_pipeline": 2}),
+        ("llama3", {"tensor": 2}),
+        ("deepseek_v3", {"expert": 2}),
+    ],
+)
+def test_process_groups_are_released(pool: Pool, family: str, parallel: dict[str, int]) -> None:
     expansion = {"at": 2, "to_layers": 2, "parallel": parallel}
-    config = cases.small_config(["model.num_layers=0", "train.micro_batch=1"], expansion)
-    counts = pool.run(2, cases.groups_after_expansions, config, 3)[0]
-    assert counts == [1, 1, 1]  # the world's own
+    words = ["model.num_layers=1", "train.micro_batch=1"]
+    config = cases.family_config(family, words, expansion)
+    counts = pool.run(2, cases.groups_after_expansions, config, 4)[0]
+    assert [groups for groups, _ in counts] == [1] * 4  # the world's own
+    assert len({threads for _, threads in counts[1:]}) == 1, counts
