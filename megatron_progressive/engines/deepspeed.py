@@ -29,6 +29,7 @@ from megatron_progressive.engines.megatron_model import (
     build_chunk,
     canonical_buffers,
     canonical_names,
+    forget_graph,
     transformer_config,
 )
 from megatron_progressive.models import tensor_table
@@ -140,6 +141,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         DeepSpeedEngine._alive -= 1
+        forget_graph(self.engine.module)
         deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
         del self.engine, self.optimizer, self._names, self._buffers, self._load
         self.groups.close()

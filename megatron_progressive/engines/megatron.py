@@ -29,6 +29,7 @@ from megatron_progressive.engines.megatron_model import (
     canonical_buffers,
     canonical_names,
     engine_table,
+    forget_graph,
     transformer_config,
 )
 from megatron_progressive.engines.megatron_optimizer import (
@@ -161,6 +162,8 @@ class MegatronEngine:
         self.groups.activate()
 
     def close(self) -> None:
+        for chunk in self.chunks:
+            forget_graph(chunk)
         del self.chunks, self.optimizer, self._names, self._buffers, self._forward_backward
         del self._load
         self.groups.close()

@@ -236,3 +236,13 @@ def _global_expert(name: str, config: TransformerConfig, groups: ProcessGroups) 
 
     name = _EXPERT.sub(lambda m: f"experts.{number(m[1])}.{m[2]}", name)
     return _GROUPED_EXPERT.sub(lambda m: f"experts.{number(m[2])}.{m[1]}.weight", name)
+
+
+def forget_graph(model: torch.nn.Module) -> None:
+    """Drop what token dispatchers keep of the last forward pass. Its autograd graph holds the
+    parameters, and these, by their hooks, the model: a cycle that Python cannot see."""
+    for module in model.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in vars(dispatcher).items() if dispatcher is not None else ():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, None)

@@ -136,11 +136,12 @@ def test_pipeline_settings_that_gloo_gets_wrong_are_refused() -> None:
         ("gpt2", {"pipeline": 2, "virtual_pipeline": 2}),
         ("llama3", {"tensor": 2}),
         ("deepseek_v3", {"expert": 2}),
+        ("mixtral", {"engine": "deepspeed", "zero_stage": 2}),
     ],
 )
-def test_process_groups_are_released(pool: Pool, family: str, parallel: dict[str, int]) -> None:
-    expansion = {"at": 2, "to_layers": 2, "parallel": parallel}
-    words = ["model.num_layers=1", "train.micro_batch=1"]
+def test_process_groups_are_released(pool: Pool, family: str, parallel: dict[str, Any]) -> None:
+    expansion = {"at": 2, "to_layers": 3, "parallel": parallel}
+    words = ["model.num_layers=2", "train.micro_batch=1"]
     config = cases.family_config(family, words, expansion)
     counts = pool.run(2, cases.groups_after_expansions, config, 4)[0]
     assert [groups for groups, _ in counts] == [1] * 4  # the world's own
