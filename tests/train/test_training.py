@@ -241,7 +241,7 @@ def start_job(config_file: Path, nproc: int) -> subprocess.Popen[bytes]:
 
 
 def wait_for_step(folder: Path, step: int, job: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and job.poll() is None:
         if any(e.get("step", 0) >= step for e in read_metrics(folder)):
             return
