@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,25 @@ def test_an_interrupted_save_leaves_the_one_before(
     assert not list(config.folder.glob("checkpoints/.*"))
 
 
-def start_job(config_file: Path, nproc: int) -> subprocess.Popen[bytes]:
+Start = Callable[[Path, int], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start_job() -> Iterator[Start]:
+    """Starts a job of its own; what still runs when the test ends is killed."""
+    jobs: list[subprocess.Popen[bytes]] = []
+
+    def start(config_file: Path, nproc: int) -> subprocess.Popen[bytes]:
+        jobs.append(_start_job(config_file, nproc))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.poll() is None:
+            kill_everything(job)
+
+
+def _start_job(config_file: Path, nproc: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megatron_progressive", "train", str(config_file),
                "--nproc", str(nproc)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -271,7 +290,7 @@ def unbroken(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("at_step", [27, 47])
 def test_killed_between_saves_and_started_again(
-    unbroken: Path, corpus: Path, tmp_path: Path, at_step: int
+    unbroken: Path, corpus: Path, tmp_path: Path, start_job: Start, at_step: int
 ) -> None:
     config = run_config(tmp_path, corpus, "run", "train.micro_batch=2")
     file = tmp_path / "config_in.yaml"
@@ -280,7 +299,7 @@ def test_killed_between_saves_and_started_again(
     wait_for_step(config.folder, at_step, job)
     kill_everything(job)
     assert not (config.folder / "summary.json").exists()
-    assert start_job(file, 2).wait(120) == 0
+    assert start_job(file, 2).wait(600) == 0
     assert losses(config.folder) == losses(unbroken)
     saved = at_step // 20 * 20
     assert [e["step"] for e in events(config.folder, "resume")] == [saved]
@@ -291,7 +310,7 @@ def test_killed_between_saves_and_started_again(
 
 
 def test_sigterm_saves_and_exits_75_then_resumes(
-    unbroken: Path, corpus: Path, tmp_path: Path
+    unbroken: Path, corpus: Path, tmp_path: Path, start_job: Start
 ) -> None:
     config = run_config(tmp_path, corpus, "run", "train.micro_batch=2")
     file = tmp_path / "config_in.yaml"
@@ -299,10 +318,10 @@ def test_sigterm_saves_and_exits_75_then_resumes(
     job = start_job(file, 2)
     wait_for_step(config.folder, 5, job)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(120) == 75
+    assert job.wait(600) == 75
     (stopped,) = (path.name for path in checkpoints(config.folder))
     assert 5 <= int(stopped.removeprefix("step_")) < 60
-    assert start_job(file, 2).wait(120) == 0
+    assert start_job(file, 2).wait(600) == 0
     assert losses(config.folder) == losses(unbroken)
 
 
