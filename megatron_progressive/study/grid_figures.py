@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from megatron_progressive.study.cells import FIXED
 from megatron_progressive.study.drawing import (
@@ -32,6 +32,7 @@ from megatron_progressive.study.grid_results import Result, of_families
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
 _POINTS = 80
+_FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)  # that an axis names
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _points(members: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
 def _band(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """FLOPs over the cells, and there the lower end of the band, the law and the upper end."""
     x = np.geomspace(fit.inputs[0][0], fit.inputs[0][1], _POINTS)
-    losses = np.array([losses_of(rows_of(fit), np.array([one])) for one in x])
+    rows = rows_of(fit)
+    losses = np.array([losses_of(rows, np.array([one])) for one in x])
     low, high = np.quantile(losses[:, 1:], _TAIL, axis=1)
     return x, low, losses[:, 0], high
 
@@ -152,18 +154,17 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
             *_points(members), look.marker, color=look.colour, markersize=7, alpha=0.9,
             markeredgecolor="w", label=family,
         )  # fmt: skip
-    for result in best:
-        look = styles[result.family]
+    for result in best:  # below the frontier there is nothing
         axes.annotate(
-            f"{result.cell.size} {result.family}", (result.flops or 0, result.loss or 0),
-            xytext=(6, -12), textcoords="offset points", fontsize=9, color=look.colour,
-            rotation=-22, ha="left", va="top", rotation_mode="anchor",
+            result.cell.size, (result.flops or 0, result.loss or 0), xytext=(-7, -7),
+            textcoords="offset points", ha="right", va="top", fontsize=10,
+            color=styles[result.family].colour, fontweight="bold",
         )  # fmt: skip
     dress(axes, "Pareto frontier: loss against total FLOPs, nats per token", "training FLOPs")
-    _log_flops(axes, [r.flops or 0 for r in done], [(0, 0, "n" * 22, "")])
+    _log_flops(axes, [r.flops or 0 for r in done], [(0, 0, "n" * 10, "")])
     losses = np.array([r.loss for r in done], dtype=float)
     margin = 0.1 * (losses.max() - losses.min()) or 0.1
-    axes.set_ylim(losses.min() - 2.2 * margin, losses.max() + margin)
+    axes.set_ylim(losses.min() - margin, losses.max() + margin)
     axes.legend(fontsize=10, frameon=False, loc="upper right")
     save(figure, path)
     return True
@@ -219,16 +220,16 @@ def _efficiency_panel(axes: Axes, found: Sequence[Saving], styles: dict[str, Loo
     axes.set_yscale("log")
     values = [s.efficiency.factor.value for s in found if s.efficiency.factor.value]
     if values:
-        axes.set_ylim(0.4 * min([*values, 0.8]), 2.5 * max([*values, 1.2]))
+        axes.set_ylim(0.45 * min([*values, 0.8]), 2.2 * max([*values, 1.2]))
     room = 0.017 * max((len(text) for _, _, text, _ in labels), default=0)
     decades = max(0.2, np.log10(sizes[-1] / sizes[0]))
     axes.set_xlim(
         sizes[0] / 10 ** (0.06 * decades), sizes[-1] * 10 ** (decades * room / (1 - room))
     )
     axes.set_xticks(sizes, [count_tick(float(f"{size:.3g}")) for size in sizes])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(FixedLocator(_FACTORS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.minorticks_off()
     axes.text(
         0.01, 0.985, "above 1: growing is cheaper\nhollow: outside what was measured",
         transform=axes.transAxes, va="top", fontsize=9.5, color="#666666",

@@ -162,7 +162,7 @@ def _laws(report: GridReport) -> str:
     parts.append(_refusals(report.laws))
     parts.append("<h3>Over parameters N and tokens D: L = E + A / N^α + B / D^β</h3>")
     fitted = [law for law in report.size_token_laws if law.fit is not None]
-    parts.append(_law_table(fitted, ("E", "A", "alpha", "B", "beta")))
+    parts.append(_law_table(fitted, ("E", "alpha", "beta")))
     parts.append(_refusals(report.size_token_laws))
     parts.append(_figure(report, "frontier", "Pareto frontier", ""))
     return "".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class GridReport:
 
     @property
     def complete(self) -> bool:
-        return all(result.status.state == FINISHED for result in self.results)
+        return all(r.status.state == FINISHED and not r.problem for r in self.results)
 
     @property
     def versions(self) -> dict[str, int]:
@@ -127,17 +128,13 @@ def _laws_title(laws: list[Law]) -> str:
     fits = [law for law in laws if law.fit is not None]
     if not fits:
         return "Loss against FLOPs; too few cells for a law"
-    best = max(fits, key=lambda law: law.fit.best[1] if law.fit else 0.0)
-    assert best.fit is not None
-    alpha = best.fit.parameters["alpha"]
-    return (
-        f"Loss against FLOPs: the steepest law is that of {best.family}, α = {alpha.value:.2f} "
-        f"({_number(alpha.low)} to {_number(alpha.high)})"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "open" if value is None else f"{value:.2f}"
+    alphas = [law.fit.parameters["alpha"] for law in fits if law.fit is not None]
+    lows = [0.0 if one.low is None else one.low for one in alphas]
+    highs = [math.inf if one.high is None else one.high for one in alphas]
+    if max(lows) <= min(highs):
+        return "Loss against FLOPs: the exponents α of the laws cannot be told apart"
+    steepest = max(fits, key=lambda law: law.fit.best[1] if law.fit else 0.0)
+    return f"Loss against FLOPs: exponents α differ, the steepest is that of {steepest.family}"
 
 
 def _frontier_title(results: list[Result]) -> str:
@@ -150,16 +147,13 @@ def _frontier_title(results: list[Result]) -> str:
 
 
 def _savings_title(found: list[Saving]) -> str:
-    parts = []
-    for family in dict.fromkeys(s.family for s in found):
-        mine = [s for s in found if s.family == family]
-        largest = max(mine, key=lambda s: s.params).params
-        for saving in mine:
-            factor = saving.efficiency.factor
-            if saving.params == largest and factor.value is not None:
-                to = "its control" if is_control(saving.reference) else saving.reference
-                parts.append(f"{family} {factor.value:.2f}x against {to}")
-    return "Compute efficiency at equal loss, at the largest size: " + "; ".join(parts)
+    largest = max((s.params for s in found), default=0)
+    parts = [
+        f"{s.efficiency.factor.value:.2f}x the FLOPs of {s.family}"
+        for s in found
+        if s.params == largest and not is_control(s.reference) and s.efficiency.factor.value
+    ]
+    return f"At equal loss and the largest size fixed-size needs {' and '.join(parts)}"
 
 
 def _mixing_title(found: list[Finding]) -> str:
