@@ -84,6 +84,12 @@ def test_status_is_live_on_a_terminal_and_plain_elsewhere(
     assert "2 finished, 3 waiting, 1 running" in plain.getvalue()
 
 
+def one_cell(tmp_path: Path, corpus: Path) -> Study:
+    """A study of one fixed-size cell, which is tried three times."""
+    sizes = [{"name": "a", "to_layers": 2}]
+    return Study(load_grid(grid_file(tmp_path, corpus, sizes=sizes, arms=["fixed"])))
+
+
 def counting(tmp_path: Path, then: str) -> Launch:
     """Starts a script that notes that it was started, and then does ``then``."""
     script = tmp_path / "script.py"
@@ -97,9 +103,7 @@ def tries(tmp_path: Path) -> int:
 
 
 def test_a_failing_cell_is_tried_again_so_often_and_says_why(tmp_path: Path, corpus: Path) -> None:
-    path = grid_file(tmp_path, corpus, sizes=[{"name": "a", "to_layers": 2}], arms=["fixed"],
-                     study={"name": "small", "dir": str(tmp_path / "studies"), "retries": 2})  # fmt: skip
-    study = Study(load_grid(path))
+    study = one_cell(tmp_path, corpus)
     (cell,) = study.grid.cells
     launch = counting(tmp_path, "print('before'); sys.exit('rank 0: OSError: no disk')")
     said: list[str] = []
@@ -121,8 +125,7 @@ def test_a_failing_cell_is_tried_again_so_often_and_says_why(tmp_path: Path, cor
 def test_a_bad_configuration_and_a_stopped_run_are_not_tried_again(
     tmp_path: Path, corpus: Path
 ) -> None:
-    path = grid_file(tmp_path, corpus, sizes=[{"name": "a", "to_layers": 2}], arms=["fixed"])
-    study = Study(load_grid(path))
+    study = one_cell(tmp_path, corpus)
     (cell,) = study.grid.cells
     assert run_cell(study, cell, counting(tmp_path, "sys.exit(75)")) == 75
     assert (tries(tmp_path), study.attempts(cell).failures) == (1, 0)
@@ -133,13 +136,15 @@ def test_a_bad_configuration_and_a_stopped_run_are_not_tried_again(
 
 
 def test_a_run_that_ends_well_after_a_failure_is_finished(tmp_path: Path, corpus: Path) -> None:
-    path = grid_file(tmp_path, corpus, sizes=[{"name": "a", "to_layers": 2}], arms=["fixed"])
-    study = Study(load_grid(path))
+    study = one_cell(tmp_path, corpus)
     (cell,) = study.grid.cells
     made = tmp_path / "made"
     write_run(replace(cell.config, run=replace(cell.config.run, dir=str(made))), 3.0)
-    then = (f"import os, shutil\nif os.path.getsize({str(tmp_path / 'tries')!r}) < 2: sys.exit(1)\n"
-            f"shutil.copytree({str(made / cell.config.run.name)!r}, {str(cell.folder)!r})")  # fmt: skip
+    counted, ready = str(tmp_path / "tries"), str(made / cell.config.run.name)
+    then = (
+        f"import os, shutil\nif os.path.getsize({counted!r}) < 2: sys.exit(1)\n"
+        f"shutil.copytree({ready!r}, {str(cell.folder)!r})"
+    )
     assert run_grid(study, 1, counting(tmp_path, then), print) == 0
     found = study.status_of(cell)
     assert (found.state, found.loss, found.attempts.failures) == (FINISHED, 3.0, 1)
@@ -150,8 +155,7 @@ def test_a_corpus_that_is_gone_is_the_reason(tmp_path: Path, corpus: Path) -> No
     """A real failure of ``mprog train``: a file of the corpus disappears after the grid's check."""
     prepared = tmp_path / "prepared"
     shutil.copytree(corpus, prepared)
-    path = grid_file(tmp_path, prepared, sizes=[{"name": "a", "to_layers": 2}], arms=["fixed"])
-    study = Study(load_grid(path))
+    study = one_cell(tmp_path, prepared)
     (cell,) = study.grid.cells
     (prepared / "train.bin").unlink()
     assert run_cell(study, cell, Launch()) not in (0, None)
@@ -161,8 +165,7 @@ def test_a_corpus_that_is_gone_is_the_reason(tmp_path: Path, corpus: Path) -> No
 
 
 def test_a_cell_that_runs_is_locked(tmp_path: Path, corpus: Path) -> None:
-    path = grid_file(tmp_path, corpus, sizes=[{"name": "a", "to_layers": 2}], arms=["fixed"])
-    study = Study(load_grid(path))
+    study = one_cell(tmp_path, corpus)
     (cell,) = study.grid.cells
     with study.lock(cell) as lock:
         assert lock is not None
@@ -170,7 +173,7 @@ def test_a_cell_that_runs_is_locked(tmp_path: Path, corpus: Path) -> None:
         code = (f"from pathlib import Path; from megatron_progressive.study.grid import load_grid; "
                 f"from megatron_progressive.study.grid_run import Launch, run_cell; "
                 f"from megatron_progressive.study.grid_state import Study; "
-                f"s = Study(load_grid(Path({str(path)!r}))); "
+                f"s = Study(load_grid(Path({str(study.grid.file)!r}))); "
                 f"print(run_cell(s, s.grid.cells[0], Launch(srun='false')))")  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                               check=True)  # fmt: skip
