@@ -159,11 +159,11 @@ def _no_mixing(report: GridReport) -> str:
 def _laws(report: GridReport) -> str:
     parts = [_figure(report, "laws", "Loss against compute", "No cell is finished.")]
     parts.append(_law_table(report.laws, ("E", "A", "alpha")))
-    parts.append(_refusals(report.laws))
+    parts.append(items(refusals(report.laws)))
     parts.append("<h3>Over parameters N and tokens D: L = E + A / N^α + B / D^β</h3>")
     fitted = [law for law in report.size_token_laws if law.fit is not None]
     parts.append(_law_table(fitted, ("E", "alpha", "beta")))
-    parts.append(_refusals(report.size_token_laws))
+    parts.append(items(refusals(report.size_token_laws)))
     parts.append(_figure(report, "frontier", "Pareto frontier", ""))
     return "".join(parts)
 
@@ -183,9 +183,13 @@ def _law_table(laws: list[Law], names: tuple[str, ...]) -> str:
     return table(head, rows) + (items(notes) if notes else "")
 
 
-def _refusals(laws: list[Law]) -> str:
-    refused = [f"No law of {law.family}: {law.refused}." for law in laws if law.fit is None]
-    return items(refused) if refused else ""
+def refusals(laws: list[Law]) -> list[str]:
+    """Why there is no law, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for law in laws:
+        if law.fit is None:
+            reasons.setdefault(law.refused, []).append(law.family)
+    return [f"No law of {', '.join(found)}: {reason}." for reason, found in reasons.items()]
 
 
 def _interval(found: Interval) -> str:
@@ -254,7 +258,7 @@ def _cells(report: GridReport) -> str:
 def _problems(report: GridReport) -> str:
     parts = []
     for title, texts in (
-        ("Failed and not run", [f"{r.cell.name}, {r.status.attempts.failures} failures: "
+        ("Failed and not run", [f"{r.cell.name} (failures: {r.status.attempts.failures}): "
                                 f"{r.status.why or r.problem}"
                                 for r in report.results if r.status.why or r.problem]),
         ("Unfinished", [f"{r.cell.name}: {r.status.state}, step {r.status.step:,} of "
