@@ -21,6 +21,7 @@ from megatron_progressive.study.rows import time_text
 if TYPE_CHECKING:
     from megatron_progressive.study.grid_report import GridReport
 
+_SHOWN = 12  # sentences that a reader may want to read before the figures
 _YES = {True: "yes", False: "no", None: "open"}
 
 
@@ -67,6 +68,9 @@ def _answer(report: GridReport) -> str:
         for one in report.findings
     ]  # fmt: skip
     sentences = [f"{one.size}, {one.family}: {one.sentence}." for one in report.findings]
+    shown = items(sentences)
+    if len(sentences) > _SHOWN:
+        shown = f"<details><summary>Each line in words</summary>{shown}</details>"
     details = [
         f"<p>{escape(verdict.run)}, seed {verdict.seed}</p>{items(verdict.sentences)}"
         for one in report.findings
@@ -79,7 +83,7 @@ def _answer(report: GridReport) -> str:
         "control, which has the same FLOPs, where it ends lower. Over several seeds the mean is "
         "given with its 95 % interval (Student's t), and what the interval leaves undecided is "
         "open; with one seed differences as small as those between seeds cannot be told.</p>"
-        f"{items(sentences)}<details><summary>Each run in full sentences</summary>"
+        f"{shown}<details><summary>Each run in full sentences</summary>"
         f"{''.join(details)}</details>"
     )
 
@@ -189,7 +193,11 @@ def refusals(laws: list[Law]) -> list[str]:
     for law in laws:
         if law.fit is None:
             reasons.setdefault(law.refused, []).append(law.family)
-    return [f"No law of {', '.join(found)}: {reason}." for reason, found in reasons.items()]
+    whole = f"any of the {len(laws)} kinds of run"
+    return [
+        f"No law of {whole if len(found) == len(laws) > 1 else ', '.join(found)}: {reason}."
+        for reason, found in reasons.items()
+    ]
 
 
 def _interval(found: Interval) -> str:
