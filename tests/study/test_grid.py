@@ -18,7 +18,7 @@ import yaml
 from megatron_progressive import cli
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.grid import load_grid
-from megatron_progressive.study.grid_run import Study
+from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
