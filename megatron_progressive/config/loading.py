@@ -134,6 +134,21 @@ def _check_fields(section: Any, prefix: str) -> None:
                 raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
 
 
+def split_word(word: str) -> tuple[str, Any]:
+    """The key and the value of a ``key=value`` word.
+
+    Raises:
+        ConfigError: it is none, or its value is not YAML.
+    """
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{word}: not understood; accepted: key=value words")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: got {text!r}; accepted: a YAML value") from None
+
+
 def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> RunConfig:
     """A checked configuration from nested ``values`` and ``key=value`` words.
 
@@ -142,13 +157,7 @@ def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> R
     """
     plain = OmegaConf.create(copy.deepcopy(values))
     for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{word}: not understood; accepted: key=value words")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: got {text!r}; accepted: a YAML value") from None
+        key, value = split_word(word)
         try:
             OmegaConf.update(plain, key, value, merge=isinstance(value, dict))
         except (OmegaConfBaseException, IndexError, TypeError, AttributeError):

@@ -25,11 +25,14 @@ from typing import Any
 from megatron_progressive import __version__
 from megatron_progressive.config import to_yaml
 from megatron_progressive.runtime.files import write_atomically, write_json
+from megatron_progressive.runtime.launch import free_port
 from megatron_progressive.study.grid import Cell, Grid, params_of
 
 FINISHED, RUNNING, FAILED, STARTED, WAITING = "finished", "running", "failed", "started", "waiting"
 STOPPED = 75
 """Exit code of a run, and of a grid, that a signal stopped."""
+_STOP = signal.SIGUSR1
+"""Asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks at once."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Launch:
     """Local workers."""
     srun: str = ""
     """Inside a Slurm job instead: ``srun`` and its options, over all of the job's tasks."""
+
+    def environment(self) -> dict[str, str]:
+        """For a try. Under ``srun`` the ranks meet on this host, the job's first, at a port that
+        is free now: one that another job took is not tried again."""
+        return {**os.environ, **({"MASTER_PORT": str(free_port())} if self.srun else {})}
 
     def command(self, config: Path) -> list[str]:
         train = [sys.executable, "-m", "megatron_progressive", "train", str(config)]
@@ -166,8 +174,9 @@ class Study:
             while self.attempts(cell).failures <= self.grid.retries:
                 with open(log, "ab") as out:
                     process = subprocess.Popen(
-                        command, stdout=out, stderr=out, start_new_session=True, pass_fds=(lock,)
-                    )
+                        command, stdout=out, stderr=out, env=launch.environment(),
+                        start_new_session=True, pass_fds=(lock,),
+                    )  # fmt: skip
                     started(process)
                     code = process.wait()
                 if code and stopping():  # perhaps before it could take the signal
@@ -211,12 +220,12 @@ class Study:
             stop.set()
             for process in list(running):
                 if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
+                    process.send_signal(_STOP)
 
         def started(process: Any) -> None:
             running.add(process)
             if stop.is_set():  # the signal came while it began
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(_STOP)
 
         def work() -> None:
             while not stop.is_set():
@@ -226,6 +235,8 @@ class Study:
                     cell = waiting.pop(0)
                 say(f"{cell.name}: starts ({len(waiting)} after it)")
                 code = self.run_cell(cell, launch, started, stop.is_set)
+                if code == STOPPED:  # the job is being preempted: its ranks alone were told
+                    stop.set()
                 if code is not None:
                     codes.append(code)
                     loss = self._status(cell).loss
