@@ -65,19 +65,30 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_progressive.study import grid_text
+    from megatron_progressive.study import grid_run, grid_text
     from megatron_progressive.study.grid import load_grid
-    from megatron_progressive.study.grid_run import Launch, Study
+    from megatron_progressive.study.grid_state import Study
 
-    grid = load_grid(Path(args.grid))
-    study = Study(grid)
-    if args.grid_command == "plan":
-        print(grid_text.plan(grid))
-    elif args.grid_command == "run":
-        launch = Launch(args.nproc, args.srun)
-        return study.run(args.workers, launch, lambda line: print(line, flush=True))
-    elif args.grid_command == "status":
-        print(grid_text.status(study.status()))
+    path, verb = Path(args.grid), args.grid_command
+    study = Study(load_grid(path, args.overrides))
+    if verb in ("pilot", "run"):
+        launch = grid_run.Launch(args.nproc, args.srun)
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+
+        if verb == "pilot":
+            return grid_run.run_pilot(study, args.workers, launch, say)
+        return grid_run.run_grid(study, args.workers, launch, say, args.cell)
+    if verb == "plan":
+        print(grid_text.plan(study.grid))
+    elif verb == "status":
+        # read anew: once the pilot is done, cells know their τ
+        grid_text.show_status(lambda: Study(study.grid.reloaded()).status(), args.watch)
+    elif verb == "report":
+        from megatron_progressive.study.grid_report import make_grid_report
+
+        print(make_grid_report(study).text)
     else:
         print(grid_text.results(study.collect(), study.folder))
     return 0
@@ -259,19 +270,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in (
         ("plan", "the cells of a grid and what they cost; trains nothing"),
-        ("run", "train the cells that are not finished, with local workers"),
-        ("status", "how far every cell is"),
+        ("pilot", "measure the grid's mixing time, which gives cells with tau: pilot their τ"),
+        ("run", "the pilot, then the cells that are not finished"),
+        ("status", "how far every cell is, and how long the rest takes"),
         ("collect", "results of the finished cells, also as results.json"),
+        ("report", "report.html, figures and report.json of the finished cells"),
     ):
         sub = command(grid, name, _grid, text)
         sub.add_argument("grid", metavar="GRID", help="a YAML file")
-        if name == "run":
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value",
+            help="replace values of the grid (study.dir=…, seeds=[1,2]) or of all its runs",
+        )  # fmt: skip
+        if name in ("pilot", "run"):
             sub.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time")
             sub.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of a cell")
             sub.add_argument(
                 "--srun", default="", metavar="COMMAND",
                 help="inside a Slurm job: srun and its options, to run a cell on the job's tasks",
             )  # fmt: skip
+        if name == "run":
+            sub.add_argument(
+                "--cell", action="append", default=[], metavar="NAME_OR_INDEX",
+                help="run this cell alone, of those that plan prints; may be given several times",
+            )  # fmt: skip
+        if name == "status":
+            sub.add_argument("--watch", action="store_true", help="on a terminal: until all ended")
     report = command(commands, "report", _report, "report.html, figures and report.json of runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
     report.add_argument(
@@ -284,7 +308,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, 1, 2 or 75)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # argparse cannot put an option among a sub-command's open-ended words: options go first
-    args = _parser().parse_args(_options_first(words))
+    parser = _parser()
+    args, rest = parser.parse_known_args(_options_first(words))
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value words after an option
+        args.overrides += rest
     try:
         return int(args.call(args, words))
     except ConfigError as error:

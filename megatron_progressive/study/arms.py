@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.models.decisive import decisive
 from megatron_progressive.study import controls
 from megatron_progressive.study.flops import step_flops
 from megatron_progressive.study.runs import CONFIG_FILE, Run
@@ -19,11 +19,9 @@ _EQUAL_FLOPS = 0.02
 _DATA = ("corpus", "tokenizer", "text_field", "validation_fraction", "max_bytes")
 """What the validation loss depends on: runs that differ here cannot be compared."""
 
-# Keys that do not change what is computed.
-_FREE = {
-    "run.name", "run.dir", "run.seed", "data.prepared", "train.micro_batch", "train.eval_every",
-    "train.eval_samples", "train.save_every", "train.keep_checkpoints", "train.log_every",
-}  # fmt: skip
+# Of the keys that decide a run's numbers, those in which a control may differ: its name; its seed,
+# which :func:`_notes` names; how often it is validated; and its model, which is the target's.
+_OWN = ("run.name", "run.seed", "train.eval_every", "model.")
 
 
 @dataclass(frozen=True)
@@ -50,23 +48,17 @@ class Comparison:
     missing: list[Missing] = field(default_factory=list)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def differences(config: RunConfig, wanted: RunConfig) -> list[str]:
     """``key value (instead of value)`` of settings that change the numbers; layouts do not."""
-    mine, theirs = _flat(asdict(config)), _flat(asdict(wanted))
+    mine, theirs = (
+        # a control that stops early has not had its whole schedule, though its steps are the same
+        {**decisive(one), "train.stop_after": one.train.stop_after}
+        for one in (config, wanted)
+    )
     return [
-        f"{key} {value} (instead of {theirs[key]})"
-        for key, value in mine.items()
-        if key not in _FREE and not key.startswith(("parallel.", "model.")) and value != theirs[key]
+        f"{key} {mine.get(key)} (instead of {theirs.get(key)})"
+        for key in {**mine, **theirs}
+        if not key.startswith(_OWN) and mine.get(key) != theirs.get(key)
     ]
 
 

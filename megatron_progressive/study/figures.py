@@ -1,13 +1,10 @@
-"""The pictures of a report. Every line carries its own label; colours are Okabe and Ito's
-(jfly.uni-koeln.de/color), which colour-blind readers can tell apart."""
+"""The pictures of a report of runs."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,20 +14,31 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from megatron_progressive.study.arms import FIXED, OTHER, PROGRESSIVE, SHORT, Comparison
+from megatron_progressive.study.drawing import (
+    DPI,
+    FAINT,
+    FIXED_COLOURS,
+    GROWN_COLOURS,
+    INK,
+    OTHER_COLOUR,
+    SHORT_COLOURS,
+    TEXT,
+    dress,
+    headline,
+    label_ends,
+    step_axis,
+)
+from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve
 from megatron_progressive.study.mixing import MixingTime, averaged, train_gap
 from megatron_progressive.study.rows import time_text
 from megatron_progressive.study.runs import Run
-from megatron_progressive.study.verdict import MIXED_PERCENT, gap_curve
 
 _PALETTE = {
-    PROGRESSIVE: ("#0072B2", "#CC79A7", "#009E73", "#56B4E9"),
-    FIXED: ("#333333", "#777777"),
-    SHORT: ("#D55E00", "#E69F00"),
-    OTHER: ("#999999",),
+    PROGRESSIVE: GROWN_COLOURS,
+    FIXED: FIXED_COLOURS,
+    SHORT: SHORT_COLOURS,
+    OTHER: (OTHER_COLOUR,),
 }
-_INK, _FAINT = "#222222", "#D9D9D9"
-_STYLE = {"fontsize": 11, "color": _INK}
-_DPI = 130
 _POINTS = 2000  # of a drawn line: more cannot be seen
 _SMOOTHING = 0.01  # share of a run's steps that the smoothed training loss averages over
 
@@ -85,10 +93,10 @@ def smoothed(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def overview(lines: Sequence[Line], title: str, path: Path) -> None:
     """Loss against FLOPs and steps, learning rate, and wall time, in one PNG."""
-    figure = Figure(figsize=(13, 9.4), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(13, 9.4), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(2, 2, gridspec_kw={"height_ratios": [1.6, 1]})
-    _title(figure, title)
+    headline(figure, title)
     limits = _loss_limits(lines)
     _loss(axes[0, 0], lines, "flops", limits)
     _loss(axes[0, 1], lines, "step", limits)
@@ -104,18 +112,18 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
     drawn = [(run, steps, gap) for run, steps, gap in drawn if len(steps) > 1]
     if not drawn:
         return False
-    figure = Figure(figsize=(13, 5), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(13, 5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    _title(figure, title)
+    headline(figure, title)
     line_of = {line.run.folder: line for line in lines}
     labels = []
     for run, steps, gap in drawn:
         line = line_of[run.folder]
         axes.plot(steps, gap, color=line.colour, linewidth=2, marker="o", markersize=3)
         labels.append((steps[-1], gap[-1], f"{line.label} {gap[-1]:+.2f} %", line.colour))
-    axes.axhspan(-MIXED_PERCENT, MIXED_PERCENT, color=_FAINT, alpha=0.6, linewidth=0)
+    axes.axhspan(-MIXED_PERCENT, MIXED_PERCENT, color=FAINT, alpha=0.6, linewidth=0)
     axes.axhline(0, color=_PALETTE[FIXED][0], linewidth=1.5)
-    _dress(axes, "Validation loss above fixed-size at the same step, %", "step")
+    dress(axes, "Validation loss above fixed-size at the same step, %", "step")
     # before τ the shallow model is far above: a symmetric log scale keeps the end readable
     axes.set_yscale("symlog", linthresh=2 * MIXED_PERCENT, linscale=0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -123,19 +131,19 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
     low, high = min(values.min(), -2 * MIXED_PERCENT), max(values.max(), 2 * MIXED_PERCENT)
     axes.set_ylim(1.3 * low, 1.6 * high)
     room = max(len(text) for _, _, text, _ in labels)
-    _step_axis(axes, max(float(steps[-1]) for _, steps, _ in drawn), 0.009 * room)
-    axes.text(0, 0, f" fixed-size, ± {MIXED_PERCENT} %", va="bottom", fontsize=10, color=_INK)
+    step_axis(axes, max(float(steps[-1]) for _, steps, _ in drawn), 0.009 * room)
+    axes.text(0, 0, f" fixed-size, ± {MIXED_PERCENT} %", va="bottom", fontsize=10, color=INK)
     _mark_expansions(axes, [run for run, _, _ in drawn], "step")
-    _label_ends(axes, labels)
+    label_ends(axes, labels)
     figure.savefig(path)
     return True
 
 
 def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path) -> None:
     """The gap of ``run`` to ``fixed`` after its last expansion, and where it closes, as a PNG."""
-    figure = Figure(figsize=(11, 5), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=DPI, layout="constrained")
     axes, colour = figure.subplots(), _PALETTE[PROGRESSIVE][0]
-    _title(figure, title)
+    headline(figure, title)
     per_step, threshold = found.tokens_per_step, found.threshold_percent
     steps, gap = train_gap(run, fixed)
     gap = averaged(gap, found.train.window_steps)
@@ -143,51 +151,23 @@ def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path
     steps, gap = gap_curve(run, fixed)
     steps, gap = per_step * (steps[steps > found.tau] - found.tau), gap[steps > found.tau]
     axes.plot(steps, gap, color=colour, linewidth=2, marker="o", markersize=4)
-    axes.axhspan(-threshold, threshold, color=_FAINT, alpha=0.6, linewidth=0)
+    axes.axhspan(-threshold, threshold, color=FAINT, alpha=0.6, linewidth=0)
     axes.axhline(0, color=_PALETTE[FIXED][0], linewidth=1.5)
     if found.low is not None and found.tokens is not None:
         high = found.steps_after if found.high is None else found.high
         axes.axvspan(per_step * found.low, per_step * high, color=colour, alpha=0.12, linewidth=0)
         axes.axvline(found.tokens, color=colour, linewidth=1, linestyle=":")
-    _dress(axes, "Loss above fixed-size at the same step, %", "tokens after the expansion")
+    dress(axes, "Loss above fixed-size at the same step, %", "tokens after the expansion")
     axes.set_yscale("symlog", linthresh=2 * threshold or 1.0, linscale=0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _step_axis(axes, float(steps[-1]), 0.02)
+    step_axis(axes, float(steps[-1]), 0.02)
     axes.text(
         0.99, 0.98, "dots: validation\nthin: training, averaged"
         + "\nshaded: where it mixed, 95 %" * (found.low is not None),
         transform=axes.transAxes, ha="right", va="top", fontsize=9.5, color="#666666",
     )  # fmt: skip
-    axes.text(0, 0, f" fixed-size, ± {threshold:g} %", va="bottom", fontsize=10, color=_INK)
+    axes.text(0, 0, f" fixed-size, ± {threshold:g} %", va="bottom", fontsize=10, color=INK)
     figure.savefig(path)
-
-
-def _title(figure: Figure, title: str) -> None:
-    text = textwrap.fill(title.replace(" %", "\N{NO-BREAK SPACE}%"), 100)
-    figure.suptitle(text, x=0.012, ha="left", fontsize=14.5, fontweight="bold", color=_INK)
-
-
-def _dress(axes: Axes, title: str, xlabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12.5, color=_INK, pad=10)
-    axes.set_xlabel(xlabel, **_STYLE)  # type: ignore[arg-type]
-    axes.tick_params(labelsize=10, colors=_INK, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _count_tick(value: float, _: Any = None) -> str:
-    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:g}{unit}"
-    return f"{value:g}"
-
-
-def _step_axis(axes: Axes, last: float, room: float) -> None:
-    """Steps from 0 to ``last``, and ``room`` times that again for labels."""
-    axes.set_xlim(0, (1 + room) * last)
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
-    axes.xaxis.set_major_formatter(FuncFormatter(_count_tick))
 
 
 def _loss_limits(lines: Sequence[Line]) -> tuple[float, float]:
@@ -224,7 +204,7 @@ def _loss(axes: Axes, lines: Sequence[Line], x: str, limits: tuple[float, float]
             labels.append((evals[x][-1], last, f"{line.label} {last:.3f}{end}", line.colour))
             axes.plot(evals[x][-1], last, "o", color=line.colour, markersize=6)
     against = "training FLOPs (log scale)" if x == "flops" else "step"
-    _dress(axes, f"Loss against {'FLOPs' if x == 'flops' else 'steps'}, nats per token", against)
+    dress(axes, f"Loss against {'FLOPs' if x == 'flops' else 'steps'}, nats per token", against)
     ends = [line.run.train[x][-1] for line in lines if len(line.run.train)]
     room = max((len(text) for _, _, text, _ in labels), default=0)  # characters right of the ends
     if x == "flops":
@@ -232,7 +212,7 @@ def _loss(axes: Axes, lines: Sequence[Line], x: str, limits: tuple[float, float]
         if ends:  # two decades of compute: what comes before is the fall from log(vocabulary)
             axes.set_xlim(max(ends) / 200, max(ends) * 10 ** (0.04 * room))
     else:
-        _step_axis(axes, max(ends, default=1.0), 0.025 * room)
+        step_axis(axes, max(ends, default=1.0), 0.025 * room)
     axes.set_ylim(*limits)
     if x == "step":  # right of the ends, above their labels
         axes.text(
@@ -240,7 +220,7 @@ def _loss(axes: Axes, lines: Sequence[Line], x: str, limits: tuple[float, float]
             ha="right", va="top", fontsize=9.5, color="#666666",
         )  # fmt: skip
     _mark_expansions(axes, [line.run for line in lines], x)
-    _label_ends(axes, labels, inside=x == "flops")
+    label_ends(axes, labels, inside=x == "flops")
 
 
 def _mark_expansions(axes: Axes, runs: Sequence[Run], x: str) -> None:
@@ -264,37 +244,6 @@ def _mark_expansions(axes: Axes, runs: Sequence[Run], x: str) -> None:
         )  # fmt: skip
 
 
-def _label_ends(
-    axes: Axes, labels: list[tuple[float, float, str, str]], inside: bool = False
-) -> None:
-    """Each (x, y, text, colour) right of its line's end, pushed apart where two would overlap.
-
-    With ``inside``, ends that others outrun have theirs to the left, where a falling line leaves
-    the space below it free; to the right it would hide the longer lines.
-    """
-    size, gap = 10.5, 15.0  # points: text, and the least distance of two baselines
-    figure = axes.figure
-    figure.draw_without_rendering()  # type: ignore[union-attr]
-    to_points = 72 / figure.dpi
-    farthest = max((label[0] for label in labels), default=0.0)
-    placed: list[tuple[float, float, float]] = []
-    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        px, py = axes.transData.transform((x, y)) * to_points
-        width, wanted = 0.62 * size * len(text), py
-        leftward = inside and x < 0.8 * farthest
-        span = (px - width, px) if leftward else (px, px + width)
-        for left, right, taken in sorted(placed, key=lambda place: place[2]):
-            if span[0] < right and left < span[1] and abs(wanted - taken) < gap:
-                wanted = taken + gap
-        placed.append((*span, wanted))
-        axes.annotate(
-            text, (x, y), xytext=(-8 if leftward else 8, wanted - py),
-            textcoords="offset points", va="center", ha="right" if leftward else "left",
-            fontsize=size, color=colour, fontweight="bold", annotation_clip=False,
-            path_effects=[withStroke(linewidth=3, foreground="w")],
-        )  # fmt: skip
-
-
 def _learning_rate(axes: Axes, lines: Sequence[Line]) -> None:
     # Schedules coincide where arms share steps: the progressive run's is drawn last, dashed.
     ordered = sorted(lines, key=lambda line: line.arm == PROGRESSIVE)
@@ -307,26 +256,26 @@ def _learning_rate(axes: Axes, lines: Sequence[Line]) -> None:
             linewidth=2 if dashed else 3, linestyle=(0, (4, 3)) if dashed else "-",
             label=line.label,
         )  # fmt: skip
-    _dress(axes, "Learning rate against steps", "step")
+    dress(axes, "Learning rate against steps", "step")
     peak = max((float(line.run.config.optim.lr) for line in lines), default=1.0)
     axes.set_ylim(0, 1.2 * peak or 1.0)
     longest = max((line.run.config.train.steps for line in lines), default=1)
-    _step_axis(axes, longest, 0.025 * (6 + max((len(line.label) for line in lines), default=0)))
+    step_axis(axes, longest, 0.025 * (6 + max((len(line.label) for line in lines), default=0)))
     _mark_expansions(axes, [line.run for line in lines], "step")
     axes.legend(fontsize=10, frameon=False, loc="center right")
 
 
 def _wall(axes: Axes, lines: Sequence[Line]) -> None:
     timed = [(line, wall) for line in lines if (wall := line.run.train_wall) is not None]
-    _dress(axes, "Training time, expansion pauses included", "")
+    dress(axes, "Training time, expansion pauses included", "")
     axes.grid(visible=False)
     if not timed:
-        axes.text(0.5, 0.5, "no finished run", ha="center", transform=axes.transAxes, **_STYLE)  # type: ignore[arg-type]
+        axes.text(0.5, 0.5, "no finished run", ha="center", transform=axes.transAxes, **TEXT)  # type: ignore[arg-type]
         axes.set_axis_off()
         return
     for row, (line, wall) in enumerate(reversed(timed)):
         axes.barh(row, wall, color=line.colour, height=0.6)
-        axes.text(wall, row, f"  {time_text(wall)}", va="center", **_STYLE)  # type: ignore[arg-type]
+        axes.text(wall, row, f"  {time_text(wall)}", va="center", **TEXT)  # type: ignore[arg-type]
     axes.set_yticks(range(len(timed)), [line.label for line, _ in reversed(timed)])
     axes.tick_params(axis="y", labelsize=11, length=0)
     axes.set_xlim(0, 1.2 * max(wall for _, wall in timed))

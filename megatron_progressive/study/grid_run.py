@@ -1,70 +1,42 @@
-"""Run a grid's cells with local workers, say how far they are, and gather their results.
+"""Run a grid's pilot and cells, with local workers or the tasks of a Slurm job.
 
-The study's folder holds ``cells/`` (run folders), ``configs/``, ``logs/``, ``attempts/`` (one JSON
-file a cell: tries, last error, version of the code) and ``locks/``. A finished cell is one whose
-run folder has a ``summary.json``; nothing else makes it so, and only deleting that folder makes it
-run again. A cell is locked while it runs: several ``mprog grid run`` share a study.
+A cell is locked while it runs: several ``mprog grid run`` share a study. The pilot's two runs are
+cells in that, too.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive import __version__
-from megatron_progressive.config import to_yaml
-from megatron_progressive.runtime.files import write_atomically, write_json
+from megatron_progressive.config import ConfigError, to_yaml
+from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.runtime.launch import free_port
-from megatron_progressive.study.grid import Cell, Grid, params_of
+from megatron_progressive.study.cells import Cell
+from megatron_progressive.study.grid_pilot import WAITS
+from megatron_progressive.study.grid_state import RUNNING, Attempts, Study, code_version
 
-FINISHED, RUNNING, FAILED, STARTED, WAITING = "finished", "running", "failed", "started", "waiting"
+FAILED_CODE = 1
 STOPPED = 75
 """Exit code of a run, and of a grid, that a signal stopped."""
 _STOP = signal.SIGUSR1
 """Asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks at once."""
+NO_TAU_CODE = 3
+"""Exit code of a grid whose pilot gives no τ to some cell; all others are finished."""
 
+_POLL_SECONDS = 2.0  # until a pilot that another job runs is looked at again
 
-@dataclass(frozen=True)
-class Attempts:
-    """What is known of a cell's tries."""
-
-    failures: int = 0
-    error: str = ""
-    """Last line of the last failure."""
-    version: str = ""
-    """Of the code that finished it, or tried last."""
-
-
-@dataclass(frozen=True)
-class CellStatus:
-    cell: Cell
-    state: str
-    attempts: Attempts
-    step: int
-    """Steps that its metrics have."""
-    loss: float | None
-    """Final validation loss, of a finished cell."""
-
-
-def code_version() -> str:
-    """The package's version, with the commit where it runs from a clone."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return __version__
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return f"{__version__} ({found.stdout.strip()})" if found.returncode == 0 else __version__
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -88,219 +60,218 @@ class Launch:
         return [*train, "--nproc", str(self.nproc)]
 
 
-class Study:
-    """A grid and its folder."""
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 go to the running cells, which save and stop."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid, self.folder = grid, grid.folder
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._running: set[Any] = set()
 
-    def _file(self, kind: str, cell: Cell, ending: str) -> Path:
-        return self.folder / kind / f"{cell.config.run.name}{ending}"
+    @property
+    def came(self) -> bool:
+        return self._stop.is_set()
 
-    def attempts(self, cell: Cell) -> Attempts:
-        path = self._file("attempts", cell, ".json")
-        return Attempts(**json.loads(path.read_text())) if path.is_file() else Attempts()
+    def stop(self) -> None:
+        """As if a signal had come: a run was told to stop by someone else."""
+        self._stop.set()
 
-    def finished(self, cell: Cell) -> bool:
-        return (cell.folder / "summary.json").is_file()
+    def started(self, process: Any) -> None:
+        """Pass signals on to ``process``, too."""
+        self._running.add(process)
+        if self.came:  # the signal came while it began
+            process.send_signal(_STOP)
 
-    def status(self) -> list[CellStatus]:
-        """The state of every cell, in the grid's order."""
-        return [self._status(cell) for cell in self.grid.cells]
-
-    def _status(self, cell: Cell) -> CellStatus:
-        attempts, loss = self.attempts(cell), None
-        if self.finished(cell):
-            state = FINISHED
-            loss = json.loads((cell.folder / "summary.json").read_text())["final_eval_loss"]
-        elif self._locked(cell):
-            state = RUNNING
-        elif attempts.failures > self.grid.retries:
-            state = FAILED
-        else:
-            state = STARTED if cell.folder.is_dir() else WAITING
-        return CellStatus(cell, state, attempts, _last_step(cell.folder), loss)
-
-    def _locked(self, cell: Cell) -> bool:
-        path = self._file("locks", cell, "")
-        if not path.is_file():
-            return False
-        with open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
-    @contextmanager
-    def _lock(self, cell: Cell) -> Iterator[int | None]:
-        """The lock's file, or None where another worker has the cell. The run inherits it, so that
-        the lock lasts as long as either lives."""
-        path = self._file("locks", cell, "")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            yield file.fileno()
-
-    def run_cell(
-        self,
-        cell: Cell,
-        launch: Launch,
-        started: Callable[[Any], None] = lambda process: None,
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> int | None:
-        """Run or continue a cell until it is finished, has failed too often or was stopped.
-
-        Args:
-            launch: how a run's processes start.
-            started: gets the process of each try, to pass signals on to.
-            stopping: whether such a signal has come: what ends then has not failed.
-
-        Returns: the last exit code; None where another worker has the cell or it was finished.
-        """
-        with self._lock(cell) as lock:
-            if lock is None or self.finished(cell):
-                return None
-            path = self._file("configs", cell, ".yaml")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, to_yaml(cell.config))
-            log = self._file("logs", cell, ".log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = launch.command(path)
-            while self.attempts(cell).failures <= self.grid.retries:
-                with open(log, "ab") as out:
-                    process = subprocess.Popen(
-                        command, stdout=out, stderr=out, env=launch.environment(),
-                        start_new_session=True, pass_fds=(lock,),
-                    )  # fmt: skip
-                    started(process)
-                    code = process.wait()
-                if code and stopping():  # perhaps before it could take the signal
-                    return STOPPED
-                if code in (0, STOPPED):
-                    self._remember(cell, Attempts(self.attempts(cell).failures, "", code_version()))
-                    return code
-                failures = self.attempts(cell).failures + 1
-                self._remember(cell, Attempts(failures, _last_line(log), code_version()))
-                if code == 2:  # a configuration does not become good by trying again
-                    self._remember(
-                        cell, Attempts(self.grid.retries + 1, _last_line(log), code_version())
-                    )
-            return code
-
-    def _remember(self, cell: Cell, attempts: Attempts) -> None:
-        path = self._file("attempts", cell, ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(attempts))
-
-    def run(self, workers: int, launch: Launch, say: Callable[[str], None]) -> int:
-        """Run what is not finished, the cheapest cells first, ``workers`` at a time.
-
-        Signals (SIGTERM, SIGINT, SIGUSR1) go to the running cells, which save and stop.
-
-        Returns: 0 when every cell is finished, 75 where a signal stopped the grid, else 1.
-        """
-        from megatron_progressive import data
-
-        waiting = sorted(
-            (cell for cell in self.grid.cells if not self.finished(cell)), key=lambda c: c.flops
-        )
-        for config in {str(c.config.data): c.config for c in waiting}.values():
-            data.check(config)
-            data.prepare(config)  # once, before workers would all begin to
-        guard, stop = threading.Lock(), threading.Event()
-        running: set[Any] = set()
-        codes: list[int] = []
-
-        def pass_on(number: int, frame: Any) -> None:
-            stop.set()
-            for process in list(running):
-                if process.poll() is None:
-                    process.send_signal(_STOP)
-
-        def started(process: Any) -> None:
-            running.add(process)
-            if stop.is_set():  # the signal came while it began
+    def _pass_on(self, number: int, frame: Any) -> None:
+        self._stop.set()
+        for process in list(self._running):
+            if process.poll() is None:
                 process.send_signal(_STOP)
 
-        def work() -> None:
-            while not stop.is_set():
-                with guard:
-                    if not waiting:
-                        return
-                    cell = waiting.pop(0)
-                say(f"{cell.name}: starts ({len(waiting)} after it)")
-                code = self.run_cell(cell, launch, started, stop.is_set)
-                if code == STOPPED:  # the job is being preempted: its ranks alone were told
-                    stop.set()
-                if code is not None:
-                    codes.append(code)
-                    loss = self._status(cell).loss
-                    error = self.attempts(cell).error
-                    say(f"{cell.name}: {error or f'validation loss {loss}'}")
-
+    @contextmanager
+    def caught(self) -> Iterator[Signals]:
+        """Take the signals meanwhile."""
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, pass_on) for number in numbers}
-        threads = [threading.Thread(target=work) for _ in range(workers)]
+        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # so that signals are taken
+            yield self
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if stop.is_set():
-            return STOPPED
-        return 0 if all(self.finished(cell) for cell in self.grid.cells) else 1
-
-    def collect(self) -> list[dict[str, Any]]:
-        """Results of the finished cells; also written to ``results.json``."""
-        rows = []
-        for cell in self.grid.cells:
-            if not self.finished(cell):
-                continue
-            summary = json.loads((cell.folder / "summary.json").read_text())
-            rows.append(
-                {
-                    "cell": cell.name,
-                    "fingerprint": cell.fingerprint,
-                    "size": cell.size,
-                    "arm": cell.arm,
-                    "seed": cell.seed,
-                    "control_of": cell.control_of,
-                    "params": params_of(cell),
-                    "version": self.attempts(cell).version,
-                    **{k: summary[k] for k in ("final_eval_loss", "total_flops", "total_tokens",
-                                               "train_wall_s", "steps", "num_layers")},
-                }
-            )  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "results.json", {"cells": rows})
-        return rows
 
 
-def _last_step(folder: Path) -> int:
-    """Steps in a run's metrics, from the end of the file."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 8192))
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line).get("step", 0))
-        except (ValueError, AttributeError):
-            continue
-    return 0
+def run_cell(
+    study: Study, cell: Cell, launch: Launch, signals: Signals | None = None
+) -> int | None:
+    """Run or continue a cell until it is finished, has failed too often or was stopped.
+
+    Args:
+        launch: how a run's processes start.
+        signals: get the process of each try; what ends after one came has not failed.
+
+    Returns: the last exit code; None where another worker has the cell, or it is finished or has
+        failed as often as it is tried.
+    """
+    signals = Signals() if signals is None else signals
+    with study.lock(cell) as lock:
+        if lock is None or study.finished(cell) or study.exhausted(cell):
+            return None
+        path, log = study.file("configs", cell, ".yaml"), study.file("logs", cell, ".log")
+        for file in (path, log):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to_yaml(cell.config))
+        while True:
+            with open(log, "ab") as out:
+                process = subprocess.Popen(
+                    launch.command(path), stdout=out, stderr=out, env=launch.environment(),
+                    start_new_session=True, pass_fds=(lock,),
+                )  # fmt: skip
+                signals.started(process)
+                code = process.wait()
+            if code and signals.came:  # perhaps before it could take the signal
+                return STOPPED
+            failures = study.attempts(cell).failures
+            if code in (0, STOPPED):
+                study.remember(cell, Attempts(failures, "", code_version()))
+                return code
+            # a configuration does not become good by trying again
+            failures = study.grid.retries + 1 if code == 2 else failures + 1
+            study.remember(cell, Attempts(failures, _last_line(log), code_version()))
+            if failures > study.grid.retries:
+                return code
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def run_grid(
+    study: Study, workers: int, launch: Launch, say: Say, chosen: Sequence[str] = ()
+) -> int:
+    """Run what is not finished: the pilot first where one is asked for and needed, then the
+    cells, the cheapest first, ``workers`` at a time. Signals stop it; see :class:`Signals`.
+
+    Args:
+        chosen: names or indices of the cells to run (default: all of them).
+
+    Returns: 0 when these cells are finished, 75 where a signal stopped it, 3 where the pilot gives
+        some of them no τ and the others are finished, else 1.
+
+    Raises:
+        ConfigError: a cell that is not there, or data that cannot be read.
+    """
+    cells = study.grid.chosen(list(chosen)) if chosen else study.grid.cells
+    with Signals().caught() as signals:
+        if study.grid.pilot is not None and (
+            not chosen or any(cell.unknown == WAITS for cell in cells)
+        ):
+            _run_pilot(study, workers, launch, say, signals)
+            study = Study(study.grid.reloaded())  # whose cells now know their τ
+            cells = study.grid.chosen([cell.name for cell in cells])
+        if not signals.came:
+            _run_all(study, [c for c in cells if not c.unknown], workers, launch, say, signals)
+        if signals.came:
+            return STOPPED
+    for cell in cells:
+        if cell.unknown:
+            say(f"{cell.name}: not run: {cell.unknown}")
+    if any(c.unknown == WAITS or not (c.unknown or study.finished(c)) for c in cells):
+        return FAILED_CODE
+    return NO_TAU_CODE if any(cell.unknown for cell in cells) else 0
+
+
+def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
+    """Run the grid's pilot alone.
+
+    Returns: 0 where it gives τ to every cell that asks for it, 3 where it does not, 75 where a
+        signal stopped it, 1 where it failed.
+
+    Raises:
+        ConfigError: the grid has none.
+    """
+    pilot = study.grid.pilot
+    if pilot is None:
+        raise ConfigError(
+            f"pilot: got none in {study.grid.file}; accepted: a mapping, or tau: [pilot]"
+        )
+    with Signals().caught() as signals:
+        code = _run_pilot(study, workers, launch, say, signals)
+    if code:
+        return code
+    found = pilot.mixing()
+    cells = study.grid.reloaded().cells
+    for cell in cells:
+        if cell.unknown:
+            say(f"{cell.name}: {cell.unknown}")
+    known = found is not None and found.mixed and not any(cell.unknown for cell in cells)
+    return 0 if known else NO_TAU_CODE
+
+
+def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Signals) -> int:
+    """Run what is not finished of the pilot, wait for what another job runs of it, and measure."""
+    pilot = study.grid.pilot
+    assert pilot is not None
+    waiting = False
+    while pilot.mixing() is None:
+        free = [cell for cell in pilot.cells if study.status_of(cell).state != RUNNING]
+        _run_all(study, free, workers, launch, say, signals)
+        if signals.came:
+            return STOPPED
+        for cell in pilot.cells:
+            if study.exhausted(cell) and not study.finished(cell):
+                say(f"the pilot failed: {cell.name}: {study.attempts(cell).error}")
+                return FAILED_CODE
+        with study.lock(Cell("pilot", "", "", 0, pilot.config)) as lock:
+            if lock is not None and all(study.finished(cell) for cell in pilot.cells):
+                if pilot.mixing() is None:
+                    pilot.measure()
+                break
+        if not waiting:
+            say("the pilot runs elsewhere: waiting for it")
+            waiting = True
+        time.sleep(_POLL_SECONDS)
+    say(f"pilot: {pilot.finding()}")
+    return 0
+
+
+def _run_all(
+    study: Study, cells: Sequence[Cell], workers: int, launch: Launch, say: Say, signals: Signals
+) -> None:
+    from megatron_progressive import data
+
+    waiting = sorted((cell for cell in cells if not study.finished(cell)), key=lambda c: c.flops)
+    for cell in [cell for cell in waiting if study.exhausted(cell)]:
+        waiting.remove(cell)
+        say(
+            f"{cell.name}: not run: failed {study.attempts(cell).failures} times: "
+            f"{study.attempts(cell).error} (delete {study.file('attempts', cell, '.json')} to try "
+            f"again)"
+        )
+    for config in {str(c.config.data): c.config for c in waiting}.values():
+        data.check(config)
+        data.prepare(config)  # once, before workers would all begin to
+    guard = threading.Lock()
+
+    def work() -> None:
+        while not signals.came:
+            with guard:
+                if not waiting:
+                    return
+                cell = waiting.pop(0)
+            say(f"{cell.name}: starts ({len(waiting)} after it)")
+            code = run_cell(study, cell, launch, signals)
+            if code is None:
+                say(f"{cell.name}: another worker has it")
+            elif code == STOPPED:
+                signals.stop()  # Slurm tells the ranks of a preempted job, and not this process
+                say(f"{cell.name}: stopped after saving")
+            else:
+                found = study.status_of(cell)
+                say(f"{cell.name}: {found.attempts.error or f'validation loss {found.loss}'}")
+
+    threads = [threading.Thread(target=work) for _ in range(min(workers, len(waiting)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)  # so that signals are taken

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.optim.schedule import decay_steps, warmup_steps
+from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve
 from megatron_progressive.study.runs import Run
-from megatron_progressive.study.verdict import MIXED_PERCENT, gap_curve
 
 CONSECUTIVE = 3
 """Validations in a row at or below the threshold that count as having mixed."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_progressive.study.arms import Comparison
+from megatron_progressive.study.gaps import gap_percent
 from megatron_progressive.study.plan_text import flops_text, short_counts
 from megatron_progressive.study.runs import Run
-from megatron_progressive.study.verdict import gap_percent
 
 
 @dataclass(frozen=True)

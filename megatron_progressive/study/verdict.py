@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from megatron_progressive.config import ConfigError
 from megatron_progressive.study.arms import Comparison
+from megatron_progressive.study.gaps import MIXED_PERCENT, gap_percent
+from megatron_progressive.study.mixing import MixingTime, mixing_time
 from megatron_progressive.study.plan_text import short_counts
 from megatron_progressive.study.runs import Run
-
-MIXED_PERCENT = 0.5
-"""Gap to the fixed-size run's validation loss at the same step, in %, at and below which a
-progressive run has mixed: the largest gap that the paper reports for GPT-2 124M."""
 
 WORSE_PERCENT = 5.0
 """Final gap to fixed-size, in %, from which the run counts as failed (arXiv 2511.04981)."""
@@ -32,16 +31,6 @@ class EqualLoss:
     """Its FLOPs there over the progressive run's total: above 1 progressive was cheaper."""
     lr_fraction: float
     """Its learning rate there over the peak: near 1 it has not decayed, which costs it loss."""
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """Whether and when validation loss met the fixed-size run's at the same step."""
-
-    mixed: bool
-    tokens: float | None
-    """After the last expansion, to the first validation that met it; None where none did."""
-    smallest_gap_percent: float
 
 
 @dataclass(frozen=True)
@@ -63,25 +52,13 @@ class Verdict:
     """Final validation loss above (+: it loses) or below (-: it wins) the short control's, %."""
     beats_short: bool | None
     equal_loss: EqualLoss | None
-    mixing: Mixing | None
+    mixing: MixingTime | None
+    """None as well where too few validations follow the expansion."""
     headline: str
     """The finding in one line."""
     verdict: str
     """The finding in full sentences."""
     sentences: list[str] = field(default_factory=list)
-
-
-def gap_percent(loss: float, reference: float) -> float:
-    """``loss`` above (+) or below (-) ``reference``, in %."""
-    return 100 * (loss / reference - 1)
-
-
-def gap_curve(run: Run, fixed: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which both were validated, and ``run``'s gap there in %."""
-    steps, mine, theirs = np.intersect1d(
-        run.evals["step"], fixed.evals["step"], assume_unique=True, return_indices=True
-    )
-    return steps, 100 * (run.evals["loss"][mine] / fixed.evals["loss"][theirs] - 1)
 
 
 def percent(value: float) -> str:
@@ -130,7 +107,7 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     speedup = _quotient(fixed.total_flops if fixed else None, run.total_flops)
     wall = _quotient(fixed.train_wall if fixed else None, run.train_wall)
     equal = _equal_loss(run, fixed) if fixed and usable else None
-    mixing = _mixing(run, fixed) if fixed and usable else None
+    mixing, untold = _mixing(run, fixed) if fixed and usable else (None, "")
     missing = [f"{m.arm} ({m.reason})" for m in comparison.missing]
     sentences = []
     if not run.finished:
@@ -143,7 +120,7 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     sentences += _short_sentences(run, short, short_gap)
     if fixed is not None and usable:
         sentences.append(_equal_sentence(equal, fixed))
-    sentences += _mixing_sentences(run, mixing)
+    sentences += _mixing_sentences(mixing) or [untold] * bool(untold)
     sentences += _seed_sentences(run, seeds)
     complete = usable and fixed is not None and short is not None
     return Verdict(
@@ -193,20 +170,12 @@ def _equal_loss(run: Run, fixed: Run) -> EqualLoss | None:
     )
 
 
-def _mixing(run: Run, fixed: Run) -> Mixing | None:
-    tau = run.config.expansion_steps()[-1]
-    steps, gaps = gap_curve(run, fixed)
-    # the validation at τ itself is of the model that has just been expanded
-    after = (steps > tau) & np.isfinite(gaps)
-    if not after.any():
-        return None
-    steps, gaps = steps[after], gaps[after]
-    met = np.flatnonzero(gaps <= MIXED_PERCENT)
-    return Mixing(
-        mixed=bool(len(met)),
-        tokens=float(steps[met[0]] - tau) * run.step_tokens if len(met) else None,
-        smallest_gap_percent=float(gaps.min()),
-    )
+def _mixing(run: Run, fixed: Run) -> tuple[MixingTime | None, str]:
+    """When the run met the fixed-size run; None and why where that cannot be told."""
+    try:
+        return mixing_time(run, fixed), ""
+    except ConfigError as error:
+        return None, f"Whether it mixed cannot be told: {error}."
 
 
 def mixing_title(found: Sequence[Verdict]) -> str:
@@ -219,8 +188,8 @@ def mixing_title(found: Sequence[Verdict]) -> str:
         )
     if mixings[0].tokens is not None:
         return f"Mixed within {MIXED_PERCENT} % of fixed-size {_tokens(mixings[0].tokens)} after τ"
-    smallest = percent(mixings[0].smallest_gap_percent)
-    return f"Not mixed: never within {MIXED_PERCENT} % of fixed-size after τ, at best {smallest}"
+    left = f"{mixings[0].gap_left_percent:+.2f} %"
+    return f"Not mixed within {MIXED_PERCENT} % of fixed-size after τ: {left} at the end"
 
 
 def _above(gap: float) -> str:
@@ -291,17 +260,17 @@ def _equal_sentence(equal: EqualLoss | None, fixed: Run) -> str:
     )
 
 
-def _mixing_sentences(run: Run, mixing: Mixing | None) -> list[str]:
+def _mixing_sentences(mixing: MixingTime | None) -> list[str]:
     if mixing is None:
         return []
-    if mixing.mixed and mixing.tokens is not None:
+    if mixing.tokens is not None:
         return [
             f"It mixed within {MIXED_PERCENT} % of fixed-size {_tokens(mixing.tokens)} after τ "
-            f"({mixing.tokens / run.step_tokens:,.0f} steps)."
+            f"({mixing.steps:,} steps)."
         ]
     return [
-        f"It did not mix: after τ its validation loss never came within {MIXED_PERCENT} % of "
-        f"fixed-size at the same step (closest: {percent(mixing.smallest_gap_percent)})."
+        f"It did not mix: {mixing.consecutive} validations in a row within {MIXED_PERCENT} % of "
+        f"fixed-size at the same step never came (at the end: {mixing.gap_left_percent:+.2f} %)."
     ]
 
 

@@ -1,129 +1,21 @@
-"""``mprog pilot``: two short runs measure the mixing time and with it τ.
-
-Fixed-size, and progressive with its expansion at the end of the warmup: the mixing time depends
-neither on τ nor on the source's depth as long as the learning rate is constant (arXiv
-2511.04981). Both have the schedule of the whole run and stop early, before its decay.
-"""
+"""``mprog pilot``: the two runs of a pilot on this machine, then what they say."""
 
 from __future__ import annotations
 
-import math
-import shlex
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-
 from megatron_progressive.config import ConfigError, RunConfig, to_yaml
-from megatron_progressive.optim.schedule import decay_steps, warmup_steps
 from megatron_progressive.runtime.distributed import place_from_environment
-from megatron_progressive.runtime.files import write_atomically, write_json
-from megatron_progressive.study.controls import fixed_size
-from megatron_progressive.study.flops import total_flops
-from megatron_progressive.study.mixing import (
-    CONSECUTIVE,
-    MixingTime,
-    Proposal,
-    mixing_time,
-    propose,
-)
-from megatron_progressive.study.plan_text import flops_text, short_counts
+from megatron_progressive.runtime.files import write_atomically
+from megatron_progressive.study.pilot import measure, plan_pilot, render
 from megatron_progressive.study.preflight import check_run
-from megatron_progressive.study.runs import Run, read_run
 from megatron_progressive.train.job import run_job
-
-SHARE = 0.25
-"""Of the run's steps: where a pilot stops by default."""
-
-_EVERY = 0.005
-"""Of the run's steps: most that lie between two validations of a pilot."""
-
-_LEAST = 20
-"""Fewest steps after the expansion that say anything."""
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """The two runs of a pilot, and where its findings go."""
-
-    fixed: RunConfig
-    progressive: RunConfig
-    folder: Path
-
-    @property
-    def files(self) -> list[tuple[RunConfig, Path]]:
-        """Each run and the file that its configuration is written to."""
-        names = ("fixed", "progressive")
-        arms = (self.fixed, self.progressive)
-        return [(arm, self.folder / f"{name}.yaml") for arm, name in zip(arms, names, strict=True)]
-
-
-def plan_pilot(config: RunConfig, steps: float | None = None) -> Pilot:
-    """The two runs that measure the mixing time of ``config``.
-
-    Args:
-        steps: where they stop: a fraction of the run's steps below 1, or a step (default:
-            :data:`SHARE`).
-
-    Raises:
-        ConfigError: not one expansion, a schedule without a stable phase, a stop of its own, or
-            ``steps`` too few after the expansion or beyond the stable phase.
-    """
-    if len(config.expansion) != 1:
-        raise ConfigError(
-            f"expansion: got {len(config.expansion) or 'none'}; accepted: one, whose mixing time "
-            f"is measured"
-        )
-    if config.schedule.name != "wsd":
-        raise ConfigError(
-            f"schedule.name: got {config.schedule.name}; accepted: wsd (the mixing time depends on "
-            f"τ under the others)"
-        )
-    if config.train.stop_after is not None:
-        raise ConfigError(
-            f"train.stop_after: got {config.train.stop_after}; accepted: none (--steps says where "
-            f"the pilot stops)"
-        )
-    tau = max(1, warmup_steps(config))
-    # Closer validations change no weights and say more exactly when the losses meet. They must
-    # not depend on where the pilot stops, or it could not go on.
-    every = min(config.train.eval_every, max(1, round(_EVERY * config.train.steps)))
-    least = max(_LEAST, (CONSECUTIVE + 1) * every)
-    stop = _stop(SHARE if steps is None else steps, tau, least, config)
-    train = replace(config.train, stop_after=stop, eval_every=every)
-    name = config.run.name + "_pilot"
-    expansion = [replace(config.expansion[0], at=float(tau))]
-    fixed = fixed_size(config)
-    return Pilot(
-        replace(fixed, run=replace(config.run, name=f"{name}_fixed"), train=train),
-        replace(
-            config, run=replace(config.run, name=f"{name}_progressive"), train=train,
-            expansion=expansion,
-        ),
-        Path(config.run.dir) / name,
-    )  # fmt: skip
-
-
-def _stop(steps: float, tau: int, least: int, config: RunConfig) -> int:
-    total, last_stable = config.train.steps, config.train.steps - decay_steps(config)
-    if last_stable < tau + least:
-        raise ConfigError(
-            f"train.steps: got {total}, whose stable phase has {max(0, last_stable - tau)} steps; "
-            f"accepted: enough for {least} of them"
-        )
-    stop = round(steps * total) if 0 < steps < 1 else steps
-    if not (math.isfinite(stop) and stop == int(stop) and tau + least <= stop <= last_stable):
-        got = f"{steps:g}" + (f" (step {stop} of {total})" if 0 < steps < 1 else "")
-        raise ConfigError(
-            f"--steps: got {got}; accepted: a fraction below 1, or a step, from {tau + least} "
-            f"({least} after the expansion at step {tau}) to {last_stable} (before the decay)"
-        )
-    return int(stop)
 
 
 def run_pilot(config: RunConfig, nproc: int | None, steps: float | None = None) -> int:
     """Run what is not finished of the pilot, then measure, print and write; the exit code.
 
     Raises:
-        ConfigError: see :func:`plan_pilot`; a run that cannot start; a job of several ranks.
+        ConfigError: see :func:`.study.pilot.plan_pilot`; a run that cannot start; a job of several
+            ranks.
     """
     pilot = plan_pilot(config, steps)
     place = place_from_environment()
@@ -143,93 +35,5 @@ def run_pilot(config: RunConfig, nproc: int | None, steps: float | None = None) 
         code = run_job(arm, nproc, ["train", str(path)], apart=True)
         if code:
             return code
-    progressive, fixed = (read_run(arm.folder) for arm in (pilot.progressive, pilot.fixed))
-    mixing = mixing_time(progressive, fixed)
-    proposal = propose(config, mixing, progressive.step_tokens)
-    _write(pilot, progressive, fixed, mixing, proposal)
-    print("\n".join(render(config, pilot, mixing, proposal)))
+    print("\n".join(render(config, pilot, *measure(config, pilot))))
     return 0
-
-
-def tau_words(tau: int) -> list[str]:
-    """The ``key=value`` words that expand a run after step ``tau``."""
-    return [f"expansion.0.at={tau}"]
-
-
-def _write(
-    pilot: Pilot, progressive: Run, fixed: Run, mixing: MixingTime, proposal: Proposal | None
-) -> None:
-    from megatron_progressive.study.figures import mixing_curve
-
-    words = tau_words(proposal.tau) if proposal is not None and proposal.tau is not None else []
-    write_json(
-        pilot.folder / "pilot.json",
-        {
-            "progressive": str(progressive.folder),
-            "fixed": str(fixed.folder),
-            "stop_after": pilot.fixed.last_step,
-            "tokens": mixing.tokens,
-            "mixing": asdict(mixing),
-            "proposal": None if proposal is None else asdict(proposal),
-            "words": words,
-        },
-    )
-    mixing_curve(mixing, progressive, fixed, headline(mixing), pilot.folder / "mixing.png")
-
-
-def _tokens(steps: int, mixing: MixingTime) -> str:
-    return f"{short_counts([steps * mixing.tokens_per_step])[0]} tokens ({steps:,} steps)"
-
-
-def headline(mixing: MixingTime) -> str:
-    """The finding in one line."""
-    if mixing.steps is None:
-        return (
-            f"Not mixed within {_tokens(mixing.steps_after, mixing)} after the expansion: still "
-            f"{mixing.gap_left_percent:.2f} % above fixed-size"
-        )
-    return f"Mixed {_tokens(mixing.steps, mixing)} after the expansion"
-
-
-def render(
-    config: RunConfig, pilot: Pilot, mixing: MixingTime, proposal: Proposal | None
-) -> list[str]:
-    """What the pilot found, as lines for the terminal."""
-    cost = total_flops(pilot.fixed) + total_flops(pilot.progressive)
-    share = 100 * cost / total_flops(config)
-    lines = [
-        f"{headline(mixing)}.",
-        f"  pilot     {pilot.fixed.last_step:,} of {config.train.steps:,} steps, expanded after "
-        f"step {mixing.tau:,}; {flops_text(cost)} FLOPs, {share:.0f} % of the run's",
-        f"  met       validation loss at most {mixing.threshold_percent:g} % above fixed-size's, "
-        f"{mixing.consecutive} times in a row;",
-        f"            training losses averaged over {mixing.train.window_steps} steps",
-    ]
-    if mixing.low is None or proposal is None:
-        lines.append(
-            f"  τ         none follows: t_mix is above {_tokens(mixing.steps_after, mixing)}; "
-            f"--steps runs on"
-        )
-    else:
-        high = "open: beyond the pilot" if mixing.high is None else _tokens(mixing.high, mixing)
-        lines.append(f"  interval  95 %: from {_tokens(mixing.low, mixing)} to {high}")
-        if mixing.low == 0:
-            lines.append(
-                f"            hardly ever more than {mixing.threshold_percent:g} % apart: they mix "
-                f"between two validations,"
-            )
-            lines.append("            or had learnt too little at the expansion to differ")
-        lines += _tau_lines(proposal)
-    lines.append(f"  written   {pilot.folder}: pilot.json, mixing.png")
-    return lines
-
-
-def _tau_lines(proposal: Proposal) -> list[str]:
-    found = f"last stable step {proposal.last_stable:,} - {proposal.mixing_steps:,} steps"
-    if proposal.tau is None:
-        return [f"  τ         none follows: {found} is not after the warmup; a longer run would"]
-    lines = [f"  τ         {found}:", f"            {shlex.join(tau_words(proposal.tau))}"]
-    if proposal.earliest is not None and proposal.earliest < proposal.tau:
-        words = shlex.join(tau_words(proposal.earliest))
-        lines.append(f"            {words} for the upper end of the interval")
-    return lines

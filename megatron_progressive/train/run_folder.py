@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
-from megatron_progressive.config.decisive import decisive
+from megatron_progressive.models.decisive import decisive
 from megatron_progressive.runtime.files import write_atomically, write_json
 from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
 

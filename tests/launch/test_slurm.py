@@ -15,7 +15,7 @@ import pytest
 
 from megatron_progressive.config import to_yaml
 from megatron_progressive.study.grid import load_grid
-from megatron_progressive.study.grid_run import Study
+from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
 from tests.launch.cluster import Cluster, missing
 from tests.study.test_grid import grid_file

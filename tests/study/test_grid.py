@@ -18,7 +18,7 @@ import yaml
 from megatron_progressive import cli
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.grid import load_grid
-from megatron_progressive.study.grid_run import Study
+from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,3 +144,73 @@ def test_interrupted_at_random_each_cell_ends_once(tmp_path: Path, corpus: Path)
     rows = {row["cell"]: row for row in study.collect()}
     assert rows.keys() == stamps.keys()
     assert rows[gone.name]["final_eval_loss"] == first["final_eval_loss"]
+
+
+def test_words_replace_values_of_the_grid_and_of_its_runs(tmp_path: Path) -> None:
+    path = grid_file(tmp_path, sizes=[{"name": "a", "to_layers": 2, "train.steps": 60}])
+    plain = load_grid(path)
+    words = ["train.steps=80", "study.dir=elsewhere", "seeds=[3]", "tau=[0.25]"]
+    changed = load_grid(path, words)
+    assert changed.folder == Path("elsewhere/small")
+    steps = {c.arm: c.config.train.steps for c in changed.cells}
+    assert (steps["fixed"], steps["zero_layer"]) == (80, 80)
+    assert {cell.seed for cell in changed.cells} == {3}
+    assert "a-zero_layer-tau0.25-random-s3" in {cell.name for cell in changed.cells}
+    # the words are part of what the cells are
+    assert not {c.fingerprint for c in plain.cells} & {c.fingerprint for c in changed.cells}
+    assert load_grid(path, ["seeds=[1]"]).cells == plain.cells
+    assert changed.reloaded().cells == changed.cells
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.stepz=4", "train.stepz: unknown key; did you mean train.steps?"),
+        ("study.speed=4", "study.speed: unknown key; accepted: name, dir, retries"),
+        ("run.seed=4", "run.seed: got 4; accepted: study.name, study.dir, seeds"),
+        ("expansion.order=stack", "expansion.order: got 'stack'; accepted: a list"),
+        ("expansion.order=[middle]", "expansion.order: got 'middle'; accepted: stack, inter, last"),
+        ("expansion.at=[0.5]", "expansion.at: unknown key; accepted: order, insert"),
+        ("quick", "quick: not understood; accepted: key=value words"),
+    ],
+)
+def test_bad_words(tmp_path: Path, capsys: Any, word: str, said: str) -> None:
+    path = grid_file(tmp_path, arms=["2_layers"], sizes=[{"name": "a", "to_layers": 4}])
+    assert cli.main(["grid", "run", str(path), "--workers", "1", word]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "studies").exists()
+
+
+def test_axes_of_the_expansion(tmp_path: Path) -> None:
+    """Every combination that makes a difference, each once and under a name that says it."""
+    grid = load_grid(
+        grid_file(
+            tmp_path, sizes=[{"name": "a", "to_layers": 8}], init=["random", "copying"],
+            arms=["zero_layer", "one_layer", "4_layers", "multi_stage"],
+            expansion={"order": ["stack", "inter"], "optimizer_state": ["inherit", "copy"]},
+        )
+    )  # fmt: skip
+    names = {cell.name.removeprefix("a-").removesuffix("-s1") for cell in grid.cells}
+    assert names == {
+        "zero_layer-tau0.5-random-inherit",
+        "one_layer-tau0.5-random-inherit",
+        "one_layer-tau0.5-copying-inherit",
+        "one_layer-tau0.5-copying-copy",
+        *(
+            f"{arm}-tau0.5-{how}"
+            for arm in ("4_layers", "multi_stage")
+            for how in ("random-inherit", "copying-stack-inherit", "copying-stack-copy",
+                        "copying-inter-inherit", "copying-inter-copy")
+        ),
+    }  # fmt: skip
+    assert len({cell.fingerprint for cell in grid.cells}) == len(grid.cells)
+    by_name = {cell.name: cell.config for cell in grid.cells}
+    multi = by_name["a-multi_stage-tau0.5-copying-inter-copy-s1"]
+    assert multi.model.num_layers == 0
+    assert [(e.at, e.to_layers, e.init) for e in multi.expansion] == [
+        (0.25, 2, "random"), (0.5, 8, "copying"),
+    ]  # fmt: skip
+    assert (multi.expansion[1].order, multi.expansion[1].optimizer_state) == ("inter", "copy")
+    assert by_name["a-4_layers-tau0.5-random-inherit-s1"].model.num_layers == 4

@@ -14,9 +14,10 @@ from megatron_progressive import cli
 from megatron_progressive.config import ConfigError, RunConfig, from_dict, load, to_yaml
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.study.flops import step_flops, total_flops
+from megatron_progressive.study.pilot import plan_pilot
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train import pilot as pilots
-from megatron_progressive.train.pilot import plan_pilot, run_pilot
+from megatron_progressive.train.pilot import run_pilot
 from megatron_progressive.train.run_folder import is_finished
 from tests.study.synthetic import write_run
 

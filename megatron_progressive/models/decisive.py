@@ -1,0 +1,41 @@
+"""Which keys of a configuration decide a run's numbers, and which only how it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape
+
+# How a run is laid out and watched: never what is computed, but for rounding.
+_FREE = {"run.dir", "train.stop_after", "train.save_every", "train.keep_checkpoints",
+         "train.log_every", "data.prepared", "optim.ns_kernel_from"}  # fmt: skip
+_MICRO_BATCH = "train.micro_batch"
+
+
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """Every key that decides the run's numbers, by its whole name, and its value.
+
+    ``train.micro_batch`` is one of them under a load-balancing loss alone: Megatron-core computes
+    that from the experts' loads of one micro-batch, and loads of fewer samples are less even.
+
+    Raises:
+        ConfigError: no such model (see :func:`.models.model_shape`).
+    """
+    moe = model_shape(config).moe
+    free = _FREE if moe is not None and moe.aux_loss_coeff else _FREE | {_MICRO_BATCH}
+    return dict(_decisive(asdict(config), free))
+
+
+def _decisive(values: Any, free: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in items:
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if name in ("parallel", "kernels") or name.endswith(".parallel") or name in free:
+            continue
+        if isinstance(value, dict) or (isinstance(value, list) and value):
+            yield from _decisive(value, free, name)
+        else:
+            yield name, value

@@ -1,0 +1,80 @@
+"""What all pictures share: colours, labels, axes. Every line carries its own label; colours are
+Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter
+
+GROWN_COLOURS = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9")
+"""Of runs that grow."""
+FIXED_COLOURS = ("#333333", "#777777")
+SHORT_COLOURS = ("#D55E00", "#E69F00")
+OTHER_COLOUR = "#999999"
+INK, FAINT = "#222222", "#D9D9D9"
+TEXT = {"fontsize": 11, "color": INK}
+DPI = 130
+
+
+def headline(figure: Figure, title: str) -> None:
+    text = textwrap.fill(title.replace(" %", "\N{NO-BREAK SPACE}%"), 100)
+    figure.suptitle(text, x=0.012, ha="left", fontsize=14.5, fontweight="bold", color=INK)
+
+
+def dress(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12.5, color=INK, pad=10)
+    axes.set_xlabel(xlabel, **TEXT)  # type: ignore[arg-type]
+    axes.tick_params(labelsize=10, colors=INK, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def count_tick(value: float, _: Any = None) -> str:
+    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:g}{unit}"
+    return f"{value:g}"
+
+
+def step_axis(axes: Axes, last: float, room: float) -> None:
+    """Steps from 0 to ``last``, and ``room`` times that again for labels."""
+    axes.set_xlim(0, (1 + room) * last)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+    axes.xaxis.set_major_formatter(FuncFormatter(count_tick))
+
+
+def label_ends(
+    axes: Axes, labels: list[tuple[float, float, str, str]], inside: bool = False
+) -> None:
+    """Each (x, y, text, colour) right of its line's end, pushed apart where two would overlap.
+
+    With ``inside``, ends that others outrun have theirs to the left, where a falling line leaves
+    the space below it free; to the right it would hide the longer lines.
+    """
+    size, gap = 10.5, 15.0  # points: text, and the least distance of two baselines
+    figure = axes.figure
+    figure.draw_without_rendering()  # type: ignore[union-attr]
+    to_points = 72 / figure.dpi
+    farthest = max((label[0] for label in labels), default=0.0)
+    placed: list[tuple[float, float, float]] = []
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        px, py = axes.transData.transform((x, y)) * to_points
+        width, wanted = 0.62 * size * len(text), py
+        leftward = inside and x < 0.8 * farthest
+        span = (px - width, px) if leftward else (px, px + width)
+        for left, right, taken in sorted(placed, key=lambda place: place[2]):
+            if span[0] < right and left < span[1] and abs(wanted - taken) < gap:
+                wanted = taken + gap
+        placed.append((*span, wanted))
+        axes.annotate(
+            text, (x, y), xytext=(-8 if leftward else 8, wanted - py),
+            textcoords="offset points", va="center", ha="right" if leftward else "left",
+            fontsize=size, color=colour, fontweight="bold", annotation_clip=False,
+            path_effects=[withStroke(linewidth=3, foreground="w")],
+        )  # fmt: skip
