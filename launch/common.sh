@@ -73,7 +73,7 @@ mprog_run() {
 
 # The steps of a study. Words after the grid are key=value changes of its runs.
 mprog_grid_pilot() {  # GRID [key=value …]
-    mprog_run "${mprog[@]}" grid pilot "$@"
+    mprog_run "${mprog[@]}" grid pilot --srun "${mprog_srun[*]}" "$@"
 }
 mprog_grid_cell() {  # CELL GRID [key=value …]
     mprog_run "${mprog[@]}" grid run --cell "$1" --srun "${mprog_srun[*]}" "${@:2}"

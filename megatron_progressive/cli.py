@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_progressive import __version__
 from megatron_progressive.config import (
@@ -16,6 +17,9 @@ from megatron_progressive.config import (
     expansion_from_words,
     load,
 )
+
+if TYPE_CHECKING:
+    from megatron_progressive.study.grid_state import Study
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -80,6 +84,8 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
         if verb == "pilot":
             return grid_run.run_pilot(study, args.workers, launch, say)
         return grid_run.run_grid(study, args.workers, launch, say, args.cell)
+    if verb == "submit":
+        return _grid_submit(args, study)
     if verb == "plan":
         print(grid_text.plan(study.grid))
     elif verb == "status":
@@ -91,6 +97,29 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
         print(make_grid_report(study).text)
     else:
         print(grid_text.results(study.collect(), study.folder))
+    return 0
+
+
+def _grid_submit(args: argparse.Namespace, study: Study) -> int:
+    from megatron_progressive.study import grid_submit
+
+    options = grid_submit.JobOptions(args.nodes, args.sbatch, args.array_limit)
+    if not args.dry_run:
+        grid_submit.check_slurm()
+    jobs = grid_submit.plan_jobs(study, options)
+    if not jobs:
+        print(f"{study.grid.name}: every cell has ended, nothing to submit")
+    elif args.dry_run:
+        print("\n".join(grid_submit.as_script(study, jobs)))
+    else:
+        try:
+            numbers = grid_submit.submit(study, jobs)
+        except grid_submit.SubmissionFailed as error:
+            print(f"mprog: sbatch: {error}", file=sys.stderr)
+            return 1
+        for job in jobs:
+            cells = f" ({len(job.cells)} cells)" if job.cells else ""
+            print(f"{job.name}: {numbers[job.name]}{cells}")
     return 0
 
 
@@ -272,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "the cells of a grid and what they cost; trains nothing"),
         ("pilot", "measure the grid's mixing time, which gives cells with tau: pilot their τ"),
         ("run", "the pilot, then the cells that are not finished"),
+        ("submit", "the pilot, the cells and the report as jobs of Slurm"),
         ("status", "how far every cell is, and how long the rest takes"),
         ("collect", "results of the finished cells, also as results.json"),
         ("report", "report.html, figures and report.json of the finished cells"),
@@ -289,6 +319,14 @@ def _parser() -> argparse.ArgumentParser:
                 "--srun", default="", metavar="COMMAND",
                 help="inside a Slurm job: srun and its options, to run a cell on the job's tasks",
             )  # fmt: skip
+        if name == "submit":
+            sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of a cell")
+            sub.add_argument(
+                "--sbatch", default="", metavar="OPTIONS",
+                help="more options of sbatch for every job: --sbatch='--time=4:00:00 …'",
+            )  # fmt: skip
+            sub.add_argument("--array-limit", type=int, metavar="K", help="cells at a time")
+            sub.add_argument("--dry-run", action="store_true", help="print the commands alone")
         if name == "run":
             sub.add_argument(
                 "--cell", action="append", default=[], metavar="NAME_OR_INDEX",
