@@ -3,7 +3,9 @@ Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell a
 
 from __future__ import annotations
 
+import os
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,11 +24,13 @@ DPI = 130
 
 
 def headline(figure: Figure, title: str) -> None:
+    """The finding, above the picture."""
     text = textwrap.fill(title.replace(" %", "\N{NO-BREAK SPACE}%"), 100)
     figure.suptitle(text, x=0.012, ha="left", fontsize=14.5, fontweight="bold", color=INK)
 
 
 def dress(axes: Axes, title: str, xlabel: str) -> None:
+    """A title above the axes, a label below, and no more lines than needed."""
     axes.set_title(title, loc="left", fontsize=12.5, color=INK, pad=10)
     axes.set_xlabel(xlabel, **TEXT)  # type: ignore[arg-type]
     axes.tick_params(labelsize=10, colors=INK, length=3)
@@ -36,6 +40,7 @@ def dress(axes: Axes, title: str, xlabel: str) -> None:
 
 
 def count_tick(value: float, _: Any = None) -> str:
+    """``2k``, ``1.5M``, ``3B``."""
     for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:g}{unit}"
@@ -78,3 +83,10 @@ def label_ends(
             fontsize=size, color=colour, fontweight="bold", annotation_clip=False,
             path_effects=[withStroke(linewidth=3, foreground="w")],
         )  # fmt: skip
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)

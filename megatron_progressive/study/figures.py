@@ -26,6 +26,7 @@ from megatron_progressive.study.drawing import (
     dress,
     headline,
     label_ends,
+    save,
     step_axis,
 )
 from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve
@@ -102,7 +103,7 @@ def overview(lines: Sequence[Line], title: str, path: Path) -> None:
     _loss(axes[0, 1], lines, "step", limits)
     _learning_rate(axes[1, 0], lines)
     _wall(axes[1, 1], lines)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, path: Path) -> bool:
@@ -135,7 +136,7 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
     axes.text(0, 0, f" fixed-size, ± {MIXED_PERCENT} %", va="bottom", fontsize=10, color=INK)
     _mark_expansions(axes, [run for run, _, _ in drawn], "step")
     label_ends(axes, labels)
-    figure.savefig(path)
+    save(figure, path)
     return True
 
 
@@ -167,7 +168,7 @@ def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path
         transform=axes.transAxes, ha="right", va="top", fontsize=9.5, color="#666666",
     )  # fmt: skip
     axes.text(0, 0, f" fixed-size, ± {threshold:g} %", va="bottom", fontsize=10, color=INK)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _loss_limits(lines: Sequence[Line]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from megatron_progressive.study.rows import HEADER, table_cells
 if TYPE_CHECKING:
     from megatron_progressive.study.report import Report
 
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.3; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -23,6 +23,8 @@ table { border-collapse: collapse; font-size: .875rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
   white-space: nowrap; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+pre { background: #f3f3f3; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+h3 { font-size: 1rem; margin-top: 1.4rem; } summary { cursor: pointer; }
 code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
 .missing { border-left: 4px solid #D55E00; padding-left: 1rem; }
 """
@@ -35,13 +37,17 @@ def render(report: Report, pictures: Sequence[Path]) -> str:
         parts.append(_missing(report))
     for verdict in report.verdicts:
         parts.append(f"<h2>{escape(verdict.run)}, seed {verdict.seed}</h2>")
-        parts.append(_items(verdict.sentences))
-    parts += [_picture(path) for path in pictures]
-    parts += ["<h2>Runs</h2>", _table(report), _expansions(report)]
+        parts.append(items(verdict.sentences))
+    parts += [picture(path) for path in pictures]
+    parts += [
+        "<h2>Runs</h2>",
+        table(HEADER, [table_cells(row) for row in report.rows]),
+        _expansions(report),
+    ]
     warnings = [f"{row.name}: {text}" for row in report.rows for text in row.warnings]
     for title, texts in (("Warnings of the runs", warnings), ("Notes", report.notes)):
         if texts:
-            parts += [f"<h2>{title}</h2>", _items(texts)]
+            parts += [f"<h2>{title}</h2>", items(texts)]
     parts.append(
         "<p>FLOPs count embedding, head, attention (full square), every linear, forward and "
         "backward, and the optimizer's Newton-Schulz; validation is left out. The FLOPs speed-up "
@@ -49,16 +55,22 @@ def render(report: Report, pictures: Sequence[Path]) -> str:
         "gap. Losses are in nats per token. Training time is of the steps and expansion pauses, "
         "and compares only between runs on the same machines.</p>"
     )
+    return document(report.title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of its own of ``parts``, which are HTML; empty ones are left out."""
     body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def _items(texts: Sequence[str]) -> str:
+def items(texts: Sequence[str]) -> str:
+    """A list of plain texts."""
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 
@@ -71,18 +83,19 @@ def _missing(report: Report) -> str:
     return f'<div class="missing"><strong>Incomplete.</strong><ul>{"".join(items)}</ul></div>'
 
 
-def _picture(path: Path) -> str:
+def picture(path: Path) -> str:
+    """A PNG, inside the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _table(report: Report) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    rows = [
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in table_cells(row)) + "</tr>"
-        for row in report.rows
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts; the first two columns are aligned to the left."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = [
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows
     ]
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="scroll"><table><tr>{top}</tr>{"".join(body)}</table></div>'
 
 
 def _expansions(report: Report) -> str:
@@ -96,7 +109,7 @@ def _expansions(report: Report) -> str:
                 f"{event.get('layout_after')}, {_value(event.get('seconds'))} s pause; validation "
                 f"loss {_value(event.get('loss_before'))} to {_value(event.get('loss_after'))}"
             )
-    return "<h2>Expansions</h2>" + _items(texts) if texts else ""
+    return "<h2>Expansions</h2>" + items(texts) if texts else ""
 
 
 def _value(value: object) -> str:

@@ -146,15 +146,16 @@ def as_json(report: Report) -> dict[str, Any]:
         "notes": report.notes,
         "files": [path.name for path in report.files],
     }
-    plain: dict[str, Any] = _finite(values)
+    plain: dict[str, Any] = finite_values(values)
     return plain
 
 
-def _finite(value: Any) -> Any:
+def finite_values(value: Any) -> Any:
+    """Nested values with null for numbers that JSON has none for."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: finite_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

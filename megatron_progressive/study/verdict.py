@@ -18,7 +18,7 @@ from megatron_progressive.study.runs import Run
 WORSE_PERCENT = 5.0
 """Final gap to fixed-size, in %, from which the run counts as failed (arXiv 2511.04981)."""
 
-_LEVEL_PERCENT = 0.005  # rounds to 0.00 %
+LEVEL_PERCENT = 0.005  # rounds to 0.00 %
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
         speedup_wall=wall if usable else None,
         loss_gap_percent=gap,
         short_gap_percent=short_gap,
-        beats_short=None if short_gap is None else short_gap < -_LEVEL_PERCENT,
+        beats_short=None if short_gap is None else short_gap < -LEVEL_PERCENT,
         equal_loss=equal,
         mixing=mixing,
         headline=_headline(run, gap, short_gap, speedup, usable),
@@ -193,7 +193,7 @@ def mixing_title(found: Sequence[Verdict]) -> str:
 
 
 def _above(gap: float) -> str:
-    if abs(gap) < _LEVEL_PERCENT:
+    if abs(gap) < LEVEL_PERCENT:
         return "level with"
     return f"{percent(gap)} {'above' if gap > 0 else 'below'}"
 
@@ -229,7 +229,7 @@ def _short_sentences(run: Run, short: Run | None, gap: float | None) -> list[str
         return []
     losses = f"({run.final_loss:.4f} against {short.final_loss:.4f})"
     steps = f"{short.config.train.steps:,} steps"
-    if abs(gap) < _LEVEL_PERCENT:
+    if abs(gap) < LEVEL_PERCENT:
         return [f"At equal FLOPs it ends level with the short control, {steps} {losses}."]
     if gap < 0:
         return [
@@ -303,7 +303,7 @@ def _headline(
         parts.append(f"{_saved(speedup, 'fewer')} FLOPs than fixed-size, loss {_above(gap)} it")
     if short_gap is None:
         parts.append("no short control: what the saving is worth is open")
-    elif abs(short_gap) < _LEVEL_PERCENT:
+    elif abs(short_gap) < LEVEL_PERCENT:
         parts.append("level with the short control")
     else:
         outcome = "beats" if short_gap < 0 else "loses to"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.study.controls import fixed_size, short_control
 from megatron_progressive.study.flops import step_flops, step_tokens
+from megatron_progressive.study.grid import Grid
 
 
 def progressive_config(folder: Path, **expansion: Any) -> RunConfig:
@@ -117,3 +119,34 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
     """The same run of another seed, in its own folder."""
     name = f"{config.run.name}_seed{seed}"
     return replace(config, run=replace(config.run, seed=seed, name=name))
+
+
+PLANTED = {"fixed": (1.8, 0.10), "zero_layer": (1.8, 0.115), "one_layer": (1.8, 0.11),
+           "short_control": (1.8, 0.107)}  # fmt: skip
+"""E and the exponent alpha of each arm's law, and A so that all meet at ``MEETING`` FLOPs."""
+MEETING, MEETING_LOSS = 1e11, 4.0
+
+
+def planted_loss(arm: str, flops: float) -> float:
+    """``E + A / C^alpha`` of an arm."""
+    floor, alpha = PLANTED[arm]
+    return floor + (MEETING_LOSS - floor) * (MEETING / flops) ** alpha
+
+
+def write_study(grid: Grid, noise: float = 0.0, skip: Sequence[str] = (), **more: Any) -> None:
+    """Run folders of every cell, on its arm's planted law; cells whose name has a word of ``skip``
+    are left out.
+
+    Args:
+        noise: standard deviation of the log loss between cells.
+    """
+    random_ = random.Random(1)
+    for cell in grid.cells:
+        loss = planted_loss(cell.arm, cell.flops) * math.exp(random_.gauss(0, noise))
+        if cell.unknown or any(word in cell.name for word in skip):
+            continue
+        write_run(cell.config, loss, **more)
+        path = grid.folder / "attempts" / f"{cell.config.run.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"failures": 0, "error": "", "version": "0.1.0 (abc1234)"}
+        path.write_text(json.dumps(values))

@@ -1,0 +1,237 @@
+"""Pictures of a study's laws: loss against FLOPs, the frontier, compute efficiency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from megatron_progressive.study.cells import FIXED
+from megatron_progressive.study.drawing import (
+    DPI,
+    FAINT,
+    FIXED_COLOURS,
+    GROWN_COLOURS,
+    INK,
+    SHORT_COLOURS,
+    count_tick,
+    dress,
+    headline,
+    label_ends,
+    save,
+)
+from megatron_progressive.study.fits import Fit, losses_of, rows_of
+from megatron_progressive.study.grid_laws import Law, Saving, frontier, is_control, usable
+from megatron_progressive.study.grid_results import Result, of_families
+
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
+_POINTS = 80
+_FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)  # that an axis names
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a family is drawn in every picture."""
+
+    colour: str
+    marker: str
+
+
+def looks(results: Sequence[Result]) -> dict[str, Look]:
+    """A colour for each family, and another marker where the colours have been used up."""
+    counts: dict[tuple[str, ...], int] = {}
+    found = {}
+    for family, members in of_families(results).items():
+        palette = SHORT_COLOURS if is_control(family) else GROWN_COLOURS
+        palette = FIXED_COLOURS if members[0].cell.arm == FIXED else palette
+        index = counts.get(palette, 0)
+        counts[palette] = index + 1
+        # controls differ from what they control in shape as well
+        shift = 1 if is_control(family) else 0
+        marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
+        found[family] = Look(palette[index % len(palette)], marker)
+    return found
+
+
+def laws(
+    results: Sequence[Result],
+    fitted: Sequence[Law],
+    styles: dict[str, Look],
+    title: str,
+    path: Path,
+) -> bool:
+    """Loss against total FLOPs of each family with its law and the law's band; False where no cell
+    is finished."""
+    done = usable(results)
+    if not done:
+        return False
+    figure = Figure(figsize=(13, 7.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    headline(figure, title)
+    labels = []
+    fits = {law.family: law.fit for law in fitted}
+    for family, members in of_families(done).items():
+        x, y = _points(members)
+        look, fit = styles[family], fits.get(family)
+        axes.plot(x, y, look.marker, color=look.colour, markersize=7, markeredgecolor="w")
+        text = family
+        if fit is not None:
+            x_law, low, middle, high = _band(fit)
+            axes.fill_between(x_law, low, high, color=look.colour, alpha=0.13, linewidth=0)
+            axes.plot(x_law, middle, color=look.colour, linewidth=2)
+            text += f"  α = {fit.best[1]:.2f}"
+            labels.append((x_law[-1], middle[-1], text, look.colour))
+        else:
+            last = int(np.argmax(x))
+            labels.append((x[last], y[last], text, look.colour))
+    dress(axes, "Final validation loss against total FLOPs, nats per token", "training FLOPs")
+    _log_flops(axes, [r.flops or 0 for r in done], labels)
+    losses = np.array([r.loss for r in done], dtype=float)
+    margin = 0.12 * (losses.max() - losses.min()) or 0.1
+    axes.set_ylim(losses.min() - margin, losses.max() + margin)  # bands may leave the picture
+    if any(fits.values()):
+        axes.text(
+            0.99, 0.98, "lines: L = E + A / C^α\nbands: 95 % of bootstrap samples",
+            transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#666666",
+        )  # fmt: skip
+    label_ends(axes, labels)
+    save(figure, path)
+    return True
+
+
+def _points(members: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.array([r.flops for r in members], dtype=float),
+        np.array([r.loss for r in members], dtype=float),
+    )
+
+
+def _band(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """FLOPs over the cells, and there the lower end of the band, the law and the upper end."""
+    x = np.geomspace(fit.inputs[0][0], fit.inputs[0][1], _POINTS)
+    rows = rows_of(fit)
+    losses = np.array([losses_of(rows, np.array([one])) for one in x])
+    low, high = np.quantile(losses[:, 1:], _TAIL, axis=1)
+    return x, low, losses[:, 0], high
+
+
+def _log_flops(
+    axes: Axes, flops: Sequence[float], labels: Sequence[tuple[float, float, str, str]]
+) -> None:
+    """A logarithmic axis of FLOPs with room for the labels."""
+    axes.set_xscale("log")
+    low, high = min(flops), max(flops)
+    decades = max(0.5, np.log10(high / low))
+    # a character of a label takes 0.7 % of the picture's width
+    share = min(0.45, 0.0078 * max((len(text) for _, _, text, _ in labels), default=0))
+    span = (1.06 * decades) / (1 - share)
+    left = low / 10 ** (0.04 * decades)
+    axes.set_xlim(left, left * 10**span)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path: Path) -> bool:
+    """All finished cells and the frontier of those that no other beats in FLOPs and loss."""
+    done = usable(results)
+    if not done:
+        return False
+    figure = Figure(figsize=(13, 7.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    headline(figure, title)
+    best = frontier(results)
+    x, y = _points(best)
+    ends = 10 * max(r.flops or 0 for r in done)
+    axes.step([*x, ends], [*y, y[-1]], where="post", color=FAINT, linewidth=6, zorder=1)
+    for family, members in of_families(done).items():
+        look = styles[family]
+        axes.plot(
+            *_points(members), look.marker, color=look.colour, markersize=7, alpha=0.9,
+            markeredgecolor="w", label=family,
+        )  # fmt: skip
+    for result in best:  # below the frontier there is nothing
+        axes.annotate(
+            result.cell.size, (result.flops or 0, result.loss or 0), xytext=(-7, -7),
+            textcoords="offset points", ha="right", va="top", fontsize=10,
+            color=styles[result.family].colour, fontweight="bold",
+        )  # fmt: skip
+    dress(axes, "Pareto frontier: loss against total FLOPs, nats per token", "training FLOPs")
+    _log_flops(axes, [r.flops or 0 for r in done], [(0, 0, "n" * 10, "")])
+    losses = np.array([r.loss for r in done], dtype=float)
+    margin = 0.1 * (losses.max() - losses.min()) or 0.1
+    axes.set_ylim(losses.min() - margin, losses.max() + margin)
+    axes.legend(fontsize=10, frameon=False, loc="upper right")
+    save(figure, path)
+    return True
+
+
+def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, path: Path) -> bool:
+    """Compute-efficiency factors against size, one panel a kind of reference; False without any."""
+    panels = [
+        (name, [s for s in savings if is_control(s.reference) is control])
+        for name, control in (("fixed-size", False), ("its own short control", True))
+    ]
+    panels = [(name, found) for name, found in panels if found]
+    if not panels:
+        return False
+    figure = Figure(figsize=(13, 6), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr, call-arg]
+    headline(figure, title)
+    # shared: of the two panels' factors one is to be read against the other
+    for axes, (name, found) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
+    ):
+        _efficiency_panel(axes, found, styles)
+        dress(axes, f"FLOPs of {name} over its own, at equal loss", "parameters at full depth")
+    save(figure, path)
+    return True
+
+
+def _efficiency_panel(axes: Axes, found: Sequence[Saving], styles: dict[str, Look]) -> None:
+    labels, families = [], list(dict.fromkeys(s.family for s in found))
+    sizes = sorted({s.params for s in found})
+    for number, family in enumerate(families):
+        look = styles[family]
+        # beside each other, so that intervals can be told apart
+        nudge = 1 + 0.02 * (number - (len(families) - 1) / 2)
+        x, y = [], []
+        for saving in found:
+            factor, hollow = saving.efficiency.factor, saving.efficiency.extrapolated
+            if saving.family != family or not factor.value:
+                continue
+            x.append(saving.params * nudge)
+            y.append(factor.value)
+            low, high = factor.low or 1e-3, factor.high if factor.high is not None else 1e3
+            axes.plot([x[-1]] * 2, [low, high], color=look.colour, linewidth=1.5, alpha=0.7)
+            axes.plot(
+                x[-1], y[-1], look.marker, color=look.colour, markersize=8,
+                markerfacecolor="w" if hollow else look.colour,
+            )  # fmt: skip
+        axes.plot(x, y, color=look.colour, linewidth=1, alpha=0.5)
+        if x:
+            labels.append((x[-1], y[-1], f"{family} {y[-1]:.2f}x", look.colour))
+    axes.axhline(1, color=INK, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    values = [s.efficiency.factor.value for s in found if s.efficiency.factor.value]
+    if values:
+        axes.set_ylim(0.45 * min([*values, 0.8]), 2.2 * max([*values, 1.2]))
+    room = 0.017 * max((len(text) for _, _, text, _ in labels), default=0)
+    decades = max(0.2, np.log10(sizes[-1] / sizes[0]))
+    axes.set_xlim(
+        sizes[0] / 10 ** (0.06 * decades), sizes[-1] * 10 ** (decades * room / (1 - room))
+    )
+    axes.set_xticks(sizes, [count_tick(float(f"{size:.3g}")) for size in sizes])
+    axes.yaxis.set_major_locator(FixedLocator(_FACTORS))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.minorticks_off()
+    axes.text(
+        0.01, 0.985, "above 1: growing is cheaper\nhollow: outside what was measured",
+        transform=axes.transAxes, va="top", fontsize=9.5, color="#666666",
+    )  # fmt: skip
+    label_ends(axes, labels)

@@ -1,0 +1,226 @@
+"""The report of a study: ``report.html``, pictures and ``report.json`` in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive.runtime.files import write_atomically
+from megatron_progressive.study import grid_figures, grid_page, grid_verdict, sweep_figures
+from megatron_progressive.study.ablation import ablation
+from megatron_progressive.study.figures import mixing_curve
+from megatron_progressive.study.grid import Grid
+from megatron_progressive.study.grid_laws import (
+    Law,
+    Saving,
+    compute_laws,
+    frontier,
+    is_control,
+    savings,
+    size_token_laws,
+)
+from megatron_progressive.study.grid_results import Result, gather
+from megatron_progressive.study.grid_state import FINISHED, Study
+from megatron_progressive.study.grid_verdict import Finding, comparisons, findings
+from megatron_progressive.study.pilot import headline as pilot_headline
+from megatron_progressive.study.report import finite_values
+from megatron_progressive.study.runs import read_run
+
+
+@dataclass(frozen=True)
+class GridReport:
+    """What ``report.json`` holds, and the page shows."""
+
+    title: str
+    grid: Grid
+    results: list[Result]
+    findings: list[Finding]
+    laws: list[Law]
+    """Over FLOPs."""
+    size_token_laws: list[Law]
+    savings: list[Saving]
+    ablation: tuple[list[str], list[list[str]]] | None
+    pilot: str
+    """What the pilot found; empty without one."""
+    pictures: dict[str, Path] = field(default_factory=dict)
+    """By what they show; what there is too little for is not there."""
+
+    @property
+    def complete(self) -> bool:
+        return all(r.status.state == FINISHED and not r.problem for r in self.results)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Cells that each version of the code finished."""
+        found: dict[str, int] = {}
+        for result in self.results:
+            if result.status.state == FINISHED:
+                version = result.status.attempts.version or "unknown"
+                found[version] = found.get(version, 0) + 1
+        return found
+
+    @property
+    def text(self) -> str:
+        """For the terminal: the answer, by size, and where the page is."""
+        lines = [self.title, ""]
+        lines += [f"  {one.size}, {one.family}: {one.sentence}" for one in self.findings]
+        lines += [f"  no law of {law.family}: {law.refused}" for law in self.laws if law.refused]
+        if self.pilot:
+            lines.append(f"  pilot: {self.pilot}")
+        if not self.complete:
+            lines.append(f"  {grid_page.partial(self)}")
+        return "\n".join([*lines, str(self.grid.folder / "report.html")])
+
+
+def make_grid_report(study: Study) -> GridReport:
+    """Judge the finished cells of a study and write its report; ``results.json`` as well.
+
+    Unfinished and failed cells are listed, and a law with too few cells is refused by what it
+    lacks: a partial study gives a partial report.
+    """
+    study.collect()
+    grid = study.grid
+    results = gather(study)
+    compared = comparisons(results, str(grid.file))
+    found = findings(results, compared)
+    laws = compute_laws(results)
+    pilot = "" if grid.pilot is None else grid.pilot.finding() or "it has not run yet"
+    report = GridReport(
+        title=grid_verdict.title(grid.name, found),
+        grid=grid,
+        results=results,
+        findings=found,
+        laws=laws,
+        size_token_laws=size_token_laws(results),
+        savings=savings(results, laws),
+        ablation=ablation(results),
+        pilot=pilot,
+    )
+    styles, out = grid_figures.looks(results), grid.folder
+    drawn: list[tuple[str, str, Callable[[str, Path], bool]]] = [
+        ("laws", _laws_title(laws), lambda t, p: grid_figures.laws(results, laws, styles, t, p)),
+        ("frontier", _frontier_title(results),
+         lambda t, p: grid_figures.pareto(results, styles, t, p)),
+        ("efficiency", _savings_title(report.savings),
+         lambda t, p: grid_figures.efficiency(report.savings, styles, t, p)),
+        ("mixing", _mixing_title(found),
+         lambda t, p: sweep_figures.mixing(results, compared, styles, t, p)),
+        ("tau", "Where to expand: final loss against τ",
+         lambda t, p: sweep_figures.tau_sweep(results, t, p)),
+        ("pilot", grid.name, lambda t, p: _pilot_picture(grid, p)),
+    ]  # fmt: skip
+    for name, title, draw in drawn:
+        path = out / f"{name}.png"
+        if draw(title, path):
+            report.pictures[name] = path
+        else:  # one of before would be of other cells
+            path.unlink(missing_ok=True)
+    write_atomically(out / "report.json", json.dumps(as_json(report), indent=2) + "\n")
+    write_atomically(out / "report.html", grid_page.render(report))
+    return report
+
+
+def _laws_title(laws: list[Law]) -> str:
+    fits = [law for law in laws if law.fit is not None]
+    if not fits:
+        return "Loss against FLOPs; too few cells for a law"
+    alphas = [law.fit.parameters["alpha"] for law in fits if law.fit is not None]
+    lows = [0.0 if one.low is None else one.low for one in alphas]
+    highs = [math.inf if one.high is None else one.high for one in alphas]
+    if max(lows) <= min(highs):
+        return "Loss against FLOPs: the exponents α of the laws cannot be told apart"
+    steepest = max(fits, key=lambda law: law.fit.best[1] if law.fit else 0.0)
+    return f"Loss against FLOPs: exponents α differ, the steepest is that of {steepest.family}"
+
+
+def _frontier_title(results: list[Result]) -> str:
+    best = frontier(results)
+    counts: dict[str, int] = {}
+    for result in best:
+        counts[result.family] = counts.get(result.family, 0) + 1
+    listed = ", ".join(f"{count} {family}" for family, count in counts.items())
+    return f"On the frontier of loss and FLOPs: {listed}"
+
+
+def _savings_title(found: list[Saving]) -> str:
+    largest = max((s.params for s in found), default=0)
+    parts = [
+        f"{s.efficiency.factor.value:.2f}x the FLOPs of {s.family}"
+        for s in found
+        if s.params == largest and not is_control(s.reference) and s.efficiency.factor.value
+    ]
+    return f"At equal loss and the largest size fixed-size needs {' and '.join(parts)}"
+
+
+def _mixing_title(found: list[Finding]) -> str:
+    mixed = sum(sum(one.mixed) for one in found)
+    return f"{mixed} of {sum(len(one.mixed) for one in found)} runs mixed with fixed-size after τ"
+
+
+def _pilot_picture(grid: Grid, path: Path) -> bool:
+    mixing = None if grid.pilot is None else grid.pilot.mixing()
+    if grid.pilot is None or mixing is None:
+        return False
+    arms = (grid.pilot.plan.progressive, grid.pilot.plan.fixed)
+    if not all((arm.folder / "metrics.jsonl").is_file() for arm in arms):
+        return False  # the result is kept when its runs are deleted
+    progressive, fixed = (read_run(arm.folder) for arm in arms)
+    mixing_curve(mixing, progressive, fixed, f"Pilot: {pilot_headline(mixing)}", path)
+    return True
+
+
+def as_json(report: GridReport) -> dict[str, Any]:
+    """The report as plain values; null where a number is not finite. Bootstrap samples are left
+    out: a law's seed and its cells give them again."""
+    values = {
+        "title": report.title,
+        "complete": report.complete,
+        "grid": str(report.grid.file),
+        "versions": report.versions,
+        "pilot": report.pilot,
+        "findings": [asdict(one) for one in report.findings],
+        "laws": [_law(law) for law in report.laws],
+        "size_token_laws": [_law(law) for law in report.size_token_laws],
+        "savings": [asdict(one) for one in report.savings],
+        "frontier": [result.cell.name for result in frontier(report.results)],
+        "ablation": report.ablation,
+        "cells": [_cell(result) for result in report.results],
+        "pictures": [path.name for path in report.pictures.values()],
+    }
+    plain: dict[str, Any] = finite_values(values)
+    return plain
+
+
+def _law(law: Law) -> dict[str, Any]:
+    values = asdict(law)
+    if values["fit"] is not None:
+        del values["fit"]["draws"]
+    return values
+
+
+def _cell(result: Result) -> dict[str, Any]:
+    status, run = result.status, result.run
+    return {
+        "cell": result.cell.name,
+        "family": result.family,
+        "size": result.cell.size,
+        "arm": result.cell.arm,
+        "seed": result.cell.seed,
+        "state": status.state,
+        "fingerprint": result.cell.fingerprint,
+        "params": result.params,
+        "expansion_steps": [] if result.cell.unknown else result.cell.config.expansion_steps(),
+        "steps_done": status.step,
+        "planned_flops": result.cell.flops,
+        "total_flops": result.flops,
+        "final_eval_loss": result.loss,
+        "train_wall_s": None if run is None else run.train_wall,
+        "failures": status.attempts.failures,
+        "version": status.attempts.version,
+        "why": status.why or result.problem,
+        "warnings": [] if run is None else run.warnings,
+    }

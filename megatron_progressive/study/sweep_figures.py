@@ -1,0 +1,165 @@
+"""Pictures of what happens after τ, and of where τ is best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from megatron_progressive.study.arms import Comparison
+from megatron_progressive.study.cells import FIXED, SHORT
+from megatron_progressive.study.drawing import (
+    DPI,
+    FAINT,
+    GROWN_COLOURS,
+    INK,
+    SHORT_COLOURS,
+    count_tick,
+    dress,
+    headline,
+    label_ends,
+    save,
+)
+from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve, gap_percent
+from megatron_progressive.study.grid_figures import Look
+from megatron_progressive.study.grid_laws import usable
+from megatron_progressive.study.grid_results import Result, sizes_of
+
+_COLUMNS = 2
+_SIZE_COLOURS = (*GROWN_COLOURS, *SHORT_COLOURS)
+_LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+def mixing(
+    results: Sequence[Result], compared: dict[str, Comparison], styles: dict[str, Look],
+    title: str, path: Path,
+) -> bool:  # fmt: skip
+    """The gap to fixed-size against tokens after the last expansion, one panel a size; False where
+    no fixed-size run is there to compare with."""
+    curves: dict[str, list[tuple[Result, np.ndarray, np.ndarray]]] = {}
+    for result in results:
+        comparison = compared.get(result.cell.name)
+        if comparison is None or comparison.fixed is None:
+            continue
+        run = comparison.progressive
+        steps, gap = gap_curve(run, comparison.fixed)
+        tau = run.config.expansion_steps()[-1]
+        kept = (steps > tau) & np.isfinite(gap)
+        if kept.any():
+            tokens = (steps[kept] - tau) * run.step_tokens
+            curves.setdefault(result.cell.size, []).append((result, tokens, gap[kept]))
+    if not curves:
+        return False
+    sizes = [size for size in sizes_of(results) if size in curves]
+    rows = -(-len(sizes) // _COLUMNS)
+    figure = Figure(figsize=(13, 1 + 3.9 * rows), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    headline(figure, title)
+    grid = figure.subplots(rows, min(_COLUMNS, len(sizes)), squeeze=False, sharey=True)
+    for axes in grid.flat[len(sizes) :]:
+        axes.set_axis_off()
+    shown = np.concatenate([gap for size in sizes for _, _, gap in curves[size]])
+    limits = (1.4 * min(shown.min(), -2 * MIXED_PERCENT), 1.5 * max(shown.max(), 2 * MIXED_PERCENT))
+    for axes, size in zip(grid.flat, sizes, strict=False):
+        axes.set_ylim(*limits)
+        _mixing_panel(axes, size, curves[size], styles)
+    save(figure, path)
+    return True
+
+
+def _mixing_panel(
+    axes: Axes, size: str, curves: Sequence[tuple[Result, np.ndarray, np.ndarray]],
+    styles: dict[str, Look],
+) -> None:  # fmt: skip
+    labels, named = [], set()
+    limits = axes.get_ylim()
+    for result, tokens, gap in curves:
+        look = styles[result.family]
+        axes.plot(tokens, gap, color=look.colour, linewidth=1.8, marker=look.marker, markersize=3)
+        if result.family not in named:  # further seeds have the same colour
+            named.add(result.family)
+            labels.append((tokens[-1], gap[-1], f"{result.family} {gap[-1]:+.2f} %", look.colour))
+    axes.axhspan(-MIXED_PERCENT, MIXED_PERCENT, color=FAINT, alpha=0.6, linewidth=0)
+    last = max(float(tokens[-1]) for _, tokens, _ in curves)
+    axes.plot([0, last], [0, 0], color=INK, linewidth=1.2)  # not behind the labels
+    dress(axes, f"{size}: loss above fixed-size at the same step, %", "tokens after τ")
+    axes.set_yscale("symlog", linthresh=2 * MIXED_PERCENT, linscale=0.7)
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    room = 0.021 * max(len(text) for _, _, text, _ in labels)
+    axes.set_xlim(0, (1 + room) * last)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+    axes.xaxis.set_major_formatter(FuncFormatter(count_tick))
+    label_ends(axes, labels)
+
+
+def spans_taus(results: Sequence[Result]) -> bool:
+    """Whether some arm of the grid has several τ."""
+    taus: dict[str, set[str]] = {}
+    for result in results:
+        if result.cell.tau and result.cell.arm != SHORT:
+            taus.setdefault(result.cell.arm, set()).add(result.cell.tau)
+    return any(len(found) > 1 for found in taus.values())
+
+
+def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
+    """Final loss and gap to fixed-size against τ, a line for each size, arm, initialisation and
+    schedule (seeds averaged); False where fewer than two τ of any line are finished."""
+    fixed: dict[tuple[str, str], list[float]] = {}
+    points: dict[tuple[str, str, str, str], dict[float, list[float]]] = {}
+    for result in usable(results):
+        cell, loss = result.cell, result.loss or 0.0
+        schedule = cell.config.schedule.name
+        if cell.arm == FIXED:
+            fixed.setdefault((cell.size, schedule), []).append(loss)
+        elif cell.tau and cell.arm != SHORT:
+            tau = cell.config.expansion_steps()[-1] / cell.config.train.steps
+            key = (cell.size, cell.arm, cell.config.expansion[-1].init, schedule)
+            points.setdefault(key, {}).setdefault(tau, []).append(loss)
+    points = {key: found for key, found in points.items() if len(found) > 1}
+    if not points:
+        return False
+    sizes = [size for size in sizes_of(results) if any(key[0] == size for key in points)]
+    kinds = list(dict.fromkeys(key[1:] for key in points))
+    figure = Figure(figsize=(13, 6.4), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
+    headline(figure, title)
+    loss_axes, gap_axes = figure.subplots(1, 2)
+    for axes, relative in ((loss_axes, False), (gap_axes, True)):
+        labels = []
+        for key, found in points.items():
+            known = fixed.get((key[0], key[3]))
+            if relative and known is None:
+                continue
+            taus = sorted(found)
+            y = [float(np.mean(found[tau])) for tau in taus]
+            if relative and known is not None:
+                y = [gap_percent(value, float(np.mean(known))) for value in y]
+            colour = _SIZE_COLOURS[sizes.index(key[0]) % len(_SIZE_COLOURS)]
+            style = _LINES[kinds.index(key[1:]) % len(_LINES)]
+            axes.plot(taus, y, color=colour, linestyle=style, linewidth=2, marker="o", markersize=5)
+            labels.append((taus[-1], y[-1], _label(key, kinds), colour))
+        room = 0.019 * max((len(text) for _, _, text, _ in labels), default=0)
+        every = [tau for found in points.values() for tau in found]
+        low, high = min(every), max(every)
+        axes.set_xlim(low - 0.05 * (high - low), high + (high - low) * room / (1 - min(0.6, room)))
+        axes.set_xticks(sorted(set(every)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        if relative:
+            axes.axhspan(-MIXED_PERCENT, MIXED_PERCENT, color=FAINT, alpha=0.6, linewidth=0)
+            axes.axhline(0, color=INK, linewidth=1.2)
+        what = "Final loss above fixed-size, %" if relative else "Final validation loss"
+        dress(axes, what, "τ, share of the steps")
+        label_ends(axes, labels)
+    save(figure, path)
+    return True
+
+
+def _label(key: tuple[str, str, str, str], kinds: Sequence[tuple[str, str, str]]) -> str:
+    """The size, and of arm, initialisation and schedule what is not the same in all lines."""
+    varied = [key[1 + index] for index in range(3) if len({kind[index] for kind in kinds}) > 1]
+    return " ".join([key[0], *varied]).replace("_", "-")
