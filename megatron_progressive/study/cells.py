@@ -38,6 +38,8 @@ GRADUAL_STAGES = 3
 layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively stacking")."""
 MULTI_STAGE_LAYERS = 2
 """Middle depth of multi_stage (0, 2, L layers), from τ / 2 on (arXiv 2511.04981)."""
+_AFTER = "expansion.parallel."
+"""Keys of a size with this prefix are the layout of the full depth."""
 EXPANSION_KEYS = ("order", "insert", "optimizer_state")
 """Fields of an expansion that a grid spans by lists of its own."""
 
@@ -115,6 +117,11 @@ class SizeCells:
             raise ConfigError("run.expansion: got one; accepted: none (the arms have their own)")
         self.name, self.seed, self.layers = str(size["name"]), seed, int(size["to_layers"])
         changes = {key: value for key, value in size.items() if key not in ("name", "to_layers")}
+        self._after = {
+            key.removeprefix(_AFTER): changes.pop(key)
+            for key in [*changes]
+            if key.startswith(_AFTER)
+        }
         self._axes = axes or {}
         words = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + [*overrides]
         words += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
@@ -164,6 +171,10 @@ class SizeCells:
     def _config_of(self, source: int, expansion: list[dict[str, Any]]) -> RunConfig:
         values = {**asdict(self.config), "expansion": expansion}
         values["model"]["num_layers"] = source
+        if expansion:
+            expansion[-1]["parallel"] = self._after
+        else:
+            values["parallel"].update(self._after)
         return from_dict(values)
 
     def _named(

@@ -77,10 +77,11 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
 
     Keys of the file: ``study`` (``name``, ``dir``, ``retries``), ``run`` (the configuration that
     all cells share, without expansions), ``sizes`` (a list of ``name``, ``to_layers`` and
-    ``key: value`` changes), ``arms``, ``tau`` (fractions, steps, or ``pilot``), ``init`` (of
-    sources with layers), ``expansion`` (lists of ``order``, ``insert``, ``optimizer_state``),
-    ``schedule`` (names, instead of ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``,
-    ``steps``, ``source``; see :func:`.grid_pilot.grid_pilot`).
+    ``key: value`` changes; ``expansion.parallel.KEY`` is of the layout at full depth), ``arms``,
+    ``tau`` (fractions, steps, or ``pilot``), ``init`` (of sources with layers), ``expansion``
+    (lists of ``order``, ``insert``, ``optimizer_state``), ``schedule`` (names, instead of
+    ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``, ``steps``, ``source``; see
+    :func:`.grid_pilot.grid_pilot`).
 
     Args:
         overrides: ``key=value`` words. Those of the file's keys replace values in it

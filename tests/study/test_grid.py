@@ -214,3 +214,19 @@ def test_axes_of_the_expansion(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert (multi.expansion[1].order, multi.expansion[1].optimizer_state) == ("inter", "copy")
     assert by_name["a-4_layers-tau0.5-random-inherit-s1"].model.num_layers == 4
+
+
+def test_a_layout_for_the_full_depth(tmp_path: Path) -> None:
+    """Controls have it from the first step; it decides nothing of the result."""
+    size = {"name": "a", "to_layers": 4, "model.num_attention_heads": 2}
+    arms = ["fixed", "zero_layer", "short_control", "multi_stage"]
+    plain = load_grid(grid_file(tmp_path, sizes=[size], arms=arms))
+    changed = load_grid(
+        grid_file(tmp_path, sizes=[{**size, "expansion.parallel.tensor": 2}], arms=arms)
+    )
+    for cell in changed.cells:
+        last = len(cell.config.expansion)
+        assert cell.config.parallel_after(last).tensor == 2
+        if last:
+            assert cell.config.parallel_after(last - 1).tensor == 1
+    assert [c.fingerprint for c in changed.cells] == [c.fingerprint for c in plain.cells]
