@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.jobs import Jobs
 
 
 def grid_file(tmp_path: Path, corpus: Path | None = None, **changes: Any) -> Path:
@@ -103,47 +101,63 @@ def test_bad_grids(tmp_path: Path, capsys: Any, changes: dict[str, Any], words: 
     assert not (tmp_path / "studies").exists()
 
 
-def test_interrupted_at_random_each_cell_ends_once(tmp_path: Path, corpus: Path) -> None:
-    """Killed and stopped at random moments, cells go on from their saves; a deleted one reruns."""
+def test_interrupted_at_random_each_cell_ends_once(
+    jobs: Jobs, tmp_path: Path, corpus: Path
+) -> None:
+    """Stopped or killed ten times at random steps, cells go on from their saves and each runs to
+    its end exactly once; one whose folder is deleted runs again, and no other."""
     path = grid_file(tmp_path, corpus)
-    command = [sys.executable, "-m", "megatron_progressive", "grid", "run", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, env=environment, cwd=tmp_path,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-
-    rng = random.Random(4)
-    study = Study(load_grid(path))
-    for number in range(4):
-        process = start()
-        deadline = time.monotonic() + rng.uniform(8, 20)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.1)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
-            assert process.wait(60) in (75, -signal.SIGKILL)
-    process = start()
-    assert process.wait(200) in (0, 1)
-    while any(one.state == "running" for one in study.status()):
-        time.sleep(0.2)  # what a killed grid had started
-    assert start().wait(200) == 0
+    rng, study = random.Random(4), Study(load_grid(path))
     cells = study.grid.cells
+    stamps: dict[str, int] = {}
+
+    def run(steps: int | None = None, number: int = 0) -> int:
+        """``mprog grid run``, with a signal after so many steps; returns its exit code."""
+        until_idle(study)
+        prepare = ("tests.study.forked", "prepare", (str(path), steps, number))
+        (code,) = jobs.run(1, tmp_path, ["grid", "run", str(path)], prepare).codes
+        until_idle(study)
+        for cell in cells:  # a finished cell is never written again
+            if study.finished(cell):
+                stamp = (cell.folder / "summary.json").stat().st_mtime_ns
+                assert stamps.setdefault(cell.name, stamp) == stamp
+        return code
+
+    # 230 steps in all
+    for _ in range(10):
+        number = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+        code = run(rng.randrange(20), number)
+        assert code == (-number if number == signal.SIGKILL else 75)
+    assert run() == 0
     assert [one.state for one in study.status()] == ["finished"] * 6
+    assert [ends(study, cell) for cell in cells] == [1] * 6
     for cell in cells:
         steps = [e["step"] for e in read_metrics(cell.folder) if e["event"] == "train"]
         assert steps == list(range(1, cell.config.train.steps + 1))
-    stamps = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in cells}
     gone = cells[2]
     first = json.loads((gone.folder / "summary.json").read_text())
-    subprocess.run(["rm", "-r", str(gone.folder)], check=True)
-    assert start().wait(200) == 0
-    for cell in cells:
-        again = (cell.folder / "summary.json").stat().st_mtime_ns != stamps[cell.name]
-        assert again is (cell is gone)
+    shutil.rmtree(gone.folder)
+    del stamps[gone.name]
+    assert run() == 0
+    assert [ends(study, cell) for cell in cells] == [1 + (cell is gone) for cell in cells]
     rows = {row["cell"]: row for row in study.collect()}
-    assert rows.keys() == stamps.keys()
+    assert rows.keys() == {cell.name for cell in cells}
     assert rows[gone.name]["final_eval_loss"] == first["final_eval_loss"]
+    assert all(study.attempts(cell).failures == 0 for cell in cells)
+
+
+def until_idle(study: Study) -> None:
+    """Runs of a killed grid go on by themselves."""
+    deadline = time.monotonic() + 600
+    while any(one.state == "running" for one in study.status()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ends(study: Study, cell: Cell) -> int:
+    """How often a cell ran to its end, or was started after it, by its log."""
+    log = study.file("logs", cell, ".log").read_text()
+    return log.count(": done in ") + log.count("finished before")
 
 
 def test_words_replace_values_of_the_grid_and_of_its_runs(tmp_path: Path) -> None:
