@@ -10,10 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,19 +20,14 @@ from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
 from tests.expansion.test_atomic import trajectory
-from tests.launch.cluster import DEADLINE_S, Cluster, missing
+from tests.launch.cluster import Cluster, missing
+from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, until, wait_for_step
 from tests.study.test_grid import grid_file
 from tests.train.cases import run_config
-
-ROOT = Path(__file__).resolve().parents[2]
-STAGED = Path(__file__).with_name("staged")
 
 pytestmark = pytest.mark.skipif(
     bool(missing()), reason=f"Slurm is not installed (no {', '.join(missing())})"
 )
-
-ENVIRONMENT = {"MPROG_PYTHON": sys.executable, "MPROG_HOME": str(ROOT),
-               "PYTHONPATH": f"{STAGED}:{ROOT}", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 # Expands at step 12 of 20, from data parallel to tensor parallel; saves every fourth step.
 WORDS = ["train.steps=20", "train.save_every=4", "train.eval_every=10", "train.micro_batch=2",
@@ -63,21 +56,6 @@ def train(cluster: Cluster, config: RunConfig, folder: Path, **environment: str)
     """Submit one run."""
     (folder / "run.yaml").write_text(to_yaml(config))
     return submit(cluster, folder, "train.sh", "run.yaml", **environment)
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not in {DEADLINE_S} s"
-        time.sleep(0.1)
-
-
-def wait_for_step(folder: Path, step: int) -> None:
-    until(lambda: any(e.get("step", 0) >= step for e in read_metrics(folder)), f"step {step}")
-
-
-def resumes(folder: Path) -> list[int]:
-    return [e["step"] for e in read_metrics(folder) if e["event"] == "resume"]
 
 
 def log_of(folder: Path) -> str:
@@ -195,7 +173,6 @@ def test_a_grid_in_one_job_through_a_warning_preemption_and_requeue(
     """In slices shorter than the interval of saves: each warning saves, and the job goes on from
     there. SIGTERM to the ranks alone is what preemption sends."""
     path, released = small_grid(tmp_path, corpus), tmp_path / "released"
-    study = Study(load_grid(path))
     job = submit(cluster, tmp_path, "llama3_scaling.sh", str(path), "train.steps=30",
                  "study.name=sliced", STAGED_SLOW=str(released))  # fmt: skip
     study = Study(load_grid(path, ["train.steps=30", "study.name=sliced"]))
