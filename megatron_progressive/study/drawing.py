@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,45 @@ def label_ends(
     figure.draw_without_rendering()  # type: ignore[union-attr]
     to_points = 72 / figure.dpi
     farthest = max((label[0] for label in labels), default=0.0)
-    placed: list[tuple[float, float, float]] = []
+    placed: list[_Placed] = []
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
         px, py = axes.transData.transform((x, y)) * to_points
         width, wanted = 0.62 * size * len(text), py
         leftward = inside and x < 0.8 * farthest
         span = (px - width, px) if leftward else (px, px + width)
-        for left, right, taken in sorted(placed, key=lambda place: place[2]):
-            if span[0] < right and left < span[1] and abs(wanted - taken) < gap:
-                wanted = taken + gap
-        placed.append((*span, wanted))
+        for other in sorted(placed, key=lambda one: one.at):
+            if other.meets(span) and abs(wanted - other.at) < gap:
+                wanted = other.at + gap
+        placed.append(_Placed(span, wanted, py, (x, y), text, colour, leftward))
+    top = axes.bbox.y1 * to_points
+    lowered: list[_Placed] = []
+    for one in sorted(placed, key=lambda one: -one.at):  # what was pushed out comes down again
+        ceiling = min([top, *(other.at - gap for other in lowered if other.meets(one.span))])
+        lowered.append(replace(one, at=min(one.at, ceiling)))
+    for one in lowered:
         axes.annotate(
-            text, (x, y), xytext=(-8 if leftward else 8, wanted - py),
-            textcoords="offset points", va="center", ha="right" if leftward else "left",
-            fontsize=size, color=colour, fontweight="bold", annotation_clip=False,
+            one.text, one.point, xytext=(-8 if one.leftward else 8, one.at - one.end),
+            textcoords="offset points", va="center", ha="right" if one.leftward else "left",
+            fontsize=size, color=one.colour, fontweight="bold", annotation_clip=False,
             path_effects=[withStroke(linewidth=3, foreground="w")],
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A label and where it goes; points of the figure, from its lower left corner."""
+
+    span: tuple[float, float]
+    at: float
+    end: float
+    """Height of its line's end."""
+    point: tuple[float, float]
+    text: str
+    colour: str
+    leftward: bool
+
+    def meets(self, span: tuple[float, float]) -> bool:
+        return span[0] < self.span[1] and self.span[0] < span[1]
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from megatron_progressive.study.cells import FIXED
 from megatron_progressive.study.drawing import (
@@ -27,9 +27,11 @@ from megatron_progressive.study.drawing import (
 )
 from megatron_progressive.study.fits import Fit, losses_of, rows_of
 from megatron_progressive.study.grid_laws import Law, Saving, frontier, is_control, usable
-from megatron_progressive.study.grid_results import Result, of_families
+from megatron_progressive.study.grid_results import WORDS, Result, of_families
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+MANY = 8
+"""Families that one picture can tell apart."""
 _TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
 _POINTS = 80
 _FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)  # that an axis names
@@ -41,21 +43,30 @@ class Look:
 
     colour: str
     marker: str
+    name: str
+    """That a picture has room for: the family, or its arm where there are many."""
 
 
 def looks(results: Sequence[Result]) -> dict[str, Look]:
-    """A colour for each family, and another marker where the colours have been used up."""
+    """A colour for each family, and another marker where the colours have been used up. Families
+    of more than can be told apart look as their arm does."""
+    members = of_families(results)
+    many = len(members) > MANY
     counts: dict[tuple[str, ...], int] = {}
+    known: dict[str, Look] = {}
     found = {}
-    for family, members in of_families(results).items():
-        palette = SHORT_COLOURS if is_control(family) else GROWN_COLOURS
-        palette = FIXED_COLOURS if members[0].cell.arm == FIXED else palette
-        index = counts.get(palette, 0)
-        counts[palette] = index + 1
-        # controls differ from what they control in shape as well
-        shift = 1 if is_control(family) else 0
-        marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
-        found[family] = Look(palette[index % len(palette)], marker)
+    for family, cells in members.items():
+        name = WORDS[cells[0].cell.arm] if many else family
+        if name not in known:
+            palette = SHORT_COLOURS if is_control(family) else GROWN_COLOURS
+            palette = FIXED_COLOURS if cells[0].cell.arm == FIXED else palette
+            index = counts.get(palette, 0)
+            counts[palette] = index + 1
+            # controls differ from what they control in shape as well
+            shift = 1 if is_control(family) else 0
+            marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
+            known[name] = Look(palette[index % len(palette)], marker, name)
+        found[family] = known[name]
     return found
 
 
@@ -74,22 +85,23 @@ def laws(
     figure = Figure(figsize=(13, 7.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     headline(figure, title)
-    labels = []
+    labels: list[tuple[float, float, str, str]] = []
     fits = {law.family: law.fit for law in fitted}
     for family, members in of_families(done).items():
         x, y = _points(members)
         look, fit = styles[family], fits.get(family)
         axes.plot(x, y, look.marker, color=look.colour, markersize=7, markeredgecolor="w")
-        text = family
+        last = int(np.argmax(x))
+        end, text = (x[last], y[last]), look.name
         if fit is not None:
             x_law, low, middle, high = _band(fit)
             axes.fill_between(x_law, low, high, color=look.colour, alpha=0.13, linewidth=0)
             axes.plot(x_law, middle, color=look.colour, linewidth=2)
-            text += f"  α = {fit.best[1]:.2f}"
-            labels.append((x_law[-1], middle[-1], text, look.colour))
-        else:
-            last = int(np.argmax(x))
-            labels.append((x[last], y[last], text, look.colour))
+            end = (x_law[-1], middle[-1])
+            if look.name == family:
+                text += f"  α = {fit.best[1]:.2f}"
+        if text not in [label[2] for label in labels]:
+            labels.append((*end, text, look.colour))
     dress(axes, "Final validation loss against total FLOPs, nats per token", "training FLOPs")
     _log_flops(axes, [r.flops or 0 for r in done], labels)
     losses = np.array([r.loss for r in done], dtype=float)
@@ -131,8 +143,12 @@ def _log_flops(
     # a character of a label takes 0.7 % of the picture's width
     share = min(0.45, 0.0078 * max((len(text) for _, _, text, _ in labels), default=0))
     span = (1.06 * decades) / (1 - share)
-    left = low / 10 ** (0.04 * decades)
+    left = low / 10 ** (0.08 * decades)
     axes.set_xlim(left, left * 10**span)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 2 else (1,)))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+    )
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -148,11 +164,13 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
     x, y = _points(best)
     ends = 10 * max(r.flops or 0 for r in done)
     axes.step([*x, ends], [*y, y[-1]], where="post", color=FAINT, linewidth=6, zorder=1)
-    for family, members in of_families(done).items():
-        look = styles[family]
+    by_look: dict[Look, list[Result]] = {}
+    for result in done:
+        by_look.setdefault(styles[result.family], []).append(result)
+    for look, members in by_look.items():
         axes.plot(
             *_points(members), look.marker, color=look.colour, markersize=7, alpha=0.9,
-            markeredgecolor="w", label=family,
+            markeredgecolor="w", label=look.name,
         )  # fmt: skip
     for result in best:  # below the frontier there is nothing
         axes.annotate(

@@ -21,6 +21,7 @@ from megatron_progressive.study.rows import time_text
 if TYPE_CHECKING:
     from megatron_progressive.study.grid_report import GridReport
 
+_SHOWN = 12  # sentences that a reader may want to read before the figures
 _YES = {True: "yes", False: "no", None: "open"}
 
 
@@ -67,6 +68,9 @@ def _answer(report: GridReport) -> str:
         for one in report.findings
     ]  # fmt: skip
     sentences = [f"{one.size}, {one.family}: {one.sentence}." for one in report.findings]
+    shown = items(sentences)
+    if len(sentences) > _SHOWN:
+        shown = f"<details><summary>Each line in words</summary>{shown}</details>"
     details = [
         f"<p>{escape(verdict.run)}, seed {verdict.seed}</p>{items(verdict.sentences)}"
         for one in report.findings
@@ -79,7 +83,7 @@ def _answer(report: GridReport) -> str:
         "control, which has the same FLOPs, where it ends lower. Over several seeds the mean is "
         "given with its 95 % interval (Student's t), and what the interval leaves undecided is "
         "open; with one seed differences as small as those between seeds cannot be told.</p>"
-        f"{items(sentences)}<details><summary>Each run in full sentences</summary>"
+        f"{shown}<details><summary>Each run in full sentences</summary>"
         f"{''.join(details)}</details>"
     )
 
@@ -159,11 +163,11 @@ def _no_mixing(report: GridReport) -> str:
 def _laws(report: GridReport) -> str:
     parts = [_figure(report, "laws", "Loss against compute", "No cell is finished.")]
     parts.append(_law_table(report.laws, ("E", "A", "alpha")))
-    parts.append(_refusals(report.laws))
+    parts.append(items(refusals(report.laws)))
     parts.append("<h3>Over parameters N and tokens D: L = E + A / N^α + B / D^β</h3>")
     fitted = [law for law in report.size_token_laws if law.fit is not None]
     parts.append(_law_table(fitted, ("E", "alpha", "beta")))
-    parts.append(_refusals(report.size_token_laws))
+    parts.append(items(refusals(report.size_token_laws)))
     parts.append(_figure(report, "frontier", "Pareto frontier", ""))
     return "".join(parts)
 
@@ -183,9 +187,17 @@ def _law_table(laws: list[Law], names: tuple[str, ...]) -> str:
     return table(head, rows) + (items(notes) if notes else "")
 
 
-def _refusals(laws: list[Law]) -> str:
-    refused = [f"No law of {law.family}: {law.refused}." for law in laws if law.fit is None]
-    return items(refused) if refused else ""
+def refusals(laws: list[Law]) -> list[str]:
+    """Why there is no law, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for law in laws:
+        if law.fit is None:
+            reasons.setdefault(law.refused, []).append(law.family)
+    whole = f"any of the {len(laws)} kinds of run"
+    return [
+        f"No law of {whole if len(found) == len(laws) > 1 else ', '.join(found)}: {reason}."
+        for reason, found in reasons.items()
+    ]
 
 
 def _interval(found: Interval) -> str:
@@ -254,7 +266,7 @@ def _cells(report: GridReport) -> str:
 def _problems(report: GridReport) -> str:
     parts = []
     for title, texts in (
-        ("Failed and not run", [f"{r.cell.name}, {r.status.attempts.failures} failures: "
+        ("Failed and not run", [f"{r.cell.name} (failures: {r.status.attempts.failures}): "
                                 f"{r.status.why or r.problem}"
                                 for r in report.results if r.status.why or r.problem]),
         ("Unfinished", [f"{r.cell.name}: {r.status.state}, step {r.status.step:,} of "

@@ -23,7 +23,7 @@ from megatron_progressive.study.grid_laws import (
     savings,
     size_token_laws,
 )
-from megatron_progressive.study.grid_results import Result, gather
+from megatron_progressive.study.grid_results import WORDS, Result, gather
 from megatron_progressive.study.grid_state import FINISHED, Study
 from megatron_progressive.study.grid_verdict import Finding, comparisons, findings
 from megatron_progressive.study.pilot import headline as pilot_headline
@@ -68,7 +68,7 @@ class GridReport:
         """For the terminal: the answer, by size, and where the page is."""
         lines = [self.title, ""]
         lines += [f"  {one.size}, {one.family}: {one.sentence}" for one in self.findings]
-        lines += [f"  no law of {law.family}: {law.refused}" for law in self.laws if law.refused]
+        lines += [f"  {line}" for line in grid_page.refusals(self.laws)]
         if self.pilot:
             lines.append(f"  pilot: {self.pilot}")
         if not self.complete:
@@ -141,8 +141,9 @@ def _frontier_title(results: list[Result]) -> str:
     best = frontier(results)
     counts: dict[str, int] = {}
     for result in best:
-        counts[result.family] = counts.get(result.family, 0) + 1
-    listed = ", ".join(f"{count} {family}" for family, count in counts.items())
+        arm = WORDS[result.cell.arm]
+        counts[arm] = counts.get(arm, 0) + 1
+    listed = ", ".join(f"{count} {arm}" for arm, count in counts.items())
     return f"On the frontier of loss and FLOPs: {listed}"
 
 

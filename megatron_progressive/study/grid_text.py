@@ -144,9 +144,9 @@ def _live(found: list[CellStatus], current: str) -> Group:
     for one in found:
         cells = _row(one, current)
         table.add_row(*(Text(cell, style=_COLOURS.get(one.state, "")) for cell in cells))
-    return Group(
-        table, Text(_summary(found)), *(Text(line, style="red") for line in _errors(found))
-    )
+    errors = [Text(line, style="red") for line in _errors(found)]
+    # first: a terminal that is too short cuts the end
+    return Group(Text(_summary(found), style="bold"), table, *errors)
 
 
 def show_status(

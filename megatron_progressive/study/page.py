@@ -25,6 +25,7 @@ th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 pre { background: #f3f3f3; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 h3 { font-size: 1rem; margin-top: 1.4rem; } summary { cursor: pointer; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; }
 code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
 .missing { border-left: 4px solid #D55E00; padding-left: 1rem; }
 """
@@ -70,7 +71,9 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def items(texts: Sequence[str]) -> str:
-    """A list of plain texts."""
+    """A list of plain texts; nothing where there are none."""
+    if not texts:
+        return ""
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 

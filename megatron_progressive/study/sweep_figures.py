@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from megatron_progressive.study.drawing import (
     save,
 )
 from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve, gap_percent
-from megatron_progressive.study.grid_figures import Look
+from megatron_progressive.study.grid_figures import MANY, Look
 from megatron_progressive.study.grid_laws import usable
-from megatron_progressive.study.grid_results import Result, sizes_of
+from megatron_progressive.study.grid_results import WORDS, Result, sizes_of
 
 _COLUMNS = 2
 _SIZE_COLOURS = (*GROWN_COLOURS, *SHORT_COLOURS)
@@ -38,9 +39,10 @@ def mixing(
     results: Sequence[Result], compared: dict[str, Comparison], styles: dict[str, Look],
     title: str, path: Path,
 ) -> bool:  # fmt: skip
-    """The gap to fixed-size against tokens after the last expansion, one panel a size; False where
-    no fixed-size run is there to compare with."""
-    curves: dict[str, list[tuple[Result, np.ndarray, np.ndarray]]] = {}
+    """The gap to fixed-size against tokens after the last expansion, one panel a size (and arm,
+    where there are many families); False where no fixed-size run is there to compare with."""
+    many = len({result.family for result in results}) > MANY
+    curves: dict[tuple[str, str], list[_Curve]] = {}
     for result in results:
         comparison = compared.get(result.cell.name)
         if comparison is None or comparison.fixed is None:
@@ -50,43 +52,60 @@ def mixing(
         tau = run.config.expansion_steps()[-1]
         kept = (steps > tau) & np.isfinite(gap)
         if kept.any():
+            arm = WORDS[result.cell.arm] if many else ""
+            label = result.family.removeprefix(arm).strip() or result.family
             tokens = (steps[kept] - tau) * run.step_tokens
-            curves.setdefault(result.cell.size, []).append((result, tokens, gap[kept]))
+            curve = _Curve(result.family, label, tokens, gap[kept])
+            curves.setdefault((result.cell.size, arm), []).append(curve)
     if not curves:
         return False
-    sizes = [size for size in sizes_of(results) if size in curves]
-    rows = -(-len(sizes) // _COLUMNS)
+    sizes = list(sizes_of(results))
+    panels = sorted(curves, key=lambda panel: sizes.index(panel[0]))
+    rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(13, 1 + 3.9 * rows), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     headline(figure, title)
-    grid = figure.subplots(rows, min(_COLUMNS, len(sizes)), squeeze=False, sharey=True)
-    for axes in grid.flat[len(sizes) :]:
+    grid = figure.subplots(rows, min(_COLUMNS, len(panels)), squeeze=False, sharey=True)
+    for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    shown = np.concatenate([gap for size in sizes for _, _, gap in curves[size]])
+    shown = np.concatenate([curve.gap for found in curves.values() for curve in found])
     limits = (1.4 * min(shown.min(), -2 * MIXED_PERCENT), 1.5 * max(shown.max(), 2 * MIXED_PERCENT))
-    for axes, size in zip(grid.flat, sizes, strict=False):
+    for axes, panel in zip(grid.flat, panels, strict=False):
         axes.set_ylim(*limits)
-        _mixing_panel(axes, size, curves[size], styles)
+        _mixing_panel(axes, " ".join(panel).strip(), curves[panel], styles, many)
     save(figure, path)
     return True
 
 
+@dataclass(frozen=True)
+class _Curve:
+    family: str
+    label: str
+    tokens: np.ndarray
+    """After the last expansion."""
+    gap: np.ndarray
+    """%"""
+
+
 def _mixing_panel(
-    axes: Axes, size: str, curves: Sequence[tuple[Result, np.ndarray, np.ndarray]],
-    styles: dict[str, Look],
-) -> None:  # fmt: skip
-    labels, named = [], set()
+    axes: Axes, title: str, curves: Sequence[_Curve], styles: dict[str, Look], many: bool
+) -> None:
+    labels: list[tuple[float, float, str, str]] = []
     limits = axes.get_ylim()
-    for result, tokens, gap in curves:
-        look = styles[result.family]
-        axes.plot(tokens, gap, color=look.colour, linewidth=1.8, marker=look.marker, markersize=3)
-        if result.family not in named:  # further seeds have the same colour
-            named.add(result.family)
-            labels.append((tokens[-1], gap[-1], f"{result.family} {gap[-1]:+.2f} %", look.colour))
+    names = list(dict.fromkeys(curve.family for curve in curves))
+    for curve in curves:
+        look, tokens, gap = styles[curve.family], curve.tokens, curve.gap
+        # a panel of one arm tells its families apart itself
+        number = names.index(curve.family) % len(_SIZE_COLOURS)
+        colour = _SIZE_COLOURS[number] if many else look.colour
+        first = curve is next(one for one in curves if one.family == curve.family)
+        axes.plot(tokens, gap, color=colour, linewidth=1.8, marker=look.marker, markersize=3)
+        if first:  # further seeds have the same colour
+            labels.append((tokens[-1], gap[-1], f"{curve.label} {gap[-1]:+.2f} %", colour))
     axes.axhspan(-MIXED_PERCENT, MIXED_PERCENT, color=FAINT, alpha=0.6, linewidth=0)
-    last = max(float(tokens[-1]) for _, tokens, _ in curves)
+    last = max(float(curve.tokens[-1]) for curve in curves)
     axes.plot([0, last], [0, 0], color=INK, linewidth=1.2)  # not behind the labels
-    dress(axes, f"{size}: loss above fixed-size at the same step, %", "tokens after τ")
+    dress(axes, f"{title}: loss above fixed-size at the same step, %", "tokens after τ")
     axes.set_yscale("symlog", linthresh=2 * MIXED_PERCENT, linscale=0.7)
     axes.set_ylim(*limits)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

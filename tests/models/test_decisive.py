@@ -10,6 +10,7 @@ import pytest
 
 from megatron_progressive.config import ConfigError, RunConfig, from_dict, to_yaml
 from megatron_progressive.models.decisive import decisive
+from megatron_progressive.study.cells import fingerprint
 from megatron_progressive.train.run_folder import check_folder
 
 
@@ -35,6 +36,7 @@ def test_micro_batches_decide_under_a_load_balancing_loss(
 ) -> None:
     two, four = (config_of(family, size, **model) for size in (2, 4))
     assert (decisive(two) != decisive(four)) is decides
+    assert (fingerprint(two) != fingerprint(four)) is decides
     two, four = (replace(one, run=replace(one.run, dir=str(tmp_path))) for one in (two, four))
     two.folder.mkdir(parents=True)
     (two.folder / "config.yaml").write_text(to_yaml(two))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.study import grid_run
 from megatron_progressive.study.grid import Grid, load_grid
 from megatron_progressive.study.grid_pilot import WAITS
 from megatron_progressive.study.grid_run import Launch, run_grid, run_pilot
@@ -181,6 +183,35 @@ def test_its_runs_start_as_cells_do_and_the_rest_goes_on_without_them(
     assert name.startswith("a-fixed-s1-")
     assert run_grid(Study(grid), 1, launch, said.append, ["2"]) == 1
     assert pilots[0] in (tmp_path / "started").read_text()
+
+
+def test_a_pilot_that_runs_elsewhere_is_waited_for(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_run, "_POLL_SECONDS", 0.05)
+    study = Study(load_grid(grid_file(tmp_path, corpus)))
+    assert study.grid.pilot is not None
+    held, waits = threading.Event(), threading.Event()
+    said: list[str] = []
+
+    def elsewhere() -> None:
+        with study.lock(study.grid.pilot.cells[0]), study.lock(study.grid.pilot.cells[1]):  # type: ignore[union-attr]
+            held.set()
+            waits.wait(60)
+            write_pilot(study.grid, 3.0)
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "elsewhere" in line:
+            waits.set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    held.wait(60)
+    assert run_pilot(study, 1, NOTHING, say) == 0  # which would fail, had it started one
+    thread.join()
+    assert said[0] == "the pilot runs elsewhere: waiting for it"
+    assert said[1].startswith("pilot: Mixed ")
 
 
 def test_the_real_thing(tmp_path: Path, corpus: Path) -> None:
