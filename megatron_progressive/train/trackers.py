@@ -75,7 +75,7 @@ class WandbTracker:
         pass  # it writes by itself
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[RunConfig, int | None], Tracker]] = {
