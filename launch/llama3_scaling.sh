@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# A scaling study on a job's nodes: sbatch --nodes=2 launch/llama3_scaling.sh [GRID]
+# The LLaMA 3 ladder on a job's nodes, every cell in turn on all of them:
 #
-# Every cell of the grid in turn, each on all nodes. A job that is warned, preempted or requeued
-# goes on where it was; finished cells are not run again.
+#   sbatch $MPROG_SBATCH --nodes=2 launch/llama3_scaling.sh [GRID] [key=value …]
+#
+# key=value words change the runs of the grid; study.dir=… says where the study goes. A job that is
+# warned, preempted or requeued goes on where it was; finished cells are not run again. To have one
+# job a cell instead: mprog grid submit GRID [key=value …].
 #SBATCH --job-name=mprog-llama3
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -10,7 +13,4 @@
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
-mprog_rendezvous
-grid=${1:-configs/grids/llama3_tiny.yaml}
-mprog_run "$MPROG_PYTHON" -m megatron_progressive grid run "$grid" --srun "$MPROG_SRUN --kill-on-bad-exit=1"
-"$MPROG_PYTHON" -m megatron_progressive grid collect "$grid"
+mprog_study configs/grids/llama3.yaml "$@"

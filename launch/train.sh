@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One run on a job's nodes: sbatch --nodes=4 launch/train.sh CONFIG [key=value …]
+# One run on a job's nodes: sbatch $MPROG_SBATCH --nodes=4 launch/train.sh CONFIG [key=value …]
 #
-# One task a GPU (--ntasks-per-node); a job that is warned, preempted or requeued goes on from its
-# last save.
+# One task a GPU (--ntasks-per-node). A job that is warned, preempted or requeued saves and goes on
+# from there; after the failure of a node it goes on from the last save.
 #SBATCH --job-name=mprog
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -12,4 +12,4 @@ set -euo pipefail
 # sbatch runs a copy of this file: its own folder is where it was submitted from
 source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
 mprog_rendezvous
-mprog_run $MPROG_SRUN --kill-on-bad-exit=1 "$MPROG_PYTHON" -m megatron_progressive train "$@"
+mprog_run "${mprog_srun[@]}" "${mprog[@]}" train "$@"

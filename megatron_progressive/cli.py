@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_progressive import __version__
 from megatron_progressive.config import (
@@ -16,6 +17,9 @@ from megatron_progressive.config import (
     expansion_from_words,
     load,
 )
+
+if TYPE_CHECKING:
+    from megatron_progressive.study.grid_state import Study
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -70,7 +74,7 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study.grid_state import Study
 
     path, verb = Path(args.grid), args.grid_command
-    study = Study(load_grid(path))
+    study = Study(load_grid(path, args.overrides))
     if verb in ("pilot", "run"):
         launch = grid_run.Launch(args.nproc, args.srun)
 
@@ -80,17 +84,42 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
         if verb == "pilot":
             return grid_run.run_pilot(study, args.workers, launch, say)
         return grid_run.run_grid(study, args.workers, launch, say, args.cell)
+    if verb == "submit":
+        return _grid_submit(args, study)
     if verb == "plan":
         print(grid_text.plan(study.grid))
     elif verb == "status":
         # read anew: once the pilot is done, cells know their τ
-        grid_text.show_status(lambda: Study(load_grid(path)).status(), args.watch)
+        grid_text.show_status(lambda: Study(study.grid.reloaded()).status(), args.watch)
     elif verb == "report":
         from megatron_progressive.study.grid_report import make_grid_report
 
         print(make_grid_report(study).text)
     else:
         print(grid_text.results(study.collect(), study.folder))
+    return 0
+
+
+def _grid_submit(args: argparse.Namespace, study: Study) -> int:
+    from megatron_progressive.study import grid_submit
+
+    options = grid_submit.JobOptions(args.nodes, args.sbatch, args.array_limit)
+    if not args.dry_run:
+        grid_submit.check_slurm()
+    jobs = grid_submit.plan_jobs(study, options)
+    if not jobs:
+        print(f"{study.grid.name}: every cell has ended, nothing to submit")
+    elif args.dry_run:
+        print("\n".join(grid_submit.as_script(study, jobs)))
+    else:
+        try:
+            numbers = grid_submit.submit(study, jobs)
+        except grid_submit.SubmissionFailed as error:
+            print(f"mprog: sbatch: {error}", file=sys.stderr)
+            return 1
+        for job in jobs:
+            cells = f" ({len(job.cells)} cells)" if job.cells else ""
+            print(f"{job.name}: {numbers[job.name]}{cells}")
     return 0
 
 
@@ -272,12 +301,17 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "the cells of a grid and what they cost; trains nothing"),
         ("pilot", "measure the grid's mixing time, which gives cells with tau: pilot their τ"),
         ("run", "the pilot, then the cells that are not finished"),
+        ("submit", "the pilot, the cells and the report as jobs of Slurm"),
         ("status", "how far every cell is, and how long the rest takes"),
         ("collect", "results of the finished cells, also as results.json"),
         ("report", "report.html, figures and report.json of the finished cells"),
     ):
         sub = command(grid, name, _grid, text)
         sub.add_argument("grid", metavar="GRID", help="a YAML file")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value",
+            help="replace values of the grid (study.dir=…, seeds=[1,2]) or of all its runs",
+        )  # fmt: skip
         if name in ("pilot", "run"):
             sub.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time")
             sub.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of a cell")
@@ -285,6 +319,14 @@ def _parser() -> argparse.ArgumentParser:
                 "--srun", default="", metavar="COMMAND",
                 help="inside a Slurm job: srun and its options, to run a cell on the job's tasks",
             )  # fmt: skip
+        if name == "submit":
+            sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of a cell")
+            sub.add_argument(
+                "--sbatch", default="", metavar="OPTIONS",
+                help="more options of sbatch for every job: --sbatch='--time=4:00:00 …'",
+            )  # fmt: skip
+            sub.add_argument("--array-limit", type=int, metavar="K", help="cells at a time")
+            sub.add_argument("--dry-run", action="store_true", help="print the commands alone")
         if name == "run":
             sub.add_argument(
                 "--cell", action="append", default=[], metavar="NAME_OR_INDEX",
@@ -304,7 +346,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, 1, 2 or 75)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # argparse cannot put an option among a sub-command's open-ended words: options go first
-    args = _parser().parse_args(_options_first(words))
+    parser = _parser()
+    args, rest = parser.parse_known_args(_options_first(words))
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value words after an option
+        args.overrides += rest
     try:
         return int(args.call(args, words))
     except ConfigError as error:

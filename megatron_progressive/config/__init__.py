@@ -9,6 +9,7 @@ from megatron_progressive.config.loading import (
     expansion_from_words,
     from_dict,
     load,
+    split_word,
     to_yaml,
 )
 from megatron_progressive.config.schema import (
@@ -49,5 +50,6 @@ __all__ = [
     "expansion_from_words",
     "from_dict",
     "load",
+    "split_word",
     "to_yaml",
 ]

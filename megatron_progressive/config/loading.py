@@ -77,7 +77,11 @@ def _check_keys(values: Any, cls: type, prefix: str) -> None:
             if not isinstance(value, list):
                 raise ConfigError(f"{name}: got {value!r}; accepted: a list")
             for index, item in enumerate(value):
-                _check_keys(item, kind, f"{name}[{index}].")
+                if is_dataclass(kind):
+                    _check_keys(item, typing.cast(type, kind), f"{name}[{index}].")
+                elif not _fits(item, kind):
+                    accepted = _KIND_NAMES[kind]
+                    raise ConfigError(f"{name}[{index}]: got {item!r}; accepted: {accepted}")
         elif is_dataclass(kind):
             _check_keys(value, typing.cast(type, kind), name + ".")
         elif value is not None and not _fits(value, kind):
@@ -115,6 +119,12 @@ def _read_yaml(path: Path) -> Any:
     return loaded
 
 
+def _check_choice(name: str, value: Any) -> None:
+    if value not in CHOICES[name]:
+        accepted = ", ".join(str(c) for c in CHOICES[name] if c is not None)
+        raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
+
+
 def _check_fields(section: Any, prefix: str) -> None:
     for f in fields(section):
         value, name = getattr(section, f.name), f"{prefix}{f.name}"
@@ -122,16 +132,33 @@ def _check_fields(section: Any, prefix: str) -> None:
             _check_fields(value, name + ".")
         elif isinstance(value, list):
             for item in value:
-                _check_fields(item, name + ".")
-        elif name in CHOICES and value not in CHOICES[name]:
-            accepted = ", ".join(str(c) for c in CHOICES[name] if c is not None)
-            raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
+                if is_dataclass(item):
+                    _check_fields(item, name + ".")
+                else:
+                    _check_choice(name, item)
+        elif name in CHOICES:
+            _check_choice(name, value)
         elif name in BOUNDS and value is not None:
             low, high = BOUNDS[name]
             # written so that NaN fails too
             if not ((low is None or value >= low) and (high is None or value <= high)):
                 accepted = f"from {low}" + (f" to {high}" if high is not None else "")
                 raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
+
+
+def split_word(word: str) -> tuple[str, Any]:
+    """The key and the value of a ``key=value`` word.
+
+    Raises:
+        ConfigError: it is none, or its value is not YAML.
+    """
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{word}: not understood; accepted: key=value words")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: got {text!r}; accepted: a YAML value") from None
 
 
 def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -142,13 +169,7 @@ def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> R
     """
     plain = OmegaConf.create(copy.deepcopy(values))
     for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{word}: not understood; accepted: key=value words")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: got {text!r}; accepted: a YAML value") from None
+        key, value = split_word(word)
         try:
             OmegaConf.update(plain, key, value, merge=isinstance(value, dict))
         except (OmegaConfBaseException, IndexError, TypeError, AttributeError):

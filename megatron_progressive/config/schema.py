@@ -166,6 +166,8 @@ class TrainSection:
     """Checkpoints kept, the newest ones and those made before expansions; 0 keeps all."""
     log_every: int = 50
     """Steps between lines on the terminal (``metrics.jsonl`` has every step)."""
+    trackers: list[str] = field(default_factory=list)
+    """Where numbers go besides ``metrics.jsonl``: ``tensorboard``, ``wandb`` (offline)."""
 
 
 @dataclass(frozen=True)
@@ -338,6 +340,7 @@ class RunConfig:
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
+    "train.trackers": ("tensorboard", "wandb"),  # of each
     "optim.name": ("muon_nsgd", "adamw"),
     "optim.ns_coefficients": ("jordan", "polar_express", "deepseek_v4"),
     "optim.ns_dtype": (None, "fp32", "bf16", "fp16"),

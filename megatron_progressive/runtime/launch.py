@@ -7,7 +7,9 @@ each worker once and leave it the time to save.
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,21 @@ from types import FrameType
 
 GRACE_SECONDS = 30.0
 """How long the others get to end by themselves once one worker has failed."""
+
+_PORTS = range(20000, 32000)
+"""Below those that the kernel gives to outgoing connections."""
+
+
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on now, at random."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)  # not the run's own random numbers
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_workers(command: Sequence[str], nproc: int) -> int:

@@ -7,8 +7,10 @@ two grids that are the same run share a folder's name, and a finished one is nev
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,11 @@ from megatron_progressive.study.flops import total_flops
 
 FIXED, SHORT = "fixed", "short_control"
 ZERO_LAYER, ONE_LAYER, FUNCTION_PRESERVING = "zero_layer", "one_layer", "function_preserving"
-G_STACK, GRADUAL_STACK = "g_stack", "gradual_stack"
-ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING)
+G_STACK, GRADUAL_STACK, MULTI_STAGE = "g_stack", "gradual_stack", "multi_stage"
+ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING,
+        MULTI_STAGE)  # fmt: skip
+DEEPER_SOURCE = re.compile(r"([2-9]|[1-9]\d+)_layers")
+"""Arms of deeper sources: ``2_layers``, ``4_layers``, ..."""
 PILOT = "pilot"
 """Instead of a τ: the one that follows from the mixing time that the pilot measures."""
 
@@ -31,6 +36,12 @@ G_STACK_FACTOR, G_STACK_AT = 4, 0.1
 GRADUAL_STAGES = 3
 """Depths L/4, L/2, L of gradual stacking, for equal numbers of steps, each growth a copy of the
 layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively stacking")."""
+MULTI_STAGE_LAYERS = 2
+"""Middle depth of multi_stage (0, 2, L layers), from τ / 2 on (arXiv 2511.04981)."""
+_AFTER = "expansion.parallel."
+"""Keys of a size with this prefix are the layout of the full depth."""
+EXPANSION_KEYS = ("order", "insert", "optimizer_state")
+"""Fields of an expansion that a grid spans by lists of its own."""
 
 TauOf = Callable[[RunConfig], tuple[int, str]]
 """The pilot's τ, in steps, of a configuration, and why it is not known (then it is assumed)."""
@@ -41,7 +52,7 @@ class Cell:
     """One run of a grid."""
 
     name: str
-    """``SIZE-ARM[-tauT-INIT][-SCHEDULE]-sSEED``."""
+    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-SCHEDULE]-sSEED``."""
     size: str
     arm: str
     seed: int
@@ -85,14 +96,17 @@ class SizeCells:
     """The cells of one size, seed and schedule."""
 
     def __init__(
-        self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None
-    ) -> None:
+        self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
+        axes: dict[str, list[str]] | None = None, overrides: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """
         Args:
             run: the grid's ``run``: the configuration that all cells share.
             size: an entry of its ``sizes``.
             folder: of the study's run folders.
             schedule: instead of the configured ``schedule.name``.
+            axes: values of :data:`EXPANSION_KEYS` that expansions span.
+            overrides: ``key=value`` words, which come before ``run`` and ``size``.
 
         Raises:
             ConfigError: no such size, or a configuration that does not hold.
@@ -103,7 +117,13 @@ class SizeCells:
             raise ConfigError("run.expansion: got one; accepted: none (the arms have their own)")
         self.name, self.seed, self.layers = str(size["name"]), seed, int(size["to_layers"])
         changes = {key: value for key, value in size.items() if key not in ("name", "to_layers")}
-        words = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        self._after = {
+            key.removeprefix(_AFTER): changes.pop(key)
+            for key in [*changes]
+            if key.startswith(_AFTER)
+        }
+        self._axes = axes or {}
+        words = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + [*overrides]
         words += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
         self.config = from_dict(run, words)
         # the schedule that is configured anyway leaves no mark: names do not depend on the list
@@ -121,17 +141,19 @@ class SizeCells:
             if arm == FIXED:
                 yield self._cell(FIXED, self.layers, [])
             elif arm == ZERO_LAYER:
-                progressive += [self._grown(arm, 0, tau, "random", tau_of) for tau in taus]
+                progressive += self._grown(arm, 0, taus, ["random"], tau_of)
             elif arm == ONE_LAYER:
-                progressive += [
-                    self._grown(arm, 1, tau, init, tau_of) for tau in taus for init in inits
-                ]
+                progressive += self._grown(arm, 1, taus, inits, tau_of)
             elif arm == FUNCTION_PRESERVING:
-                progressive += [self._grown(arm, 1, tau, "copying_zeroL", tau_of) for tau in taus]
+                progressive += self._grown(arm, 1, taus, ["copying_zeroL"], tau_of)
             elif arm == G_STACK:
                 progressive.append(self._g_stack())
             elif arm == GRADUAL_STACK:
                 progressive.append(self._gradual_stack())
+            elif arm == MULTI_STAGE:
+                progressive += self._grown(arm, MULTI_STAGE_LAYERS, taus, inits, tau_of)
+            elif match := DEEPER_SOURCE.fullmatch(arm):
+                progressive += self._grown(arm, int(match[1]), taus, inits, tau_of)
         yield from progressive
         for cell in progressive if SHORT in arms else ():
             what = cell.name.removeprefix(f"{self.name}-").removesuffix(
@@ -149,6 +171,10 @@ class SizeCells:
     def _config_of(self, source: int, expansion: list[dict[str, Any]]) -> RunConfig:
         values = {**asdict(self.config), "expansion": expansion}
         values["model"]["num_layers"] = source
+        if expansion:
+            expansion[-1]["parallel"] = self._after
+        else:
+            values["parallel"].update(self._after)
         return from_dict(values)
 
     def _named(
@@ -162,11 +188,33 @@ class SizeCells:
     def _cell(self, arm: str, source: int, expansion: list[dict[str, Any]]) -> Cell:
         return self._named(arm, arm, self._config_of(source, expansion))
 
-    def _grown(self, arm: str, source: int, tau: Any, init: str, tau_of: TauOf) -> Cell:
-        at, unknown = tau_of(self.config) if tau == PILOT else (tau, "")
-        config = self._config_of(source, [{"at": at, "to_layers": self.layers, "init": init}])
-        text = tau if tau == PILOT else f"{tau:g}"
-        return self._named(f"{arm}-tau{text}-{init}", arm, config, text, unknown)
+    def _grown(
+        self, arm: str, source: int, taus: list[Any], inits: list[str], tau_of: TauOf
+    ) -> Iterator[Cell]:
+        """Cells that expand from ``source`` layers at τ; multi_stage has grown to them before."""
+        for tau, init in itertools.product(taus, inits):
+            at, unknown = tau_of(self.config) if tau == PILOT else (tau, "")
+            text = tau if tau == PILOT else f"{tau:g}"
+            for choice in self._choices(source, init):
+                expansions = [{"at": at, "to_layers": self.layers, "init": init, **choice}]
+                if arm == MULTI_STAGE:
+                    half = at / 2 if at < 1 else max(1, round(at / 2))
+                    expansions.insert(0, {"at": half, "to_layers": source, "init": "random"})
+                config = self._config_of(0 if arm == MULTI_STAGE else source, expansions)
+                what = "-".join([f"{arm}-tau{text}-{init}", *choice.values()])
+                yield self._named(what, arm, config, text, unknown)
+
+    def _choices(self, source: int, init: str) -> list[dict[str, str]]:
+        """Combinations of the axes, without what makes no difference: the order in which fewer
+        than two layers are copied, a side of no layers, the optimizer state of no copies."""
+        copied = init.startswith("copying")
+        axes = {
+            key: [v for v in values if copied or (key, v) != ("optimizer_state", "copy")]
+            for key, values in self._axes.items()
+            if (key != "order" or (copied and source > 1)) and (key != "insert" or source)
+        }
+        axes = {key: values for key, values in axes.items() if values}
+        return [dict(zip(axes, found, strict=True)) for found in itertools.product(*axes.values())]
 
     def _g_stack(self) -> Cell:
         source = max(1, self.layers // G_STACK_FACTOR)

@@ -3,15 +3,20 @@ seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from megatron_progressive.config import ConfigError
+from megatron_progressive.config import ConfigError, split_word
 from megatron_progressive.study.cells import (
     ARMS,
+    DEEPER_SOURCE,
+    EXPANSION_KEYS,
     FIXED,
     ONE_LAYER,
     PILOT,
@@ -24,7 +29,7 @@ from megatron_progressive.study.grid_pilot import KEYS as PILOT_KEYS
 from megatron_progressive.study.grid_pilot import GridPilot, grid_pilot
 from megatron_progressive.study.preflight import check_run, smallest_world
 
-_KEYS = ("study", "run", "sizes", "arms", "tau", "init", "schedule", "seeds", "pilot")
+_KEYS = ("study", "run", "sizes", "arms", "tau", "init", "expansion", "schedule", "seeds", "pilot")
 _STUDY_KEYS = ("name", "dir", "retries")
 
 
@@ -41,6 +46,12 @@ class Grid:
     pilot: GridPilot | None = None
     file: Path = Path()
     """That it was read from."""
+    overrides: tuple[str, ...] = ()
+    """``key=value`` words that it was read with."""
+
+    def reloaded(self) -> Grid:
+        """The same grid, read anew."""
+        return load_grid(self.file, self.overrides)
 
     def chosen(self, words: list[str]) -> list[Cell]:
         """The cells of names, or of indices in the grid's order.
@@ -61,31 +72,40 @@ class Grid:
         return list({cell.name: cell for cell in found}.values())
 
 
-def load_grid(path: Path) -> Grid:
+def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """The cells of a grid file, each of them checked as ``mprog train`` would.
 
     Keys of the file: ``study`` (``name``, ``dir``, ``retries``), ``run`` (the configuration that
     all cells share, without expansions), ``sizes`` (a list of ``name``, ``to_layers`` and
-    ``key: value`` changes), ``arms``, ``tau`` (fractions, steps, or ``pilot``), ``init`` (of
-    one-layer sources), ``schedule`` (names, instead of ``run.schedule.name``), ``seeds``, and
-    ``pilot`` (``size``, ``steps``, ``source``; see :func:`.grid_pilot.grid_pilot`).
+    ``key: value`` changes; ``expansion.parallel.KEY`` is of the layout at full depth), ``arms``,
+    ``tau`` (fractions, steps, or ``pilot``), ``init`` (of sources with layers), ``expansion``
+    (lists of ``order``, ``insert``, ``optimizer_state``), ``schedule`` (names, instead of
+    ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``, ``steps``, ``source``; see
+    :func:`.grid_pilot.grid_pilot`).
+
+    Args:
+        overrides: ``key=value`` words. Those of the file's keys replace values in it
+            (``study.dir=…``, ``seeds=[1,2]``), others the configuration of every cell, whatever
+            ``run`` and ``sizes`` say (``train.steps=100``).
 
     Raises:
         ConfigError: no such file, an unknown key or arm, or a cell that cannot run.
     """
-    values = _read(path)
+    values, words = _with_overrides(_read(path), overrides)
+    _check_keys(values, _KEYS, "")
     study = values.get("study") or {}
     _check_keys(study, _STUDY_KEYS, "study.")
     name = str(study.get("name", path.stem))
     folder = Path(str(study.get("dir", "studies"))) / name
     arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT])
     for arm in arms:
-        if arm not in ARMS:
-            raise ConfigError(f"arms: got {arm!r}; accepted: {', '.join(ARMS)}")
+        if arm not in ARMS and not DEEPER_SOURCE.fullmatch(str(arm)):
+            raise ConfigError(f"arms: got {arm!r}; accepted: {', '.join(ARMS)}, N_layers")
     taus = _taus(values)
     inits, seeds = _listed(values, "init", ["copying"]), _seeds(values)
+    axes = _axes(values)
     bases = [
-        SizeCells(values.get("run") or {}, size, seed, folder / "cells", schedule)
+        SizeCells(values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words)
         for size in _listed(values, "sizes", [])
         for schedule in _listed(values, "schedule", [None])
         for seed in seeds
@@ -102,7 +122,8 @@ def load_grid(path: Path) -> Grid:
         tau_of = pilot.tau_of if pilot is not None else lambda config: (1, "")
         for cell in base.cells(arms, taus, inits, tau_of):
             cells[cell.name] = cell
-    return Grid(name, folder, list(cells.values()), _retries(study), _warnings(cells), pilot, path)
+    return Grid(name, folder, list(cells.values()), _retries(study), _warnings(cells), pilot, path,
+                tuple(overrides))  # fmt: skip
 
 
 def _warnings(cells: dict[str, Cell]) -> list[str]:
@@ -126,8 +147,38 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"GRID: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"GRID: {path} holds no mapping; accepted: {', '.join(_KEYS)}")
-    _check_keys(values, _KEYS, "")
     return values
+
+
+def _with_overrides(
+    values: dict[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The file's values with the words of its keys, and the words of the cells' configuration."""
+    changed, words = OmegaConf.create(values), []
+    for word in overrides:
+        key, value = split_word(word)
+        if key in ("run.name", "run.dir", "run.seed"):
+            raise ConfigError(f"{key}: got {value!r}; accepted: study.name, study.dir, seeds")
+        # schedule.name=… is the cells', schedule=[…] the grid's
+        own = key in _KEYS or key.split(".")[0] in ("study", "expansion", "pilot")
+        if not own or key == "run":
+            words.append(word)
+            continue
+        try:
+            OmegaConf.update(changed, key, value, merge=False)
+        except (OmegaConfBaseException, IndexError, TypeError, AttributeError):
+            raise ConfigError(f"{key}: unknown key; accepted: {', '.join(_KEYS)}") from None
+    plain = OmegaConf.to_container(changed)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}, words
+
+
+def _axes(values: dict[str, Any]) -> dict[str, list[str]]:
+    spread = values.get("expansion") or {}
+    _check_keys(spread, EXPANSION_KEYS, "expansion.")
+    # in one order, whatever the file's: names of cells follow it
+    axes = {key: _listed(spread, key, [], "expansion.") for key in EXPANSION_KEYS if key in spread}
+    return {key: [str(value) for value in found] for key, found in axes.items()}
 
 
 def _taus(values: dict[str, Any]) -> list[Any]:
@@ -153,10 +204,10 @@ def _retries(study: dict[str, Any]) -> int:
     return retries
 
 
-def _listed(values: dict[str, Any], key: str, default: list[Any]) -> list[Any]:
+def _listed(values: dict[str, Any], key: str, default: list[Any], prefix: str = "") -> list[Any]:
     found = values.get(key, default)
     if not isinstance(found, list):
-        raise ConfigError(f"{key}: got {found!r}; accepted: a list")
+        raise ConfigError(f"{prefix}{key}: got {found!r}; accepted: a list")
     return found
 
 

@@ -6,6 +6,7 @@ cells in that, too.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -20,14 +21,16 @@ from typing import Any
 
 from megatron_progressive.config import ConfigError, to_yaml
 from megatron_progressive.runtime.files import write_atomically
+from megatron_progressive.runtime.launch import free_port
 from megatron_progressive.study.cells import Cell
-from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_pilot import WAITS
 from megatron_progressive.study.grid_state import RUNNING, Attempts, Study, code_version
 
 FAILED_CODE = 1
 STOPPED = 75
 """Exit code of a run, and of a grid, that a signal stopped."""
+_STOP = signal.SIGUSR1
+"""Asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks at once."""
 NO_TAU_CODE = 3
 """Exit code of a grid whose pilot gives no τ to some cell; all others are finished."""
 
@@ -44,6 +47,11 @@ class Launch:
     """Local workers."""
     srun: str = ""
     """Inside a Slurm job instead: ``srun`` and its options, over all of the job's tasks."""
+
+    def environment(self) -> dict[str, str]:
+        """For a try. Under ``srun`` the ranks meet on this host, the job's first, at a port that
+        is free now: one that another job took is not tried again."""
+        return {**os.environ, **({"MASTER_PORT": str(free_port())} if self.srun else {})}
 
     def command(self, config: Path) -> list[str]:
         train = [sys.executable, "-m", "megatron_progressive", "train", str(config)]
@@ -63,17 +71,21 @@ class Signals:
     def came(self) -> bool:
         return self._stop.is_set()
 
+    def stop(self) -> None:
+        """As if a signal had come: a run was told to stop by someone else."""
+        self._stop.set()
+
     def started(self, process: Any) -> None:
         """Pass signals on to ``process``, too."""
         self._running.add(process)
         if self.came:  # the signal came while it began
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(_STOP)
 
     def _pass_on(self, number: int, frame: Any) -> None:
         self._stop.set()
         for process in list(self._running):
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(_STOP)
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:
@@ -110,8 +122,8 @@ def run_cell(
         while True:
             with open(log, "ab") as out:
                 process = subprocess.Popen(
-                    launch.command(path), stdout=out, stderr=out, start_new_session=True,
-                    pass_fds=(lock,),
+                    launch.command(path), stdout=out, stderr=out, env=launch.environment(),
+                    start_new_session=True, pass_fds=(lock,),
                 )  # fmt: skip
                 signals.started(process)
                 code = process.wait()
@@ -154,7 +166,7 @@ def run_grid(
             not chosen or any(cell.unknown == WAITS for cell in cells)
         ):
             _run_pilot(study, workers, launch, say, signals)
-            study = Study(load_grid(study.grid.file))  # whose cells now know their τ
+            study = Study(study.grid.reloaded())  # whose cells now know their τ
             cells = study.grid.chosen([cell.name for cell in cells])
         if not signals.came:
             _run_all(study, [c for c in cells if not c.unknown], workers, launch, say, signals)
@@ -187,7 +199,7 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
     if code:
         return code
     found = pilot.mixing()
-    cells = load_grid(study.grid.file).cells
+    cells = study.grid.reloaded().cells
     for cell in cells:
         if cell.unknown:
             say(f"{cell.name}: {cell.unknown}")
@@ -251,6 +263,7 @@ def _run_all(
             if code is None:
                 say(f"{cell.name}: another worker has it")
             elif code == STOPPED:
+                signals.stop()  # Slurm tells the ranks of a preempted job, and not this process
                 say(f"{cell.name}: stopped after saving")
             else:
                 found = study.status_of(cell)

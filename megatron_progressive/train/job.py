@@ -19,6 +19,7 @@ from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.run_folder import check_folder, is_finished
+from megatron_progressive.train.trackers import check_trackers
 
 
 def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: bool = False) -> int:
@@ -41,6 +42,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         raise ConfigError(f"--nproc: got {nproc}; accepted: from 1")
     warnings = check_run(config, world)
     check_kernels(config)
+    check_trackers(config)
     progress = check_folder(config)
     if is_finished(config):
         if place is None or place.rank == 0:

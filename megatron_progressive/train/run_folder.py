@@ -11,6 +11,7 @@ from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, loa
 from megatron_progressive.models.decisive import decisive
 from megatron_progressive.runtime.files import write_atomically, write_json
 from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
+from megatron_progressive.train.trackers import Trackers
 
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
@@ -91,17 +92,20 @@ class Recorder:
         text = "".join(json.dumps(event) + "\n" for event in kept)
         write_atomically(self.folder / METRICS_FILE, text)
         self._file = open(self.folder / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)
+        self._trackers = Trackers(config, progress.step if progress else None)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one event to ``metrics.jsonl``."""
         if self._file is not None:
             self._file.write(json.dumps({"event": kind, **values}) + "\n")
             self._file.flush()
+            self._trackers.event(kind, values)
 
     def sync(self) -> None:
         """Flush to disk: called before a checkpoint, which must not be ahead of the metrics."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+            self._trackers.flush()
 
     def summary(self, **values: Any) -> None:
         """Write ``summary.json``: the run is finished."""
@@ -113,6 +117,7 @@ class Recorder:
         if self._file is not None:
             self._file.close()
             self._file = None
+            self._trackers.close()
 
 
 __all__ = ["Recorder", "check_folder", "is_finished", "read_metrics"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -47,6 +48,11 @@ PreemptType=preempt/partition_prio
 JobRequeue=1
 MailProg=/bin/true
 KillWait=30
+# A machine that is busy with other things answers late.
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=300
+SlurmdTimeout=600
 ReturnToService=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -55,6 +61,9 @@ PropagateResourceLimits=NONE
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+
+DEADLINE_S = 600.0
+"""Of every wait, which costs nothing while all is well."""
 
 
 def missing() -> list[str]:
@@ -100,21 +109,21 @@ class Cluster:
         self._run("slurmctld", "-i")
         for i in range(self.nodes):
             self._run("slurmd", "-N", f"127.0.0.{i + 1}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + DEADLINE_S
         while self.output("sinfo", "-h", "-t", "idle", "-o", "%D").strip() != str(self.nodes):
             if time.monotonic() > deadline:
                 logs = "\n".join(p.read_text()[-800:] for p in base.glob("*.log"))
-                raise RuntimeError(f"nodes are not idle after 60 s\n{logs}")
+                raise RuntimeError(f"nodes are not idle after {DEADLINE_S} s\n{logs}")
             time.sleep(0.2)
 
     def _run(self, *command: str) -> None:
-        subprocess.run(command, check=True, env=self.environment, timeout=60)
+        subprocess.run(command, check=True, env=self.environment, timeout=DEADLINE_S)
 
     def output(self, *command: str) -> str:
         """What a client prints; empty where the controller does not answer."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return subprocess.run(
-                command, capture_output=True, text=True, env=self.environment, timeout=30,
+                command, capture_output=True, text=True, env=self.environment, timeout=150,
                 check=False,
             ).stdout  # fmt: skip
         return ""
@@ -123,7 +132,7 @@ class Cluster:
         """``sbatch``; returns the job's number."""
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments], cwd=cwd, capture_output=True, text=True,
-            env={**self.environment, **environment}, timeout=60, check=False,
+            env={**self.environment, **environment}, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr)
@@ -133,11 +142,11 @@ class Cluster:
         """``PENDING``, ``RUNNING``, ``COMPLETED``, ``FAILED``, ..."""
         return self.output("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
-    def wait(self, job: str, states: set[str], seconds: float) -> str:
+    def wait(self, job: str, states: set[str], seconds: float = DEADLINE_S) -> str:
         """Wait for one of ``states``. A requeued job, which Slurm would hold back for two minutes,
         starts at once."""
         deadline = time.monotonic() + seconds
-        while (state := self.state(job)) not in states:
+        while not set((state := self.state(job)).split()) or not set(state.split()) <= states:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {state} after {seconds} s")
             if state == "PENDING":
@@ -173,8 +182,10 @@ def _user() -> str:
 
 
 def _free_ports(count: int) -> int:
-    """The first of some ports in a row that nothing listens on."""
-    for first in range(27600, 32000, count):
+    """The first of some ports in a row that nothing listens on. From a place of its own, for
+    another cluster may be starting on this machine."""
+    start = random.SystemRandom().randrange(23000, 31000)
+    for first in range(start, 32000, count):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))

@@ -1,31 +1,37 @@
-"""The launch scripts against a real Slurm of two nodes on this machine."""
+"""The launch scripts and ``mprog grid submit`` against a real Slurm of two nodes on this machine.
+
+Runs wait for the test (``staged/sitecustomize.py``): nothing depends on how fast the machine is.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_progressive.config import to_yaml
+from megatron_progressive.config import RunConfig, to_yaml
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
+from tests.expansion.test_atomic import trajectory
 from tests.launch.cluster import Cluster, missing
+from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, until, wait_for_step
 from tests.study.test_grid import grid_file
 from tests.train.cases import run_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
     bool(missing()), reason=f"Slurm is not installed (no {', '.join(missing())})"
 )
+
+# Expands at step 12 of 20, from data parallel to tensor parallel; saves every fourth step.
+WORDS = ["train.steps=20", "train.save_every=4", "train.eval_every=10", "train.micro_batch=2",
+         "expansion.0.at=12", "expansion.0.parallel.tensor=2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,81 +45,180 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
 
 
-ENVIRONMENT = {"MPROG_PYTHON": sys.executable, "MPROG_HOME": str(ROOT), "PYTHONPATH": str(ROOT),
-               "OMP_NUM_THREADS": "1"}  # fmt: skip
+def submit(cluster: Cluster, folder: Path, script: str, *arguments: str, **environment: str) -> str:
+    path, log = str(ROOT / "launch" / script), f"--output={folder}/job.log"
+    return cluster.submit(
+        "--nodes=2", log, path, *arguments, cwd=folder, **{**ENVIRONMENT, **environment}
+    )
 
 
-def submit(cluster: Cluster, tmp_path: Path, script: str, *arguments: str) -> str:
-    path, log = str(ROOT / "launch" / script), f"--output={tmp_path}/job.log"
-    return cluster.submit("--nodes=2", log, path, *arguments, cwd=tmp_path, **ENVIRONMENT)
+def train(cluster: Cluster, config: RunConfig, folder: Path, **environment: str) -> str:
+    """Submit one run."""
+    (folder / "run.yaml").write_text(to_yaml(config))
+    return submit(cluster, folder, "train.sh", "run.yaml", **environment)
 
 
-def training_losses(folder: Path) -> list[float]:
-    events = [e for e in read_metrics(folder) if e["event"] == "train"]
-    assert [e["step"] for e in events] == list(range(1, len(events) + 1))
-    return [e["loss"] for e in events]
+def log_of(folder: Path) -> str:
+    return (folder / "job.log").read_text()
 
 
-def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(e.get("step", 0) >= step for e in read_metrics(folder)):
-        assert time.monotonic() < deadline, f"{folder} does not reach step {step}"
-        time.sleep(0.1)
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that broken ones must equal."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = run_config(folder, corpus, "run", *WORDS)
+    job = train(cluster, config, folder)
+    assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED", log_of(folder)
+    assert [e["step"] for e in read_metrics(config.folder) if e["event"] == "train"] == list(
+        range(1, 21)
+    )
+    return config.folder
 
 
-def test_a_run_on_two_nodes_requeued_and_killed_has_the_same_bits(
-    cluster: Cluster, corpus: Path, tmp_path: Path
+def test_warned_requeued_and_killed_a_run_has_the_same_bits(
+    cluster: Cluster, corpus: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    """``scontrol requeue`` in the middle, then SIGKILL of a node's rank: the unbroken losses."""
-    words = ["train.steps=80", "train.save_every=10", "train.micro_batch=2",
-             "expansion.0.parallel.tensor=2"]  # fmt: skip
-    for name in ("whole", "broken"):
-        config = run_config(tmp_path, corpus, name, *words)
-        (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
-        job = submit(cluster, tmp_path, "train.sh", f"{name}.yaml")
-        if name == "broken":
-            wait_for_step(config.folder, 15)
-            cluster.output("scontrol", "requeue", job)
-            cluster.wait(job, {"RUNNING"}, 60)
-            wait_for_step(config.folder, 45)
-            pids = subprocess.run(
-                ["pgrep", "-f", "megatron_progressive train broken.yaml"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()
-            ranks = [int(pid) for pid in pids
-                     if "srun" not in Path(f"/proc/{pid}/cmdline").read_text()]  # fmt: skip
-            subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(ranks[-1])], check=True)
-            cluster.wait(job, {"FAILED", "COMPLETED", "NODE_FAIL"}, 120)
-            assert not (config.folder / "summary.json").exists()
-            job = submit(cluster, tmp_path, "train.sh", f"{name}.yaml")
-        assert cluster.wait(job, {"COMPLETED", "FAILED"}, 200) == "COMPLETED"
-    whole, broken = (training_losses(tmp_path / name) for name in ("whole", "broken"))
-    assert len(whole) == 80
-    assert broken == whole
-    (resumes,) = ([e for e in read_metrics(tmp_path / "broken") if e["event"] == "resume"],)
-    assert {e["world"] for e in resumes} == {2}
+    """A warning saves; ``scontrol requeue`` and SIGKILL of a rank go back to the last save."""
+    config, released = run_config(tmp_path, corpus, "run", *WORDS), tmp_path / "released"
+    staged = {"STAGED_SLOW": str(released)}
+    job = train(cluster, config, tmp_path, **staged)
+    wait_for_step(config.folder, 1)
+    cluster.output("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1 does
+    until(lambda: "back to the queue" in log_of(tmp_path), "the requeue")
+    cluster.wait(job, {"RUNNING"})
+    until(lambda: resumes(config.folder), "going on")
+    saved = resumes(config.folder)[-1]
+    assert 1 <= saved < 4  # by the warning, before any other save
+
+    wait_for_step(config.folder, 6)
+    cluster.output("scontrol", "requeue", job)
+    until(lambda: "PENDING" in cluster.state(job), "the requeue")
+    cluster.wait(job, {"RUNNING"})
+    until(lambda: len(resumes(config.folder)) == 2, "going on")
+    assert resumes(config.folder)[-1] >= 4
+
+    wait_for_step(config.folder, resumes(config.folder)[-1] + 1)
+    os.kill(rank_pids(config)[-1], signal.SIGKILL)
+    assert cluster.wait(job, {"FAILED", "COMPLETED", "NODE_FAIL"}) == "FAILED"
+    assert not (config.folder / "summary.json").exists()
+
+    released.touch()
+    job = train(cluster, config, tmp_path, **staged)
+    assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED", log_of(tmp_path)
+    assert trajectory(config.folder) == trajectory(unbroken)
+    assert {e["world"] for e in read_metrics(config.folder) if e["event"] == "resume"} == {2}
 
 
-def test_a_grid_on_two_nodes_through_a_warning(
-    cluster: Cluster, corpus: Path, tmp_path: Path
+def rank_pids(config: RunConfig) -> list[int]:
+    """Processes of this run's ranks, which have Slurm's step as their parent."""
+    pids = subprocess.run(["pgrep", "-f", "megatron_progressive train run.yaml"],
+                          capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    own = str(config.folder.parent)
+    return [
+        int(pid)
+        for pid in pids
+        if os.readlink(f"/proc/{pid}/cwd") == own
+        and "srun" not in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+
+
+def test_a_node_that_is_lost_in_the_expansion(
+    cluster: Cluster, corpus: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    """The batch script is warned as before the end of its time: it saves, requeues, finishes."""
+    """All processes of a node are killed in the middle of the exchange: Slurm queues the job again,
+    and it expands again, to the same bits."""
+    config, marker = run_config(tmp_path, corpus, "run", *WORDS), tmp_path / "expanding"
+    job = train(cluster, config, tmp_path, STAGED_PAUSE=str(marker))
+    until(marker.exists, "the expansion")
+    rank = int(marker.read_text())
+    step = int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    for pid in (step, rank):  # slurmstepd first: nobody is left to tell how the rank ended
+        os.kill(pid, signal.SIGKILL)
+    node = ("scontrol", "update", "NodeName=127.0.0.2")
+    cluster.output(*node, "State=DOWN", "Reason=lost")
+    until(lambda: "PENDING" in cluster.state(job), "the requeue")
+    assert not any(e["event"] == "expansion" for e in read_metrics(config.folder))
+    cluster.output(*node, "State=RESUME")
+    assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED", log_of(tmp_path)
+    assert resumes(config.folder) == [12]
+    assert trajectory(config.folder) == trajectory(unbroken)
+
+
+def small_grid(tmp_path: Path, corpus: Path) -> Path:
     path = grid_file(tmp_path, corpus, arms=["fixed", "zero_layer"],
                      sizes=[{"name": "a", "to_layers": 2}])  # fmt: skip
-    text = path.read_text().replace("micro_batch: 4", "micro_batch: 2")
+    # two ranks; no save but those that are asked for
+    words = {"micro_batch: 4": "micro_batch: 2", "save_every: 4": "save_every: 0"}
+    text = path.read_text()
+    for old, new in words.items():
+        assert old in text
+        text = text.replace(old, new)
     path.write_text(text)
-    study = Study(load_grid(path))
-    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(path))
-    cells = sorted(study.grid.cells, key=lambda cell: cell.flops)
-    wait_for_step(cells[0].folder, 2)
-    cluster.output("scancel", "--batch", "--signal=USR1", job)
-    assert cluster.wait(job, {"COMPLETED", "FAILED"}, 240) == "COMPLETED"
+    return path
+
+
+def check_finished(study: Study) -> None:
     assert [one.state for one in study.status()] == ["finished"] * 2
     assert all(one.attempts.failures == 0 for one in study.status())
+    for cell in study.grid.cells:
+        steps = [e["step"] for e in read_metrics(cell.folder) if e["event"] == "train"]
+        assert steps == list(range(1, cell.config.train.steps + 1))
     results = json.loads((study.folder / "results.json").read_text())["cells"]
-    assert {row["cell"] for row in results} == {cell.name for cell in cells}
-    log = (tmp_path / "job.log").read_text()
-    assert "back to the queue" in log
-    shutil.rmtree(study.folder)
+    assert {row["cell"] for row in results} == {cell.name for cell in study.grid.cells}
+
+
+def test_a_grid_in_one_job_through_a_warning_preemption_and_requeue(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    """In slices shorter than the interval of saves: each warning saves, and the job goes on from
+    there. SIGTERM to the ranks alone is what preemption sends."""
+    path, released = small_grid(tmp_path, corpus), tmp_path / "released"
+    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(path), "train.steps=30",
+                 "study.name=sliced", STAGED_SLOW=str(released))  # fmt: skip
+    study = Study(load_grid(path, ["train.steps=30", "study.name=sliced"]))
+    first, second = sorted(study.grid.cells, key=lambda cell: cell.flops)
+    for number, warning in enumerate((("--batch", "--signal=USR1"), ("--signal=TERM",))):
+        wait_for_step(first.folder, max([0, *resumes(first.folder)]) + 1)
+        cluster.output("scancel", *warning, job)
+        until(lambda n=number: log_of(tmp_path).count("back to the queue") == n + 1, "the requeue")
+        cluster.wait(job, {"RUNNING"})
+        until(lambda n=number: len(resumes(first.folder)) == n + 1, "going on")
+    saved = resumes(first.folder)
+    assert 1 <= saved[0] < saved[1] < 30
+    released.touch()
+    until(lambda: (first.folder / "summary.json").exists(), "the first cell")
+    released.unlink()
+    wait_for_step(second.folder, 1)
+    cluster.output("scontrol", "requeue", job)
+    until(lambda: "PENDING" in cluster.state(job), "the requeue")
+    released.touch()
+    assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED", log_of(tmp_path)
+    check_finished(study)
+    assert resumes(first.folder) == saved
+
+
+def test_submitted_cells_and_the_report(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """One job a cell, each on a node of its own, and the report after both."""
+    path = small_grid(tmp_path, corpus)
+    study = Study(load_grid(path, ["train.steps=12"]))
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_progressive", "grid", "submit", str(path),
+         "--array-limit=2", "--sbatch=--exclusive", "train.steps=12"],
+        cwd=tmp_path, env={**cluster.environment, **ENVIRONMENT}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    numbers = dict(line.split(" (")[0].split(": ") for line in done.stdout.splitlines())
+    assert numbers.keys() == {"cells", "report"}
+    assert cluster.wait(numbers["report"], {"COMPLETED", "FAILED", "CANCELLED"}) == "COMPLETED"
+    assert set(cluster.state(numbers["cells"]).split()) == {"COMPLETED"}
+    check_finished(study)
+    tasks = [f"{numbers['cells']}_{index}" for index in range(2)]
+    nodes = {cluster.output("squeue", "-h", "-t", "all", "-j", task, "-o", "%N") for task in tasks}
+    assert nodes == {"127.0.0.1\n", "127.0.0.2\n"}
+    again = subprocess.run(
+        [sys.executable, "-m", "megatron_progressive", "grid", "submit", str(path),
+         "train.steps=12"],
+        cwd=tmp_path, env={**cluster.environment, **ENVIRONMENT}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert again.stdout == "small: every cell has ended, nothing to submit\n"

@@ -8,12 +8,17 @@ import pytest
 
 from megatron_progressive.config import load
 from megatron_progressive.models import active_parameter_count
+from megatron_progressive.models.decisive import decisive
 from megatron_progressive.study.controls import control_words, fixed_size
+from megatron_progressive.study.flops import total_flops
+from megatron_progressive.study.grid import load_grid
+from megatron_progressive.study.grid_text import plan as grid_plan
 from megatron_progressive.study.plan import make_plan, render
 from megatron_progressive.study.preflight import smallest_world
 from megatron_progressive.train.pilot import plan_pilot
 
 ROOT = Path(__file__).parents[2] / "configs"
+GRIDS = sorted((ROOT / "grids").glob("*.yaml"))
 RUNS = sorted(p for p in ROOT.rglob("*.yaml") if "grids" not in p.relative_to(ROOT).parts)
 LADDERS = {"llama3": (50, ("0.25b", "0.5b", "1b", "2b")), "deepseek_v3": (100, ("0.2b", "0.5b"))}
 RUNGS = [
@@ -48,3 +53,46 @@ def test_rungs_of_the_ladders(path: Path, tokens: int) -> None:
         make_plan(config, 16)  # two nodes
     # the words that `mprog plan` prints make the fixed-size control
     assert load(path, control_words(config, fixed_size(config))) == fixed_size(config)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_grid_has_a_plan_and_a_tiny_twin(path: Path) -> None:
+    grid = load_grid(path)
+    assert grid_plan(grid)
+    assert grid.name == path.stem
+    arms = {cell.arm for cell in grid.cells}
+    assert "fixed" in arms
+    assert len(arms) > 1
+    # an ablation has what is bad, too; only of that may there be warnings
+    expected = {"ablation_init": "zero init", "ablation_order": "random layers at the top",
+                "ablation_schedule": "tau"}.get(path.stem.removesuffix("_tiny"))  # fmt: skip
+    assert all(expected and expected in warning for warning in grid.warnings), grid.warnings
+    if path.stem.endswith("_tiny"):
+        # two cores do 15 demos' FLOPs in half an hour; the ladders' twins take longer
+        cost = sum(cell.flops for cell in grid.cells) / total_flops(load(ROOT / "demo.yaml"))
+        assert cost < (30 if path.stem in ("llama3_tiny", "deepseek_v3_tiny") else 15)
+        return
+    twin = "gpt2_tiny" if path.stem == "gpt2_7b" else f"{path.stem}_tiny"
+    small = load_grid(ROOT / "grids" / f"{twin}.yaml")
+    deeper = {arm for arm in arms if arm.endswith("_layers")}
+    assert arms - deeper <= {cell.arm for cell in small.cells}
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "file"),
+    [(family, size, f"{family}/{size}_progressive")
+     for family, (_, sizes) in LADDERS.items() for size in sizes]
+    + [("gpt2", "124m", "gpt2/124m_progressive"), ("gpt2_7b", "7b", "gpt2/7b_progressive")],
+)  # fmt: skip
+def test_grids_have_the_runs_of_the_files(grid: str, size: str, file: str) -> None:
+    """The zero-layer cell is the run of that file, and in the same layouts."""
+    wanted = load(ROOT / f"{file}.yaml")
+    (cell,) = (
+        cell for cell in load_grid(ROOT / "grids" / f"{grid}.yaml").cells
+        if (cell.size, cell.arm) == (size, "zero_layer")
+    )  # fmt: skip
+    own = {"run.name": "", "run.dir": ""}
+    assert {**decisive(cell.config), **own} == {**decisive(wanted), **own}
+    for phase in (0, 1):
+        assert cell.config.parallel_after(phase) == wanted.parallel_after(phase)
+    assert cell.config.train == wanted.train

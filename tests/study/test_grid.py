@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.jobs import Jobs
 
 
 def grid_file(tmp_path: Path, corpus: Path | None = None, **changes: Any) -> Path:
@@ -103,44 +101,146 @@ def test_bad_grids(tmp_path: Path, capsys: Any, changes: dict[str, Any], words: 
     assert not (tmp_path / "studies").exists()
 
 
-def test_interrupted_at_random_each_cell_ends_once(tmp_path: Path, corpus: Path) -> None:
-    """Killed and stopped at random moments, cells go on from their saves; a deleted one reruns."""
+def test_interrupted_at_random_each_cell_ends_once(
+    jobs: Jobs, tmp_path: Path, corpus: Path
+) -> None:
+    """Stopped or killed ten times at random steps, cells go on from their saves and each runs to
+    its end exactly once; one whose folder is deleted runs again, and no other."""
     path = grid_file(tmp_path, corpus)
-    command = [sys.executable, "-m", "megatron_progressive", "grid", "run", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, env=environment, cwd=tmp_path,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-
-    rng = random.Random(4)
-    study = Study(load_grid(path))
-    for number in range(4):
-        process = start()
-        deadline = time.monotonic() + rng.uniform(8, 20)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.1)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
-            assert process.wait(60) in (75, -signal.SIGKILL)
-    process = start()
-    assert process.wait(200) in (0, 1)
-    while any(one.state == "running" for one in study.status()):
-        time.sleep(0.2)  # what a killed grid had started
-    assert start().wait(200) == 0
+    rng, study = random.Random(4), Study(load_grid(path))
     cells = study.grid.cells
+    stamps: dict[str, int] = {}
+
+    def run(steps: int | None = None, number: int = 0) -> int:
+        """``mprog grid run``, with a signal after so many steps; returns its exit code."""
+        until_idle(study)
+        prepare = ("tests.study.forked", "prepare", (str(path), steps, number))
+        (code,) = jobs.run(1, tmp_path, ["grid", "run", str(path)], prepare).codes
+        until_idle(study)
+        for cell in cells:  # a finished cell is never written again
+            if study.finished(cell):
+                stamp = (cell.folder / "summary.json").stat().st_mtime_ns
+                assert stamps.setdefault(cell.name, stamp) == stamp
+        return code
+
+    # 230 steps in all
+    for _ in range(10):
+        number = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+        code = run(rng.randrange(20), number)
+        assert code == (-number if number == signal.SIGKILL else 75)
+    assert run() == 0
     assert [one.state for one in study.status()] == ["finished"] * 6
+    assert [ends(study, cell) for cell in cells] == [1] * 6
     for cell in cells:
         steps = [e["step"] for e in read_metrics(cell.folder) if e["event"] == "train"]
         assert steps == list(range(1, cell.config.train.steps + 1))
-    stamps = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in cells}
     gone = cells[2]
     first = json.loads((gone.folder / "summary.json").read_text())
-    subprocess.run(["rm", "-r", str(gone.folder)], check=True)
-    assert start().wait(200) == 0
-    for cell in cells:
-        again = (cell.folder / "summary.json").stat().st_mtime_ns != stamps[cell.name]
-        assert again is (cell is gone)
+    shutil.rmtree(gone.folder)
+    del stamps[gone.name]
+    assert run() == 0
+    assert [ends(study, cell) for cell in cells] == [1 + (cell is gone) for cell in cells]
     rows = {row["cell"]: row for row in study.collect()}
-    assert rows.keys() == stamps.keys()
+    assert rows.keys() == {cell.name for cell in cells}
     assert rows[gone.name]["final_eval_loss"] == first["final_eval_loss"]
+    assert all(study.attempts(cell).failures == 0 for cell in cells)
+
+
+def until_idle(study: Study) -> None:
+    """Runs of a killed grid go on by themselves."""
+    deadline = time.monotonic() + 600
+    while any(one.state == "running" for one in study.status()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ends(study: Study, cell: Cell) -> int:
+    """How often a cell ran to its end, or was started after it, by its log."""
+    log = study.file("logs", cell, ".log").read_text()
+    return log.count(": done in ") + log.count("finished before")
+
+
+def test_words_replace_values_of_the_grid_and_of_its_runs(tmp_path: Path) -> None:
+    path = grid_file(tmp_path, sizes=[{"name": "a", "to_layers": 2, "train.steps": 60}])
+    plain = load_grid(path)
+    words = ["train.steps=80", "study.dir=elsewhere", "seeds=[3]", "tau=[0.25]"]
+    changed = load_grid(path, words)
+    assert changed.folder == Path("elsewhere/small")
+    steps = {c.arm: c.config.train.steps for c in changed.cells}
+    assert (steps["fixed"], steps["zero_layer"]) == (80, 80)
+    assert {cell.seed for cell in changed.cells} == {3}
+    assert "a-zero_layer-tau0.25-random-s3" in {cell.name for cell in changed.cells}
+    # the words are part of what the cells are
+    assert not {c.fingerprint for c in plain.cells} & {c.fingerprint for c in changed.cells}
+    assert load_grid(path, ["seeds=[1]"]).cells == plain.cells
+    assert changed.reloaded().cells == changed.cells
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.stepz=4", "train.stepz: unknown key; did you mean train.steps?"),
+        ("study.speed=4", "study.speed: unknown key; accepted: name, dir, retries"),
+        ("run.seed=4", "run.seed: got 4; accepted: study.name, study.dir, seeds"),
+        ("expansion.order=stack", "expansion.order: got 'stack'; accepted: a list"),
+        ("expansion.order=[middle]", "expansion.order: got 'middle'; accepted: stack, inter, last"),
+        ("expansion.at=[0.5]", "expansion.at: unknown key; accepted: order, insert"),
+        ("quick", "quick: not understood; accepted: key=value words"),
+    ],
+)
+def test_bad_words(tmp_path: Path, capsys: Any, word: str, said: str) -> None:
+    path = grid_file(tmp_path, arms=["2_layers"], sizes=[{"name": "a", "to_layers": 4}])
+    assert cli.main(["grid", "run", str(path), "--workers", "1", word]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "studies").exists()
+
+
+def test_axes_of_the_expansion(tmp_path: Path) -> None:
+    """Every combination that makes a difference, each once and under a name that says it."""
+    grid = load_grid(
+        grid_file(
+            tmp_path, sizes=[{"name": "a", "to_layers": 8}], init=["random", "copying"],
+            arms=["zero_layer", "one_layer", "4_layers", "multi_stage"],
+            expansion={"order": ["stack", "inter"], "optimizer_state": ["inherit", "copy"]},
+        )
+    )  # fmt: skip
+    names = {cell.name.removeprefix("a-").removesuffix("-s1") for cell in grid.cells}
+    assert names == {
+        "zero_layer-tau0.5-random-inherit",
+        "one_layer-tau0.5-random-inherit",
+        "one_layer-tau0.5-copying-inherit",
+        "one_layer-tau0.5-copying-copy",
+        *(
+            f"{arm}-tau0.5-{how}"
+            for arm in ("4_layers", "multi_stage")
+            for how in ("random-inherit", "copying-stack-inherit", "copying-stack-copy",
+                        "copying-inter-inherit", "copying-inter-copy")
+        ),
+    }  # fmt: skip
+    assert len({cell.fingerprint for cell in grid.cells}) == len(grid.cells)
+    by_name = {cell.name: cell.config for cell in grid.cells}
+    multi = by_name["a-multi_stage-tau0.5-copying-inter-copy-s1"]
+    assert multi.model.num_layers == 0
+    assert [(e.at, e.to_layers, e.init) for e in multi.expansion] == [
+        (0.25, 2, "random"), (0.5, 8, "copying"),
+    ]  # fmt: skip
+    assert (multi.expansion[1].order, multi.expansion[1].optimizer_state) == ("inter", "copy")
+    assert by_name["a-4_layers-tau0.5-random-inherit-s1"].model.num_layers == 4
+
+
+def test_a_layout_for_the_full_depth(tmp_path: Path) -> None:
+    """Controls have it from the first step; it decides nothing of the result."""
+    size = {"name": "a", "to_layers": 4, "model.num_attention_heads": 2}
+    arms = ["fixed", "zero_layer", "short_control", "multi_stage"]
+    plain = load_grid(grid_file(tmp_path, sizes=[size], arms=arms))
+    changed = load_grid(
+        grid_file(tmp_path, sizes=[{**size, "expansion.parallel.tensor": 2}], arms=arms)
+    )
+    for cell in changed.cells:
+        last = len(cell.config.expansion)
+        assert cell.config.parallel_after(last).tensor == 2
+        if last:
+            assert cell.config.parallel_after(last - 1).tensor == 1
+    assert [c.fingerprint for c in changed.cells] == [c.fingerprint for c in plain.cells]

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# GPT-2 124M (configs/gpt2) against its controls on a job's nodes, every cell in turn on all of them:
+#
+#   sbatch $MPROG_SBATCH --nodes=2 launch/gpt2_scaling.sh [GRID] [key=value …]
+#
+# key=value words change the runs of the grid; study.dir=… says where the study goes. A job that is
+# warned, preempted or requeued goes on where it was; finished cells are not run again. To have one
+# job a cell instead: mprog grid submit GRID [key=value …].
+#SBATCH --job-name=mprog-gpt2
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
+mprog_study configs/grids/gpt2.yaml "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# One step of a study as a job; `mprog grid submit` submits it:
+#
+#   grid_job.sh pilot|cell|report GRID [key=value …]     (cell: the task of an array)
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
+mprog_rendezvous
+case $1 in
+    pilot) mprog_grid_pilot "${@:2}" || [ $? -eq 3 ] ;;  # 3: no τ, and others do not need it
+    cell) mprog_grid_cell "$SLURM_ARRAY_TASK_ID" "${@:2}" ;;
+    report) mprog_grid_report "${@:2}" ;;
+    *) echo "grid_job.sh: got $1; accepted: pilot, cell, report" >&2; exit 2 ;;
+esac

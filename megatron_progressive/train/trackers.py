@@ -1,0 +1,125 @@
+"""TensorBoard and Weights & Biases beside ``metrics.jsonl``: the same numbers, off by default.
+
+Both write inside the run folder and need no network: Weights & Biases runs offline unless
+``WANDB_MODE`` says otherwise (``wandb sync RUN/wandb/offline-run-…`` sends it later). Only rank 0
+has trackers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from megatron_progressive.config import ConfigError, RunConfig
+
+EVENTS = ("train", "eval", "expansion")
+"""What trackers get, of the events of ``metrics.jsonl``."""
+
+
+class Tracker(Protocol):
+    """Takes numbers by name (``train/loss``) at steps."""
+
+    def log(self, numbers: dict[str, float], step: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Event files in ``RUN/tensorboard``. A resumed run adds one, whose steps replace those that
+    were done after its checkpoint."""
+
+    def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = None if resumed_step is None else resumed_step + 1
+        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(config.folder / "tensorboard"), purge_step=first
+        )
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of Weights & Biases in ``RUN/wandb``; a resumed one has the same id there."""
+
+    def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
+        import wandb
+
+        place = str(config.folder.resolve())
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "megatron_progressive"),
+            name=config.run.name,
+            id=hashlib.blake2b(place.encode(), digest_size=8).hexdigest(),
+            dir=place,
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            resume="allow",
+        )
+        # an own axis: Weights & Biases' steps cannot go back to a checkpoint
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log({**numbers, "step": step})
+
+    def flush(self) -> None:
+        pass  # it writes by itself
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[RunConfig, int | None], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Whether the packages of ``train.trackers`` are there.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in config.train.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"train.trackers: got {name}, whose package is not installed; accepted: after pip "
+                f"install {name}, or without it"
+            )
+
+
+class Trackers:
+    """Those of a run, fed with its events."""
+
+    def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
+        self._trackers = [TRACKERS[name](config, resumed_step) for name in config.train.trackers]
+
+    def event(self, kind: str, values: dict[str, Any]) -> None:
+        """Numbers of an event; anything else in it is left out."""
+        if kind not in EVENTS:
+            return
+        numbers = {
+            f"{kind}/{name}": float(value)
+            for name, value in values.items()
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for tracker in self._trackers:
+            tracker.log(numbers, int(values["step"]))
+
+    def flush(self) -> None:
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
