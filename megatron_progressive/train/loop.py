@@ -260,8 +260,10 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
                     run.save_if_due(step, stop)
                 if stop and step < config.last_step:
                     run.monitor.note(f"stopped by a signal after saving step {step}")
+                    run.engine.close()
                     return STOPPED
         run.finish()
+        run.engine.close()  # where it failed, other ranks may not come to it
         return DONE
     finally:
         run.close()
