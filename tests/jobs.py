@@ -78,15 +78,7 @@ def _wait(pids: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _serve(connection: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from megatron_progressive.runtime import cpu
-    from megatron_progressive.runtime.distributed import prepare_imports
-
-    prepare_imports()
-    cpu.install()
-    import megatron_progressive.engines.megatron
-    import megatron_progressive.train.loop  # noqa: F401
+    import tests.warm  # noqa: F401
 
     while (message := connection.recv()) is not None:
         port, logs, prepare, arguments = message

@@ -1,6 +1,6 @@
 """A pool of worker processes for distributed tests: real ranks over gloo, started once.
 
-A fresh interpreter with Megatron-core costs seconds; a test costs its own work. The function
+They are forked from one process that has imported everything, and serve all tests. The function
 given to :meth:`Pool.run` is imported by name in each worker and called as
 ``function(*arguments)`` inside a world group of the ranks asked for.
 """
@@ -10,12 +10,10 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import multiprocessing.connection
-import os
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 600
@@ -25,17 +23,11 @@ which poll: hundreds of them make everything else slow."""
 
 
 def _worker(connection: Connection, rank: int) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import psutil
-    import torch
-
-    torch.set_num_threads(1)
     import torch.distributed as dist
 
-    from megatron_progressive.runtime import cpu
+    import tests.warm  # noqa: F401
 
-    cpu.install()
     modules = 0
     while True:
         if len(sys.modules) > modules:  # what was imported stays: engines that close collect often
@@ -69,7 +61,8 @@ class Pool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def _start(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.warm"])
         for rank in range(len(self._workers), world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs, rank), daemon=True)
