@@ -20,7 +20,7 @@ from megatron_progressive.optim.rules import ADAMW, rule_of
 from megatron_progressive.runtime.layout import Layout
 
 _FP32_BYTES = 4
-_BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2}
 
 MASTER, MOMENTUM, MOMENTS = "master weights", "momentum", "AdamW moments"
 
@@ -83,7 +83,7 @@ def _rank_memory(
         gradients += -(-held // ranks) if deepspeed and zero >= 2 else held
     return RankMemory(
         stage=stage,
-        parameters=weights * _BYTES[precision] + fixed,
+        parameters=weights * BYTES[precision] + fixed,
         gradients=gradients * _FP32_BYTES,
         optimizer={kind: size for kind, size in sizes.items() if size},
     )
@@ -95,10 +95,12 @@ def divides_state(layout: Layout) -> bool:
     return layout.zero_stage >= 1
 
 
-def largest_rank(shape: ModelShape, config: RunConfig, layout: Layout) -> RankMemory:
-    """Memory of the rank that holds most. Ranks of one stage hold the same amount."""
+def stage_memory(shape: ModelShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
+    """Memory of a rank of each pipeline stage. Ranks of one stage hold the same amount."""
     stages = enumerate(stage_tensors(shape, layout))
-    return max(
-        (_rank_memory(stage, specs, config, layout) for stage, specs in stages),
-        key=lambda memory: memory.total,
-    )
+    return [_rank_memory(stage, specs, config, layout) for stage, specs in stages]
+
+
+def largest_rank(shape: ModelShape, config: RunConfig, layout: Layout) -> RankMemory:
+    """Memory of the rank that holds most."""
+    return max(stage_memory(shape, config, layout), key=lambda memory: memory.total)
