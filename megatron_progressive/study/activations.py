@@ -20,8 +20,9 @@ Routed tokens are taken as equally many for each expert-parallel rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megatron_progressive.config import RunConfig
+from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.models import FAMILIES, tensor_table
 from megatron_progressive.models.base import MOE, ModelShape
 from megatron_progressive.runtime.layout import Layout
@@ -137,9 +138,7 @@ def _experts(step: _Step) -> tuple[float, float]:
     tokens = step.tokens / step.sequence_ranks
     rows = tokens * moe.top_k * layout.expert_tensor
     # their input; unfused one more product: with the router's probability
-    elements = _mlp_elements(step, moe.ffn_hidden_size) + (
-        0 if step.fused else moe.ffn_hidden_size
-    )
+    elements = _mlp_elements(step, moe.ffn_hidden_size) + (0 if step.fused else moe.ffn_hidden_size)
     kept = rows * w * (step.shape.hidden_size + elements / layout.expert_tensor)
     kept += tokens * 4 * _FP32 * moe.num_experts  # logits, scores, probabilities, choice
     shared = moe.shared_experts * moe.ffn_hidden_size
@@ -197,15 +196,14 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
     return counts
 
 
-def _newton_schulz(shape: ModelShape, config: RunConfig) -> int:
+@lru_cache(maxsize=64)
+def _newton_schulz(shape: ModelShape, optim: OptimSection) -> int:
     """Bytes of the iterate, the next one and the update, and three squares of the shorter side, of
     the largest matrix, in fp32."""
     sizes = [
         3 * n_out * n_in + 3 * min(n_out, n_in) ** 2
         for n_out, n_in in {
-            matrix
-            for spec in tensor_table(shape).values()
-            for matrix in muon_matrices(spec, config.optim)
+            matrix for spec in tensor_table(shape).values() for matrix in muon_matrices(spec, optim)
         }
     ]
     return _FP32 * max(sizes, default=0)
@@ -216,14 +214,12 @@ def stage_activations(
 ) -> list[Activations]:
     """Activations and temporary bytes of a rank of each pipeline stage (experts balanced)."""
     train = config.train
-    step = _Step(
-        shape, layout, train.micro_batch, BYTES[train.precision], fused
-    )
+    step = _Step(shape, layout, train.micro_batch, BYTES[train.precision], fused)
     batches = max(1, train.global_batch // (train.micro_batch * layout.data))
     kinds = shape.layer_kinds()
     layers = {kind: layer_bytes(step, kind) for kind in set(kinds)}
     head, loss = _head(step)
-    newton_schulz = _newton_schulz(shape, config)
+    newton_schulz = _newton_schulz(shape, config.optim)
     found = []
     for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers)):
         counts = in_flight(layout, stage, batches)
@@ -235,6 +231,9 @@ def stage_activations(
         )
         if not last and not fused:  # outputs that were sent on; on CUDA they are released
             kept += sum(counts) * step.hidden()
+        # sequence parallelism gathers the whole input of each linear into one buffer, which stays,
+        # and has that input's whole gradient for a moment
+        gathered = 2 * step.hidden(step.sequence_ranks) if step.sequence_ranks > 1 else 0.0
         inside = max((layers[kinds[n]][1] for numbers in chunks for n in numbers), default=0.0)
         temporary = inside
         if last:
@@ -242,6 +241,7 @@ def stage_activations(
             # the head's part is gone again before the gradients of a layer are there
             temporary = max(loss, inside - head)
             kept += head + predictions
+        temporary += gathered
         if kept + temporary < newton_schulz:
             found.append(Activations(int(kept), int(newton_schulz - kept)))
         else:
@@ -249,9 +249,7 @@ def stage_activations(
     return found
 
 
-def fullest_rank(
-    shape: ModelShape, config: RunConfig, layout: Layout, *, fused: bool
-) -> RankPeak:
+def fullest_rank(shape: ModelShape, config: RunConfig, layout: Layout, *, fused: bool) -> RankPeak:
     """State and activations of the rank that holds most of both together."""
     activations = stage_activations(shape, config, layout, fused=fused)
     states = stage_memory(shape, config, layout)
