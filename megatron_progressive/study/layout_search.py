@@ -75,12 +75,12 @@ class Found:
 
     def applied(self, config: RunConfig) -> RunConfig:
         """``config`` with these layouts."""
-        from megatron_progressive.config import ParallelOverride
-
         expansions = [
             replace(
                 expansion,
-                parallel=ParallelOverride(**{key: getattr(c.parallel, key) for key in _KEYS}),
+                parallel=replace(
+                    expansion.parallel, **{key: getattr(c.parallel, key) for key in _KEYS}
+                ),
             )
             for expansion, c in zip(config.expansion, self.phases[1:], strict=True)
         ]

@@ -8,7 +8,8 @@ A step takes, one after another:
 - Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
   (each matrix is one rank's);
 - tensor parallelism: four all-reduces of the residual stream a layer and micro-batch and two for
-  embedding and head, as many bytes with sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2);
+  embedding and head, as many bytes with sequence parallelism (Korthikanti et al. 2022, arXiv
+  2205.05198, section 4.2.2);
 - experts: four all-to-alls of the routed tokens a layer and micro-batch, at the network's speed
   for the share that leaves the node;
 - sending the residual stream from stage to stage and back, at the network's speed where stages
@@ -16,8 +17,8 @@ A step takes, one after another:
 - half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half
   is hidden behind compute is an assumption.
 
-Not in it: kernels that are slow because their sizes are small, latency of collectives, uneven
-experts, input, validation and saving.
+Not in it: communication of prediction modules (their products are), kernels that are slow because
+their sizes are small, latency of collectives, uneven experts, input, validation and saving.
 """
 
 from __future__ import annotations

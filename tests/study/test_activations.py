@@ -42,8 +42,8 @@ def check(pool: Pool, ranks: int, family: str, words: list[str]) -> None:
         ("deepseek_v3", ["model.num_layers=0"]),
         ("deepseek_v3", ["model.num_layers=2", MOE]),
         ("deepseek_v3", ["model.num_layers=2", MOE, "model.mtp_layers=1"]),
-        ("deepseek_v3", ["model.num_layers=1", "model.moe.first_k_dense=0", "model.mla.v_head_dim=12",
-                         "model.mla.q_lora_rank=0"]),
+        ("deepseek_v3", ["model.num_layers=1", "model.moe.first_k_dense=0",
+                         "model.mla.v_head_dim=12", "model.mla.q_lora_rank=0"]),
     ],
 )  # fmt: skip
 def test_prediction_is_within_a_tenth_of_a_step(pool: Pool, family: str, words: list[str]) -> None:
