@@ -19,6 +19,7 @@ Routed tokens are taken as equally many for each expert-parallel rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +31,8 @@ from megatron_progressive.study.flops import muon_matrices
 from megatron_progressive.study.memory import BYTES, RankMemory, stage_memory
 
 _FP32 = 4
+_BATCH = 1 << 24
+"""Elements of a batch of Muon's tensors: EXCHANGE_NUMEL of ``optim/flat.py``, which has torch."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Activations:
     temporary: int
     """Largest of what is needed for a moment beside them: gradients of the logits, tokens on
     their way to experts, gradients within a layer; or, if that is more than all of the above,
-    what Newton-Schulz has beside the state."""
+    what Newton-Schulz has beside the state, less ``kept``."""
 
     @property
     def total(self) -> int:
@@ -197,16 +200,42 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _newton_schulz(shape: ModelShape, optim: OptimSection) -> int:
-    """Bytes of the iterate, the next one and the update, and three squares of the shorter side, of
-    the largest matrix, in fp32."""
-    sizes = [
-        3 * n_out * n_in + 3 * min(n_out, n_in) ** 2
-        for n_out, n_in in {
-            matrix for spec in tensor_table(shape).values() for matrix in muon_matrices(spec, optim)
-        }
-    ]
-    return _FP32 * max(sizes, default=0)
+def _muon_sizes(
+    shape: ModelShape, optim: OptimSection
+) -> tuple[dict[tuple[int, int], int], int, int, int]:
+    """Muon's matrices by size, and the elements of all its tensors, of the largest one, and of
+    those that are several matrices in one (queries, keys and values)."""
+    matrices: Counter[tuple[int, int]] = Counter()
+    total = largest = joint = 0
+    for spec in tensor_table(shape).values():
+        found = muon_matrices(spec, optim)
+        matrices.update(found)
+        if found:
+            total, largest = total + spec.numel, max(largest, spec.numel)
+            joint += spec.numel if spec.row_blocks else 0
+    return matrices, total, largest, joint
+
+
+def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: bool) -> int:
+    """Bytes of one batch of Muon's updates while matrices of one size are orthogonalised.
+
+    A rank steps its tensors in batches (``optim/flat.py``). At the peak it has the batch's updates
+    in fp32, copies of its parts of queries, keys and values, the matrices of one size in one
+    tensor, and of them the iterate X and a X; beside these four squares of the shorter side, or
+    one of them and two products more (``optim/newton_schulz.py``).
+    """
+    matrices, total, largest, joint = _muon_sizes(shape, config.optim)
+    ranks = layout.world if layout.zero_stage else layout.tensor * layout.pipeline
+    batch = max(largest, min(_BATCH // layout.tensor, total // ranks))
+    dtype = config.optim.ns_dtype or ("fp16" if fused else "fp32")
+    most = 0
+    for (n_out, n_in), count in matrices.items():
+        count = max(1, min(count, batch // (n_out * n_in)))
+        stacked, squares = count * n_out * n_in, count * min(n_out, n_in) ** 2
+        products = 2 * stacked + max(4 * squares, squares + 2 * stacked)
+        width = _FP32 if dtype == "fp32" else 2
+        most = max(most, _FP32 * stacked + width * products)
+    return _FP32 * (batch + min(joint // layout.tensor, batch)) + most if total else 0
 
 
 def stage_activations(
@@ -219,7 +248,7 @@ def stage_activations(
     kinds = shape.layer_kinds()
     layers = {kind: layer_bytes(step, kind) for kind in set(kinds)}
     head, loss = _head(step)
-    newton_schulz = _newton_schulz(shape, config.optim)
+    newton_schulz = _newton_schulz(shape, config, layout, fused)
     found = []
     for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers)):
         counts = in_flight(layout, stage, batches)

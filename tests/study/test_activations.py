@@ -6,7 +6,9 @@ import pytest
 
 from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.models import model_shape
+from megatron_progressive.optim.flat import EXCHANGE_NUMEL
 from megatron_progressive.runtime.layout import Layout, make_layout
+from megatron_progressive.study import activations
 from megatron_progressive.study.activations import fullest_rank, in_flight, stage_activations
 from tests.engines.cases import family_config
 from tests.pool import Pool
@@ -18,14 +20,14 @@ MOE = "model.moe.first_k_dense=1"
 
 
 def check(pool: Pool, ranks: int, family: str, words: list[str]) -> None:
-    """Predicted and measured peak of the fullest rank, within 10 %, in total and without what the
+    """Predicted and measured peak of the fullest rank, within 5 %, in total and without what the
     engine holds between steps, of which activations are by far the larger part."""
     config = family_config(family, [*SIZES, *words])
     shape, layout = model_shape(config), make_layout(config.parallel, ranks)
     predicted = fullest_rank(shape, config, layout, fused=False)
     assert predicted.activations.total > 2 * predicted.state.total
     measured = pool.run(ranks, memory_cases.peak_bytes, config)
-    assert predicted.total == pytest.approx(max(measured), rel=0.1)
+    assert predicted.total == pytest.approx(max(measured), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +48,34 @@ def check(pool: Pool, ranks: int, family: str, words: list[str]) -> None:
                          "model.mla.v_head_dim=12", "model.mla.q_lora_rank=0"]),
     ],
 )  # fmt: skip
-def test_prediction_is_within_a_tenth_of_a_step(pool: Pool, family: str, words: list[str]) -> None:
+def test_prediction_is_within_a_twentieth_of_a_step(
+    pool: Pool, family: str, words: list[str]
+) -> None:
     check(pool, 1, family, words)
+
+
+WIDE = ["model.hidden_size=256", "data.sequence_length=8", "train.micro_batch=1"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (1, ["model.num_layers=0", "data.vocab_size=1024"]),
+        (1, ["model.num_layers=1", "model.ffn_hidden_size=1024"]),
+        (2, ["model.num_layers=1", "model.ffn_hidden_size=1024", "parallel.tensor=2"]),
+    ],
+)
+def test_newton_schulz_at_the_peak(pool: Pool, ranks: int, words: list[str]) -> None:
+    config = family_config("gpt2", [*SIZES, *WIDE, *words])
+    shape, layout = model_shape(config), make_layout(config.parallel, ranks)
+    predicted = fullest_rank(shape, config, layout, fused=False)
+    assert predicted.activations.temporary > 10 * predicted.activations.kept
+    measured = pool.run(ranks, memory_cases.peak_bytes, config)
+    assert predicted.total == pytest.approx(max(measured), rel=0.05)
+
+
+def test_a_batch_of_updates_is_the_optimizers() -> None:
+    assert activations._BATCH == EXCHANGE_NUMEL
 
 
 MANY = ["train.global_batch=16", "train.micro_batch=2"]
@@ -72,7 +100,7 @@ MANY = ["train.global_batch=16", "train.micro_batch=2"]
                          *MANY]),
     ],
 )  # fmt: skip
-def test_prediction_is_within_a_tenth_under_parallelism(
+def test_prediction_is_within_a_twentieth_under_parallelism(
     pool: Pool, family: str, words: list[str]
 ) -> None:
     check(pool, 2, family, words)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_progressive import cli
 from megatron_progressive.config import ConfigError, RunConfig, load
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import Layout, make_layout
@@ -92,9 +93,10 @@ def test_the_bubble_is_that_of_the_schedule() -> None:
         assert seconds.bubble / seconds.compute == pytest.approx(3 / (16 * chunks))
 
 
-def quickest_by_loops(config: RunConfig, world: int, cluster: Cluster) -> float:
-    """Seconds of the quickest step of all layouts that fit, for a run with one phase."""
-    best = float("inf")
+def quickest_by_loops(config: RunConfig, world: int, cluster: Cluster) -> tuple[float, int]:
+    """Seconds of the quickest step of all layouts that fit, for a run with one phase, and how
+    many these are."""
+    best, fitting = float("inf"), 0
     for tensor, pipeline, chunks, expert, micro in product(
         range(1, 9), range(1, world + 1), (1, 2, 4, 8), range(1, world + 1), (1, 2, 4, 8, 16)
     ):
@@ -116,7 +118,8 @@ def quickest_by_loops(config: RunConfig, world: int, cluster: Cluster) -> float:
             peak = fullest_rank(shape, tried, layout, fused=True)
             if peak.total <= 0.9 * cluster.memory_gib * 2**30:
                 best = min(best, step_time(shape, tried, layout, cluster, peak.state).total)
-    return best
+                fitting += 1
+    return best, fitting
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,8 @@ def test_the_search_finds_what_plain_loops_find(family: str, world: int, gib: fl
                                     "data.sequence_length=128", "optim.name=adamw"])  # fmt: skip
     cluster = replace(H100, memory_gib=gib)
     found = search(config, world, cluster)
-    quickest = quickest_by_loops(config, world, cluster)
+    quickest, fitting = quickest_by_loops(config, world, cluster)
+    assert found.fitting == fitting
     assert quickest <= found.phases[0].time.total <= quickest * 1.05**2
 
 
@@ -206,3 +210,29 @@ def test_a_search_imports_no_framework() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "holds"),
+    [
+        (["--gpu", "v100"], ["--gpu: got 'v100'", "a100, h100, h200"]),
+        (["--gpu", "h100", "--mfu", "40"], ["--mfu: got 40", "up to 1"]),
+        (["--gpu", "h100", "--peak-tflops", "nan"], ["--peak-tflops: got nan", "above 0"]),
+        (["--gpu", "h100", "--gpu-memory-gib", "0"], ["--gpu-memory-gib: got 0", "above 0"]),
+        (["--mfu", "0.4"], ["--mfu: got no --gpu"]),
+        (["--search", "--gpus", "64"], ["--search", "--gpu and --nproc"]),
+        (["--search", "--gpu", "h100"], ["--search", "--gpu and --nproc"]),
+        (["--gpu", "h100", "--gpus", "64", "--gpu-memory-gib", "20"],
+         ["expansion[0].parallel: phase 2", "GiB too much", "--search"]),
+        (["--gpu", "h100", "--gpus", "7", "--search"], ["--nproc: got 7", "phase 1"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    words: list[str], holds: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(LLAMA), *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    for text in holds:
+        assert text in captured.err
