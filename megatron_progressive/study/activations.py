@@ -96,6 +96,15 @@ class _Step:
         return self.tokens * (elements * self.width + statistics) / self.sequence_ranks
 
 
+def _scores(step: _Step) -> float:
+    """Of the S x S scores of one self-attention, where it keeps them."""
+    shape, mla = step.shape, step.shape.mla
+    if step.fused or mla is None or mla.qk_head_dim == mla.v_head_dim:
+        return 0.0
+    elements = step.tokens * shape.num_attention_heads * shape.sequence_length
+    return elements * step.width / step.layout.tensor
+
+
 def _attention(step: _Step) -> float:
     """Of one self-attention, from behind its norm to its residual addition."""
     shape, w = step.shape, step.width
@@ -110,8 +119,9 @@ def _attention(step: _Step) -> float:
         whole += w * (sum(ranks) + mla.qk_rope_head_dim)
         fixed += sum(step.norm(rank) for rank in ranks)
         rotary = mla.qk_rope_head_dim
-        if not step.fused and mla.qk_head_dim != mla.v_head_dim:
-            cut += heads * (w * shape.sequence_length - _FP32)  # scores; no statistics
+        if scores := _scores(step):
+            fixed += scores
+            cut -= _FP32 * heads  # no statistics
     else:
         queries, keys = heads * shape.head_dim, shape.num_query_groups * shape.head_dim
         cut += w * (queries + 2 * keys) + w * queries + _FP32 * heads
@@ -153,12 +163,15 @@ def layer_bytes(step: _Step, kind: str) -> tuple[float, float]:
     """Of one layer, ``dense`` or ``moe``: bytes kept, its input included, and most temporary
     bytes of its backward pass beside what it kept."""
     shape = step.shape
-    kept = step.hidden(2) + 2 * step.norm() + _attention(step)
     if kind == MOE:
-        experts, moving = _experts(step)
-        return kept + experts, step.hidden(2) + moving
-    elements = _mlp_elements(step, shape.ffn_hidden_size) * step.width / step.layout.tensor
-    return kept + step.tokens * elements, step.hidden(2) + step.tokens * elements
+        mlp, inside = _experts(step)
+    else:
+        elements = step.tokens * step.width / step.layout.tensor
+        mlp = elements * _mlp_elements(step, shape.ffn_hidden_size)
+        inside = elements * 2 * shape.ffn_hidden_size  # gradients of both halves, or of in and out
+    # the gradients of kept scores come when what the MLP and its norm kept is gone
+    inside = max(inside, 2 * _scores(step) - mlp - step.norm())
+    return step.hidden(2) + 2 * step.norm() + _attention(step) + mlp, step.hidden(2) + inside
 
 
 def _head(step: _Step) -> tuple[float, float]:

@@ -165,6 +165,21 @@ def test_the_words_give_the_layouts_and_they_fit(path: Path, world: int) -> None
     assert f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours" in text
 
 
+def test_words_reckon_with_the_phase_before() -> None:
+    """A phase without a setting of its own has that of the phase before."""
+    words = ["parallel.tensor=4", "expansion.0.parallel.tensor=null"]
+    config = load(LLAMA, words)
+    found = search(config, 64, H100)
+    first, second = found.phases
+    phases = [
+        replace(first, parallel=replace(first.parallel, tensor=1)),
+        replace(second, parallel=replace(second.parallel, tensor=4)),
+    ]
+    found = replace(found, phases=phases)
+    changed = load(LLAMA, [*words, *found.words(config)])
+    assert [changed.parallel_after(i).tensor for i in (0, 1)] == [1, 4]
+
+
 @pytest.mark.parametrize("words", [[], ["--search"]])
 def test_what_is_said_to_be_missing_is_what_is_missing(words: list[str]) -> None:
     config = load(DEEPSEEK)
@@ -222,7 +237,8 @@ def test_a_search_imports_no_framework() -> None:
         (["--mfu", "0.4"], ["--mfu: got no --gpu"]),
         (["--search", "--gpus", "64"], ["--search", "--gpu and --nproc"]),
         (["--search", "--gpu", "h100"], ["--search", "--gpu and --nproc"]),
-        (["--gpu", "h100", "--gpus", "64", "--gpu-memory-gib", "20"],
+        (["--gpu", "h100", "--gpus", "64", "--gpu-memory-gib", "20",
+          "expansion.0.parallel.tensor=1"],
          ["expansion[0].parallel: phase 2", "GiB too much", "--search"]),
         (["--gpu", "h100", "--gpus", "7", "--search"], ["--nproc: got 7", "phase 1"]),
     ],
