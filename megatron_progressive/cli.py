@@ -35,10 +35,16 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.study.cluster import make_cluster
     from megatron_progressive.study.plan import make_plan, render
 
     config = _config(args)
-    print(render(make_plan(config, args.nproc, args.link_gb_per_s)))
+    numbers = {
+        name: getattr(args, name)
+        for name in ("gpu_memory_gib", "peak_tflops", "mfu", "link_gb_per_s")
+    }
+    cluster = make_cluster(args.gpu, numbers)
+    print(render(make_plan(config, args.nproc, args.link_gb_per_s, cluster, args.search)))
     return 0
 
 
@@ -218,13 +224,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", type=int, metavar="N", help="start N local workers")
     plan = command(commands, "plan", _plan, "parameters, FLOPs, memory and saving; trains nothing")
     takes_config(plan)
-    plan.add_argument("--nproc", type=int, metavar="N", help="ranks of the job")
+    plan.add_argument("--nproc", "--gpus", type=int, metavar="N", help="ranks of the job")
     plan.add_argument(
         "--link-gb-per-s",
         type=float,
         metavar="G",
-        help="1e9 bytes per second that a rank sends and receives at an expansion (default: 25)",
+        help="1e9 bytes per second that a rank sends and receives at an expansion, and to other "
+        "nodes (default: the GPU's network adapter, or 25)",
     )
+    plan.add_argument("--gpu", metavar="NAME", help="a100, h100 or h200: memory and time as well")
+    plan.add_argument(
+        "--search", action="store_true", help="look for the quickest layouts that fit"
+    )
+    for name, what in (
+        ("gpu-memory-gib", "memory of a GPU"),
+        ("peak-tflops", "its dense bf16 peak, 1e12 FLOPs per second"),
+        ("mfu", "assumed share of the peak that computing reaches (default: 0.4)"),
+    ):
+        plan.add_argument(f"--{name}", type=float, metavar="X", help=what)
     pilot = command(commands, "pilot", _pilot, "measure the mixing time; proposes τ")
     takes_config(pilot)
     pilot.add_argument("--nproc", type=int, metavar="N", help="start N local workers")
@@ -359,8 +376,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+_FLAGS = ("--search",)
 _OPTIONS = (
-    "--nproc", "--link-gb-per-s", "--widths", "--depths", "--steps", "--slope", "--out",
+    "--nproc", "--gpus", "--link-gb-per-s", "--gpu", "--gpu-memory-gib", "--peak-tflops", "--mfu",
+    "--widths", "--depths", "--steps", "--slope", "--out",
 )  # fmt: skip
 
 
@@ -372,6 +391,8 @@ def _options_first(words: list[str]) -> list[str]:
         if rest[at] in _OPTIONS:
             options += rest[at : at + 2]
             del rest[at : at + 2]
+        elif rest[at] in _FLAGS:
+            options.append(rest.pop(at))
         else:
             at += 1
     return [words[0], *options, *rest]

@@ -64,6 +64,23 @@ def _multiplies(spec: TensorSpec) -> bool:
     )
 
 
+def linear_flops(spec: TensorSpec, shape: ModelShape) -> int:
+    """FLOPs of one token's product with a tensor; of a routed expert's, its share of tokens."""
+    if not _multiplies(spec):
+        return 0
+    if spec.expert is None or shape.moe is None:
+        return 2 * spec.numel
+    return 2 * spec.numel * shape.moe.top_k // shape.moe.num_experts
+
+
+def attention_flops(shape: ModelShape) -> int:
+    """FLOPs of one token's scores and values in one layer."""
+    widths = 2 * shape.head_dim
+    if shape.mla is not None:
+        widths = shape.mla.qk_head_dim + shape.mla.v_head_dim
+    return 2 * shape.sequence_length * shape.num_attention_heads * widths
+
+
 @lru_cache(maxsize=64)
 def forward_flops_per_token(shape: ModelShape) -> int:
     """FLOPs of one token's forward pass in a sequence of ``shape.sequence_length`` tokens."""
@@ -75,12 +92,8 @@ def forward_flops_per_token(shape: ModelShape) -> int:
     # a tied head multiplies by the embedding's weight; each prediction module has the head again
     heads = int(shape.tie_embeddings) + shape.mtp_depth
     numel += heads * shape.padded_vocab_size * shape.hidden_size
-    widths = 2 * shape.head_dim
-    if shape.mla is not None:
-        widths = shape.mla.qk_head_dim + shape.mla.v_head_dim
     layers = shape.num_layers + shape.mtp_depth
-    attention = 2 * shape.sequence_length * shape.num_attention_heads * widths * layers
-    return 2 * numel + attention
+    return 2 * numel + attention_flops(shape) * layers
 
 
 def muon_matrices(spec: TensorSpec, optim: OptimSection) -> list[tuple[int, int]]:
@@ -118,6 +131,14 @@ def optimizer_flops(shape: ModelShape, optim: OptimSection) -> int:
     return sum(
         count * newton_schulz_flops(n_out, n_in, steps) for (n_out, n_in), count in counts.items()
     )
+
+
+@lru_cache(maxsize=64)
+def largest_matrix_flops(shape: ModelShape, optim: OptimSection) -> int:
+    """FLOPs of Newton-Schulz of the matrix that costs most; 0 for AdamW."""
+    steps = ns_steps(optim)
+    matrices = {m for spec in tensor_table(shape).values() for m in muon_matrices(spec, optim)}
+    return max((newton_schulz_flops(*matrix, steps) for matrix in matrices), default=0)
 
 
 def step_tokens(shape: ModelShape, config: RunConfig) -> int:

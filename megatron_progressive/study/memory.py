@@ -20,7 +20,7 @@ from megatron_progressive.optim.rules import ADAMW, rule_of
 from megatron_progressive.runtime.layout import Layout
 
 _FP32_BYTES = 4
-_BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2}
 
 MASTER, MOMENTUM, MOMENTS = "master weights", "momentum", "AdamW moments"
 
@@ -50,27 +50,32 @@ def stage_tensors(shape: ModelShape, layout: Layout) -> list[list[TensorSpec]]:
     ]
 
 
-def _held(spec: TensorSpec, layout: Layout) -> int:
-    """Elements of a tensor on one of the ranks that hold part of it."""
+def _held(spec: TensorSpec, numel: int, layout: Layout) -> int:
+    """Elements of a tensor of ``numel`` on one of the ranks that hold part of it."""
     ranks = layout.tensor if spec.expert is None else layout.expert_tensor
-    return spec.numel // (ranks if spec.tp_axis is not None else 1)
+    return numel // (ranks if spec.tp_axis is not None else 1)
 
 
-def _rank_memory(
-    stage: int, specs: list[TensorSpec], config: RunConfig, layout: Layout
+def rank_memory(
+    stage: int, sized: list[tuple[TensorSpec, int]], config: RunConfig, layout: Layout
 ) -> RankMemory:
-    """Of a rank of a stage. Its experts are as many as any other's of the stage."""
+    """Of a rank of a stage that has tensors, each with its elements (of a tensor that stands for
+    several: theirs together). Its experts are as many as any other's of the stage."""
     optim, precision = config.optim, config.train.precision
     zero, deepspeed = layout.zero_stage, layout.engine == "deepspeed"
     divided = divides_state(layout)
     sizes: dict[str, int] = defaultdict(int)
     weights = gradients = 0
-    fixed = _FP32_BYTES * sum(spec.numel for spec in specs if not spec.trainable)
+    fixed = _FP32_BYTES * sum(numel for spec, numel in sized if not spec.trainable)
     for experts in (False, True):
-        members = [s for s in specs if s.trainable and (s.expert is not None) == experts]
+        members = [
+            (spec, _held(spec, numel, layout))
+            for spec, numel in sized
+            if spec.trainable and (spec.expert is not None) == experts
+        ]
         share, ranks = (layout.expert, layout.expert_data) if experts else (1, layout.data)
-        held = sum(_held(spec, layout) for spec in members) // share
-        adamw = sum(_held(s, layout) for s in members if rule_of(s, optim) == ADAMW) // share
+        held = sum(numel for _, numel in members) // share
+        adamw = sum(n for spec, n in members if rule_of(spec, optim) == ADAMW) // share
         state = {
             # an fp32 model is its own master; DeepSpeed's partitions are copies all the same
             MASTER: held if precision == "bf16" or (deepspeed and zero >= 1) else 0,
@@ -83,7 +88,7 @@ def _rank_memory(
         gradients += -(-held // ranks) if deepspeed and zero >= 2 else held
     return RankMemory(
         stage=stage,
-        parameters=weights * _BYTES[precision] + fixed,
+        parameters=weights * BYTES[precision] + fixed,
         gradients=gradients * _FP32_BYTES,
         optimizer={kind: size for kind, size in sizes.items() if size},
     )
@@ -95,10 +100,15 @@ def divides_state(layout: Layout) -> bool:
     return layout.zero_stage >= 1
 
 
-def largest_rank(shape: ModelShape, config: RunConfig, layout: Layout) -> RankMemory:
-    """Memory of the rank that holds most. Ranks of one stage hold the same amount."""
+def stage_memory(shape: ModelShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
+    """Memory of a rank of each pipeline stage. Ranks of one stage hold the same amount."""
     stages = enumerate(stage_tensors(shape, layout))
-    return max(
-        (_rank_memory(stage, specs, config, layout) for stage, specs in stages),
-        key=lambda memory: memory.total,
-    )
+    return [
+        rank_memory(stage, [(spec, spec.numel) for spec in specs], config, layout)
+        for stage, specs in stages
+    ]
+
+
+def largest_rank(shape: ModelShape, config: RunConfig, layout: Layout) -> RankMemory:
+    """Memory of the rank that holds most."""
+    return max(stage_memory(shape, config, layout), key=lambda memory: memory.total)

@@ -18,11 +18,23 @@ from megatron_progressive.models import (
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study import controls, flops, preflight
+from megatron_progressive.study.activations import RankPeak, fullest_rank
+from megatron_progressive.study.cluster import Cluster
+from megatron_progressive.study.layout_search import Found, check_fits, search
 from megatron_progressive.study.memory import RankMemory, largest_rank
 from megatron_progressive.study.plan_text import render
 from megatron_progressive.study.reshard_plan import ReshardBytes, reshard_bytes
+from megatron_progressive.study.step_time import StepTime, step_time
 
-__all__ = ["LrPhase", "Plan", "PlannedExpansion", "PlannedPhase", "make_plan", "render"]
+__all__ = [
+    "ClusterPlan",
+    "LrPhase",
+    "Plan",
+    "PlannedExpansion",
+    "PlannedPhase",
+    "make_plan",
+    "render",
+]
 
 _LINK_GB_PER_S = 25.0  # a 200 Gbit/s adapter for each rank
 
@@ -68,6 +80,20 @@ class LrPhase:
 
 
 @dataclass(frozen=True)
+class ClusterPlan:
+    """What a cluster adds to a plan; a list has an element for each phase."""
+
+    cluster: Cluster
+    peaks: list[RankPeak]
+    """Of the fullest rank."""
+    times: list[StepTime]
+    found: Found | None
+    """None where the layouts are the configuration's own."""
+    words: list[str]
+    """``key=value`` words that give the configuration the layouts that were found."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that ``mprog plan`` says."""
 
@@ -91,6 +117,8 @@ class Plan:
     warnings: list[str]
     link_gb_per_s: float
     """What a rank sends and receives at an expansion, 1e9 bytes per second each way."""
+    on: ClusterPlan | None = None
+    """None without a cluster."""
 
     @property
     def saving_percent(self) -> float | None:
@@ -101,17 +129,34 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, world: int | None = None, link_gb_per_s: float | None = None
+    config: RunConfig,
+    world: int | None = None,
+    link_gb_per_s: float | None = None,
+    cluster: Cluster | None = None,
+    search_layouts: bool = False,
 ) -> Plan:
     """Plan ``config`` on ``world`` ranks (default: the fewest that fit every phase's layout).
 
     Args:
-        link_gb_per_s: of one rank, 1e9 bytes per second each way (default: 25).
+        link_gb_per_s: of one rank, 1e9 bytes per second each way (default: the cluster's network
+            speed, or 25).
+        cluster: the GPUs; the plan then has activations and time, and must fit their memory.
+        search_layouts: whether to look for the layouts and the micro-batch, in place of
+            those of ``config``.
 
     Raises:
-        ConfigError: a phase cannot run (see :func:`.preflight.check_run`), or no link speed.
+        ConfigError: a phase cannot run (see :func:`.preflight.check_run`) or does not fit, no
+            link speed, or a search without a cluster or a number of ranks.
     """
-    link_gb_per_s = _LINK_GB_PER_S if link_gb_per_s is None else link_gb_per_s
+    found, words = None, []
+    if search_layouts:
+        if cluster is None or world is None:
+            raise ConfigError("--search: got no cluster; accepted: with --gpu and --nproc")
+        found = search(config, world, cluster)
+        words = found.words(config)
+        config = found.applied(config)
+    if link_gb_per_s is None:
+        link_gb_per_s = cluster.network_gb_per_s if cluster else _LINK_GB_PER_S
     if not link_gb_per_s > 0:
         raise ConfigError(f"--link-gb-per-s: got {link_gb_per_s:g}; accepted: a number above 0")
     world = world if world is not None else preflight.smallest_world(config)
@@ -132,6 +177,7 @@ def make_plan(
             )
         )
         optimizer += phase.steps * flops.optimizer_flops(shape, config.optim)
+    on = _on_cluster(config, planned, cluster, found, words) if cluster is not None else None
     total = sum(p.phase.flops for p in planned)
     fixed = controls.fixed_size(config) if config.expansion else None
     short = controls.short_control(config) if config.expansion else None
@@ -150,7 +196,27 @@ def make_plan(
         controls=[controls.control_words(config, c) for c in (fixed, short) if c is not None],
         warnings=warnings,
         link_gb_per_s=link_gb_per_s,
+        on=on,
     )
+
+
+def _on_cluster(
+    config: RunConfig,
+    planned: list[PlannedPhase],
+    cluster: Cluster,
+    found: Found | None,
+    words: list[str],
+) -> ClusterPlan:
+    shapes = [model_shape(config, p.phase.num_layers) for p in planned]
+    layouts = [p.layout for p in planned]
+    pairs = list(zip(shapes, layouts, strict=True))
+    peaks = [fullest_rank(shape, config, layout, fused=True) for shape, layout in pairs]
+    check_fits(config, layouts, peaks, cluster)
+    times = [
+        step_time(shape, config, layout, cluster, peak.state)
+        for (shape, layout), peak in zip(pairs, peaks, strict=True)
+    ]
+    return ClusterPlan(cluster, peaks, times, found, words)
 
 
 def _lr_phases(config: RunConfig) -> list[LrPhase]:

@@ -7,6 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, MoE
+from megatron_progressive.study.cluster_text import cluster_parts
 from megatron_progressive.study.memory import divides_state
 
 if TYPE_CHECKING:  # plan.py offers render() beside make_plan()
@@ -59,6 +60,7 @@ def render(plan: Plan) -> str:
     """The plan as text, without a last newline."""
     parts = [_head(plan), _phase_table(plan), _memory_table(plan)]
     parts += [_reshard_table(plan)] if plan.expansions else []
+    parts += cluster_parts(plan, plan.on) if plan.on is not None else []
     parts.append(_compute(plan))
     if plan.warnings:
         lines = ["Warnings"]
@@ -179,7 +181,7 @@ def _memory_table(plan: Plan) -> list[str]:
         sizes += [memory.optimizer.get(kind, 0) for kind in kinds] + [memory.total]
         stage = f"{memory.stage + 1} of {planned.layout.pipeline}"
         rows.append([str(index + 1), stage, *(_gib(size) for size in sizes)])
-    lines = ["Memory of the fullest rank, GiB; activations and temporary buffers are NOT counted"]
+    lines = ["State of the fullest rank, GiB; activations and temporary buffers are NOT counted"]
     lines += aligned(rows)
     stores = "parameters " + plan.config.train.precision + ", everything else fp32"
     by = {False: "on every data-parallel rank", True: "divided over data-parallel ranks"}

@@ -28,12 +28,12 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     Raises:
         ConfigError: a phase cannot run; one line that names the field, its value and the fix.
     """
-    _check_schedule(config)
+    check_schedule(config)
     _check_expansions(config)
     _check_stop(config)
     _check_mup(config)
     for index in range(len(config.expansion) + 1):
-        _check_phase(config, index, world)
+        check_phase(config, index, world)
     return _warnings(config)
 
 
@@ -52,7 +52,7 @@ def smallest_world(config: RunConfig) -> int:
     )
 
 
-def _check_schedule(config: RunConfig) -> None:
+def check_schedule(config: RunConfig) -> None:
     warmup, decay = config.schedule.warmup, config.schedule.decay
     if config.schedule.name == "wsd" and warmup + decay > 1 + 1e-9:  # 0.7 + 0.3 is not quite 1
         raise ConfigError(
@@ -102,7 +102,7 @@ def _expansion_step(field: str, at: float, steps: int) -> int:
     return step
 
 
-def _check_phase(config: RunConfig, index: int, world: int) -> None:
+def check_phase(config: RunConfig, index: int, world: int) -> None:
     """Phase ``index``: that many expansions have happened."""
     parallel = config.parallel_after(index)
     prefix = f"expansion[{index - 1}]." if index else ""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from megatron_progressive.config import RunConfig
 from megatron_progressive.models import tensor_table
 from megatron_progressive.state.boxes import WEIGHT_SLOTS
-from tests.engines.cases import start
+from tests.engines.cases import start, step
 
 
 def state_bytes(config: RunConfig) -> dict[str, int]:
@@ -23,3 +26,15 @@ def state_bytes(config: RunConfig) -> dict[str, int]:
             sizes["elements"] += piece.data.numel()
     engine.close()
     return dict(sizes)
+
+
+def step_flops(config: RunConfig) -> int:
+    """FLOPs of one train step of a real engine's rank, by torch's counter.
+
+    The counter does not know the CPU's flash attention: attention is in plain products here.
+    """
+    engine = start(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(engine, 0)
+    engine.close()
+    return int(counter.get_total_flops())

@@ -12,6 +12,9 @@ from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.newton_schulz import orthogonalise
 from megatron_progressive.study import flops
+from tests.engines.cases import family_config
+from tests.pool import Pool
+from tests.study import ranks
 
 
 def run_config(**sections: Any) -> RunConfig:
@@ -117,3 +120,15 @@ def test_124m_step_is_about_six_flops_a_parameter_and_token() -> None:
     palm = 6 * weights + 12 * shape.num_layers * shape.hidden_size * shape.sequence_length
     ours = flops.step_flops(shape, config) / flops.step_tokens(shape, config)
     assert ours == pytest.approx(palm, rel=0.002)  # norms and biases are in N only
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_a_step_of_the_engine_has_the_predicted_flops(
+    pool: Pool, family: str, optimizer: str
+) -> None:
+    """Forward, backward and optimizer of Megatron-core's own model, on one rank."""
+    words = [f"optim.name={optimizer}", "model.num_layers=2"]
+    config = family_config(family, words)
+    predicted = flops.step_flops(model_shape(config), config)
+    assert predicted == pytest.approx(pool.run(1, ranks.step_flops, config)[0], rel=0.01)
