@@ -72,6 +72,9 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=paths) is None]
 
 
+_ENDED = ("", "FAILED", "CANCELLED", "TIMEOUT")
+
+
 class Cluster:
     """Start with :meth:`start`, end with :meth:`stop`."""
 
@@ -144,13 +147,15 @@ class Cluster:
 
     def wait(self, job: str, states: set[str], seconds: float = DEADLINE_S) -> str:
         """Wait for one of ``states``. A requeued job, which Slurm would hold back for two minutes,
-        starts at once."""
-        deadline = time.monotonic() + seconds
+        starts after four seconds: in the second of the requeue its credential is still revoked, and
+        a job that starts then has failed."""
+        deadline, hurried = time.monotonic() + seconds, False
         while not set((state := self.state(job)).split()) or not set(state.split()) <= states:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job} is {state} after {seconds} s")
-            if state == "PENDING":
-                self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+            if time.monotonic() > deadline or state in _ENDED:
+                raise TimeoutError(f"job {job} is {state or 'gone'}, not {states}")
+            if state == "PENDING" and not hurried:
+                self.output("scontrol", "update", f"JobId={job}", "StartTime=now+4")
+            hurried = state == "PENDING"
             time.sleep(0.3)
         return state
 
