@@ -62,7 +62,7 @@ def test_every_grid_has_a_plan_and_a_tiny_twin(path: Path) -> None:
     assert grid.name == path.stem
     arms = {cell.arm for cell in grid.cells}
     assert "fixed" in arms
-    assert len(arms) > 1
+    assert len(arms) > 1 or path.stem == "optimizer_tiny"  # which compares optimizers alone
     # an ablation has what is bad, too; only of that may there be warnings
     expected = {"ablation_init": "zero init", "ablation_order": "random layers at the top",
                 "ablation_schedule": "tau"}.get(path.stem.removesuffix("_tiny"))  # fmt: skip
