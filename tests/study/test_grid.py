@@ -232,7 +232,7 @@ def test_axes_of_the_expansion(tmp_path: Path) -> None:
 
 def test_a_layout_for_the_full_depth(tmp_path: Path) -> None:
     """Controls have it from the first step; it decides nothing of the result."""
-    size = {"name": "a", "to_layers": 4, "model.num_attention_heads": 2}
+    size = {"name": "a", "to_layers": 4, "model.num_attention_heads": 2, "train.micro_batch": 2}
     arms = ["fixed", "zero_layer", "short_control", "multi_stage"]
     plain = load_grid(grid_file(tmp_path, sizes=[size], arms=arms))
     changed = load_grid(
