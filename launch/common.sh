@@ -82,7 +82,6 @@ mprog_grid_all() {  # GRID [key=value …]
     mprog_run "${mprog[@]}" grid run --srun "${mprog_srun[*]}" "$@"
 }
 mprog_grid_report() {  # GRID [key=value …]
-    "${mprog[@]}" grid collect "$@"
     "${mprog[@]}" grid report "$@"
 }
 

@@ -24,6 +24,15 @@ TEXT = {"fontsize": 11, "color": INK}
 DPI = 130
 
 
+def new_figure(title: str, height: float, width: float = 13, **pads: float) -> Figure:
+    """An empty picture under its headline; sizes in inches, ``w_pad`` and ``h_pad`` too."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    if pads:
+        figure.get_layout_engine().set(**pads)  # type: ignore[union-attr, call-arg]
+    headline(figure, title)
+    return figure
+
+
 def headline(figure: Figure, title: str) -> None:
     """The finding, above the picture."""
     text = textwrap.fill(title.replace(" %", "\N{NO-BREAK SPACE}%"), 100)

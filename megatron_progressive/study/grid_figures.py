@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from megatron_progressive.study.cells import FIXED
 from megatron_progressive.study.drawing import (
-    DPI,
     FAINT,
     FIXED_COLOURS,
     GROWN_COLOURS,
@@ -21,8 +19,8 @@ from megatron_progressive.study.drawing import (
     SHORT_COLOURS,
     count_tick,
     dress,
-    headline,
     label_ends,
+    new_figure,
     save,
 )
 from megatron_progressive.study.fits import Fit, losses_of, rows_of
@@ -82,9 +80,8 @@ def laws(
     done = usable(results)
     if not done:
         return False
-    figure = Figure(figsize=(13, 7.2), dpi=DPI, layout="constrained")
+    figure = new_figure(title, 7.2)
     axes = figure.subplots()
-    headline(figure, title)
     labels: list[tuple[float, float, str, str]] = []
     fits = {law.family: law.fit for law in fitted}
     for family, members in of_families(done).items():
@@ -157,9 +154,8 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
     done = usable(results)
     if not done:
         return False
-    figure = Figure(figsize=(13, 7.2), dpi=DPI, layout="constrained")
+    figure = new_figure(title, 7.2)
     axes = figure.subplots()
-    headline(figure, title)
     best = frontier(results)
     x, y = _points(best)
     ends = 10 * max(r.flops or 0 for r in done)
@@ -197,9 +193,7 @@ def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, p
     panels = [(name, found) for name, found in panels if found]
     if not panels:
         return False
-    figure = Figure(figsize=(13, 6), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr, call-arg]
-    headline(figure, title)
+    figure = new_figure(title, 6, w_pad=0.15)
     # shared: of the two panels' factors one is to be read against the other
     for axes, (name, found) in zip(
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True

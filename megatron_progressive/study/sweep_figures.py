@@ -8,21 +8,19 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from megatron_progressive.study.arms import Comparison
 from megatron_progressive.study.cells import FIXED, SHORT
 from megatron_progressive.study.drawing import (
-    DPI,
     FAINT,
     GROWN_COLOURS,
     INK,
     SHORT_COLOURS,
     count_tick,
     dress,
-    headline,
     label_ends,
+    new_figure,
     save,
 )
 from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve, gap_percent
@@ -62,9 +60,7 @@ def mixing(
     sizes = list(sizes_of(results))
     panels = sorted(curves, key=lambda panel: sizes.index(panel[0]))
     rows = -(-len(panels) // _COLUMNS)
-    figure = Figure(figsize=(13, 1 + 3.9 * rows), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    headline(figure, title)
+    figure = new_figure(title, 1 + 3.9 * rows, w_pad=0.12, h_pad=0.12)
     grid = figure.subplots(rows, min(_COLUMNS, len(panels)), squeeze=False, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -144,9 +140,7 @@ def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
         return False
     sizes = [size for size in sizes_of(results) if any(key[0] == size for key in points)]
     kinds = list(dict.fromkeys(key[1:] for key in points))
-    figure = Figure(figsize=(13, 6.4), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr, call-arg]
-    headline(figure, title)
+    figure = new_figure(title, 6.4, w_pad=0.12)
     loss_axes, gap_axes = figure.subplots(1, 2)
     for axes, relative in ((loss_axes, False), (gap_axes, True)):
         labels = []
