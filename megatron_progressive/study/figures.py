@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from megatron_progressive.study.arms import FIXED, OTHER, PROGRESSIVE, SHORT, Comparison
 from megatron_progressive.study.drawing import (
-    DPI,
     FAINT,
     FIXED_COLOURS,
     GROWN_COLOURS,
@@ -24,8 +22,8 @@ from megatron_progressive.study.drawing import (
     SHORT_COLOURS,
     TEXT,
     dress,
-    headline,
     label_ends,
+    new_figure,
     save,
     step_axis,
 )
@@ -94,10 +92,8 @@ def smoothed(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def overview(lines: Sequence[Line], title: str, path: Path) -> None:
     """Loss against FLOPs and steps, learning rate, and wall time, in one PNG."""
-    figure = Figure(figsize=(13, 9.4), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    figure = new_figure(title, 9.4, w_pad=0.12, h_pad=0.12)
     axes = figure.subplots(2, 2, gridspec_kw={"height_ratios": [1.6, 1]})
-    headline(figure, title)
     limits = _loss_limits(lines)
     _loss(axes[0, 0], lines, "flops", limits)
     _loss(axes[0, 1], lines, "step", limits)
@@ -113,9 +109,8 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
     drawn = [(run, steps, gap) for run, steps, gap in drawn if len(steps) > 1]
     if not drawn:
         return False
-    figure = Figure(figsize=(13, 5), dpi=DPI, layout="constrained")
+    figure = new_figure(title, 5)
     axes = figure.subplots()
-    headline(figure, title)
     line_of = {line.run.folder: line for line in lines}
     labels = []
     for run, steps, gap in drawn:
@@ -142,9 +137,8 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
 
 def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path) -> None:
     """The gap of ``run`` to ``fixed`` after its last expansion, and where it closes, as a PNG."""
-    figure = Figure(figsize=(11, 5), dpi=DPI, layout="constrained")
+    figure = new_figure(title, 5, width=11)
     axes, colour = figure.subplots(), _PALETTE[PROGRESSIVE][0]
-    headline(figure, title)
     per_step, threshold = found.tokens_per_step, found.threshold_percent
     steps, gap = train_gap(run, fixed)
     gap = averaged(gap, found.train.window_steps)
