@@ -9,7 +9,7 @@ precision keeps one) and the optimizer's own (``momentum``, ``exp_avg``, ``exp_a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,30 @@ class Box:
             shape.append(high - low)
         return Box(tuple(offset), tuple(shape))
 
+    def minus(self, other: Box) -> list[Box]:
+        """What of this box lies outside another, as boxes that share nothing: at most two an
+        axis."""
+        common = self.intersect(other)
+        if common is None:
+            return [self]
+        parts = []
+        offset, shape = list(self.offset), list(self.shape)
+        for axis, (low, extent) in enumerate(zip(common.offset, common.shape, strict=True)):
+            end = offset[axis] + shape[axis]
+            for start, stop in ((offset[axis], low), (low + extent, end)):
+                if start < stop:
+                    outside = Box(tuple(offset), tuple(shape))
+                    parts.append(outside.along(axis, start, stop - start))
+            offset[axis], shape[axis] = low, extent
+        return parts
+
+    def along(self, axis: int, offset: int, extent: int) -> Box:
+        """This box with another range on one axis."""
+        return Box(
+            (*self.offset[:axis], offset, *self.offset[axis + 1 :]),
+            (*self.shape[:axis], extent, *self.shape[axis + 1 :]),
+        )
+
     def slices_within(self, outer: Box) -> tuple[slice, ...]:
         """Index of this box in a tensor that holds ``outer``."""
         return tuple(
@@ -63,10 +87,19 @@ class Box:
         inner = math.prod(self.shape[axis + 1 :])
         rows = max(1, most // inner)
         for start in range(0, self.shape[axis], rows):
-            offset, shape = list(self.offset), list(self.shape)
-            offset[axis] += start
-            shape[axis] = min(rows, self.shape[axis] - start)
-            yield from Box(tuple(offset), tuple(shape)).split(most)
+            extent = min(rows, self.shape[axis] - start)
+            yield from self.along(axis, self.offset[axis] + start, extent).split(most)
+
+
+def disjoint(boxes: Iterable[Box]) -> list[Box]:
+    """Boxes that cover the elements of some boxes, each once; the larger stay whole."""
+    found: list[Box] = []
+    for box in sorted(set(boxes), key=lambda b: (-b.numel, b.offset, b.shape)):
+        rest = [box]
+        for taken in found:
+            rest = [part for piece in rest for part in piece.minus(taken)]
+        found += rest
+    return found
 
 
 def whole(shape: Sequence[int]) -> Box:

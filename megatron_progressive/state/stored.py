@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.state.schedule import DTYPE_BYTES
+from megatron_progressive.state.sides import DTYPE_BYTES
 
 INDEX_FILE = ".metadata"
 

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_progressive.state.boxes import PARAM, Box, Key, Piece, PieceMeta, ShardedState
-from megatron_progressive.state.schedule import Held, Move, PieceTable, Schedule, TransferError
+from megatron_progressive.state.schedule import Move, Schedule, TransferError
+from megatron_progressive.state.sides import DTYPE_BYTES, Held, PieceTable
 
 _SMALL = 16 << 10  # tables up to this size travel in one all-gather, larger ones one by one
 
@@ -152,7 +153,7 @@ def transfer(
     held = {(piece.key, piece.box): piece for piece in source.pieces}
     wanted = {(piece.key, piece.box): piece for piece in target.pieces}
     for move in own.local:
-        _view(wanted[move.target], move.box).copy_(_view(held[move.source], move.box))
+        _spread(move, move.box, _view(held[move.source], move.box), wanted)
     # One message to and one from each peer at a time; both ends must cut alike.
     message_bytes = max(1 << 10, staging_bytes // (2 * max(1, int(limits[0]))) // 8 * 8)
     sends = {peer: _messages(moves, message_bytes) for peer, moves in sorted(own.sends.items())}
@@ -161,17 +162,23 @@ def transfer(
     outbox = {peer: _staging(messages, device) for peer, messages in sends.items()}
     inbox = {peer: _staging(messages, device) for peer, messages in receives.items()}
     for turn in range(max((len(m) for m in (*sends.values(), *receives.values())), default=0)):
-        outgoing = [
-            (peer, outbox[peer], [_view(held[move.source], part) for move, part in messages[turn]])
-            for peer, messages in sends.items()
-            if turn < len(messages)
-        ]
-        incoming = [
-            (peer, inbox[peer], [_view(wanted[move.target], part) for move, part in messages[turn]])
-            for peer, messages in receives.items()
-            if turn < len(messages)
-        ]
-        _exchange(outgoing, incoming)
+        operations = []
+        for peer, messages in sends.items():
+            if turn < len(messages):
+                slots, length = _slots(outbox[peer], messages[turn])
+                for (move, part), slot in zip(messages[turn], slots, strict=True):
+                    slot.copy_(_view(held[move.source], part))
+                operations.append(dist.P2POp(dist.isend, outbox[peer][:length], peer))
+        arriving: list[tuple[tuple[Move, Box], torch.Tensor]] = []
+        for peer, messages in receives.items():
+            if turn < len(messages):
+                slots, length = _slots(inbox[peer], messages[turn])
+                arriving += zip(messages[turn], slots, strict=True)
+                operations.append(dist.P2POp(dist.irecv, inbox[peer][:length], peer))
+        for request in dist.batch_isend_irecv(operations) if operations else ():
+            request.wait()
+        for (move, part), slot in arriving:
+            _spread(move, part, slot, wanted)
     peak = sum(buffer.numel() for buffer in (*outbox.values(), *inbox.values()))
     sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
     largest = torch.tensor([peak, target.nbytes], dtype=torch.int64, device=device)
@@ -184,14 +191,27 @@ def _view(piece: Piece, box: Box) -> torch.Tensor:
     return piece.data[box.slices_within(piece.box)]
 
 
-def _messages(moves: Iterable[Move], most: int) -> list[list[tuple[Move, Box]]]:
+def _spread(
+    move: Move, part: Box, data: torch.Tensor, wanted: dict[tuple[Key, Box], Piece]
+) -> None:
+    """Write part of a move, which ``data`` holds, to all pieces that take some of it."""
+    for target in move.targets:
+        share = part.intersect(target[1])
+        if share is not None:
+            _view(wanted[target], share).copy_(data[share.slices_within(part)])
+
+
+Message = list[tuple[Move, Box]]
+"""Parts of moves that travel together."""
+
+
+def _messages(moves: Iterable[Move], most: int) -> list[Message]:
     """Cut one pair's moves into messages of at most ``most`` bytes; both ends cut alike."""
-    messages: list[list[tuple[Move, Box]]] = []
+    messages: list[Message] = []
     room = 0
     for move in moves:
-        itemsize = move.nbytes // move.box.numel
-        for part in move.box.split(max(1, most // itemsize)):
-            nbytes = _aligned(part.numel * itemsize)
+        for part in move.box.split(max(1, most // DTYPE_BYTES[move.dtype])):
+            nbytes = _aligned(part, move.dtype)
             if nbytes > room or not messages:
                 messages.append([])
                 room = most
@@ -200,48 +220,23 @@ def _messages(moves: Iterable[Move], most: int) -> list[list[tuple[Move, Box]]]:
     return messages
 
 
-def _aligned(nbytes: int) -> int:
-    return math.ceil(nbytes / 8) * 8  # so that every type can be viewed in the byte buffer
+def _aligned(part: Box, dtype: str) -> int:
+    """Bytes of a part's slot, in eights, so that every type can be viewed in the buffer."""
+    return math.ceil(part.numel * DTYPE_BYTES[dtype] / 8) * 8
 
 
-def _staging(messages: list[list[tuple[Move, Box]]], device: torch.device) -> torch.Tensor:
+def _staging(messages: list[Message], device: torch.device) -> torch.Tensor:
     """Room for the longest of one peer's messages, in bytes."""
-    longest = max(
-        sum(_aligned(part.numel * (move.nbytes // move.box.numel)) for move, part in message)
-        for message in messages
-    )
+    longest = max(sum(_aligned(part, move.dtype) for move, part in m) for m in messages)
     return torch.empty(longest, dtype=torch.uint8, device=device)
 
 
-Message = tuple[int, torch.Tensor, list[torch.Tensor]]
-"""Peer, staging buffer, and the views that it is packed from or unpacked into."""
-
-
-def _exchange(outgoing: list[Message], incoming: list[Message]) -> None:
-    """Send and receive one message of each peer."""
-    operations = []
-    for peer, buffer, views in outgoing:
-        for slot, view in zip(_slots(buffer, views), views, strict=True):
-            slot.copy_(view)
-        operations.append(dist.P2POp(dist.isend, buffer[: _length(views)], peer))
-    for peer, buffer, views in incoming:
-        operations.append(dist.P2POp(dist.irecv, buffer[: _length(views)], peer))
-    for request in dist.batch_isend_irecv(operations) if operations else ():
-        request.wait()
-    for _, buffer, views in incoming:
-        for slot, view in zip(_slots(buffer, views), views, strict=True):
-            view.copy_(slot)
-
-
-def _length(views: list[torch.Tensor]) -> int:
-    return sum(_aligned(view.numel() * view.element_size()) for view in views)
-
-
-def _slots(buffer: torch.Tensor, views: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The places of some views in a byte buffer, of their types and shapes."""
+def _slots(buffer: torch.Tensor, message: Message) -> tuple[list[torch.Tensor], int]:
+    """The places of a message's parts in a byte buffer, of their types and shapes, and the
+    bytes that they take in all."""
     slots, start = [], 0
-    for view in views:
-        nbytes = view.numel() * view.element_size()
-        slots.append(buffer[start : start + nbytes].view(view.dtype).view(view.shape))
-        start += _aligned(nbytes)
-    return slots
+    for move, part in message:
+        flat = buffer[start : start + part.numel * DTYPE_BYTES[move.dtype]]
+        slots.append(flat.view(getattr(torch, move.dtype)).view(part.shape))
+        start += _aligned(part, move.dtype)
+    return slots, start

@@ -16,7 +16,8 @@ from megatron_progressive.engines.partitions import held_pieces
 from megatron_progressive.expansion.depth_map import copied_from, rules_of
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import make_layout
-from megatron_progressive.state.schedule import PieceTable, Schedule
+from megatron_progressive.state.schedule import Schedule
+from megatron_progressive.state.sides import PieceTable
 
 Ints = NDArray[np.int64]
 
@@ -26,7 +27,8 @@ class ReshardBytes:
     """Bytes of one expansion, by rank: int64 [world] each."""
 
     received: Ints
-    """From other ranks: all that a rank is to hold, is copied, and it does not hold already."""
+    """From other ranks: the source elements that a rank needs and does not hold, each once,
+    whatever the number of layers they are copied to."""
     sent: Ints
     """To other ranks, each missing box by one of those that hold it, in turn."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,10 +15,11 @@ import pytest
 
 from megatron_progressive import config as configuration
 from megatron_progressive.engines.partitions import held_pieces
-from megatron_progressive.models import model_shape
+from megatron_progressive.models import ModelShape, model_shape
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.state.boxes import Box, PieceMeta, flat_range_boxes, whole
-from megatron_progressive.state.schedule import Held, PieceTable, Schedule, TransferError
+from megatron_progressive.state.boxes import Box, Key, PieceMeta, flat_range_boxes, whole
+from megatron_progressive.state.schedule import Schedule, TransferError
+from megatron_progressive.state.sides import Held, PieceTable
 
 SLOTS = ("param", "master")
 
@@ -42,56 +45,72 @@ def random_side(rng: random.Random, shapes: dict[str, tuple[int, ...]], world: i
     return [(PieceTable.of(p), [rank]) for rank, p in enumerate(pieces)]
 
 
-def elements(held: list[Held], world: int) -> list[set[tuple[str, str, int]]]:
-    """(name, slot, flat element) that each rank holds, by plain enumeration."""
-    out: list[set[tuple[str, str, int]]] = [set() for _ in range(world)]
+Element = tuple[str, str, int]
+"""(name, slot, flat element)."""
+
+
+def elements(held: list[Held], world: int) -> list[set[Element]]:
+    """What each rank holds."""
+    out: list[set[Element]] = [set() for _ in range(world)]
     for table, ranks in held:
         for row in table.rows:
             name, slot = table.keys[row["key"]]
             axes = int(row["axes"])
-            shape = SHAPES[name]
-            index = np.arange(int(np.prod(shape))).reshape(shape)
-            ends = zip(row["offset"][:axes], row["extent"][:axes], strict=True)
-            view = index[tuple(slice(int(o), int(o + n)) for o, n in ends)]
+            box = Box(tuple(map(int, row["offset"][:axes])), tuple(map(int, row["extent"][:axes])))
             for rank in ranks:
-                out[rank] |= {(name, slot, int(e)) for e in view.ravel()}
+                out[rank] |= inside(name, slot, box)
     return out
 
 
-SHAPES: dict[str, tuple[int, ...]] = {"a": (5, 7), "b": (11,), "c": (3, 4, 5), "d": (1,)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "a": (5, 7), "b": (11,), "c": (3, 4, 5), "d": (1,), "a1": (5, 7), "a2": (5, 7), "c1": (3, 4, 5),
+}  # fmt: skip
+FEEDS = {name: name[0] for name in SHAPES}
+"""``a`` feeds three tensors, ``c`` two, as a layer that is copied to several."""
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_each_rank_gets_just_what_it_lacks_from_one_that_has_it(seed: int) -> None:
     rng = random.Random(seed)
     world = rng.randint(1, 6)
     sources, targets = (random_side(rng, SHAPES, world) for _ in range(2))
-    feeds = {"a": "a", "b": "b", "c": "c", "d": rng.choice(["d", None])}
+    feeds = FEEDS | {"d": rng.choice(["d", None])}
     schedule = Schedule(
         sources, targets, lambda key: (feeds[key[0]], key[1]) if feeds[key[0]] else None
     )
     parts = [schedule.own_part(rank) for rank in range(world)]
     have, want = elements(sources, world), elements(targets, world)
     for rank, part in enumerate(parts):
-        got: list[tuple[str, str, int]] = []
+        got: set[Element] = set()
+        arrived: list[Element] = []
         for owner, moves in [(rank, part.local), *part.receives.items()]:
             for move in moves:
-                (name, slot), box = move.target
-                assert move.box.intersect(box) == move.box == move.box.intersect(move.source[1])
-                index = np.arange(int(np.prod(SHAPES[name]))).reshape(SHAPES[name])
-                moved = {(name, slot, int(e)) for e in
-                         index[move.box.slices_within(whole(SHAPES[name]))].ravel()}  # fmt: skip
+                (name, slot), box = move.source
+                assert move.box.intersect(box) == move.box
+                moved = inside(name, slot, move.box)
                 assert moved <= have[owner]
-                got += list(moved)
+                arrived += moved if owner != rank else []
+                for (target, _), piece in move.targets:
+                    assert feeds[target] == name
+                    share = move.box.intersect(piece)
+                    assert share
+                    got |= inside(target, slot, share)
         wanted = {e for e in want[rank] if feeds[e[0]]}
-        assert set(got) == wanted
-        # once for each piece that has it: pieces of one rank may overlap here
-        missing = [e for owner, moves in part.receives.items() for e in moves]
-        assert all(rank not in (owner,) for owner in part.receives)
-        assert part.bytes_received == sum(m.nbytes for m in missing)
+        assert got == wanted
+        needed = {(str(feeds[name]), slot, element) for name, slot, element in wanted}
+        assert sorted(arrived) == sorted(needed - have[rank])  # each once
+        assert part.bytes_received == 4 * len(arrived)
         for peer, moves in part.receives.items():  # both ends list the same, in one order
             assert parts[peer].sends[rank] == moves
-    assert sum(p.bytes_sent for p in parts) == sum(p.bytes_received for p in parts)
+    sent, received = schedule.bytes_by_rank(world)
+    assert sent.tolist() == [part.bytes_sent for part in parts]
+    assert received.tolist() == [part.bytes_received for part in parts]
+
+
+def inside(name: str, slot: str, box: Box) -> set[Element]:
+    """Elements of a box, by plain enumeration."""
+    index = np.arange(int(np.prod(SHAPES[name]))).reshape(SHAPES[name])
+    return {(name, slot, int(e)) for e in index[box.slices_within(whole(SHAPES[name]))].ravel()}
 
 
 def test_holders_take_turns() -> None:
@@ -128,52 +147,71 @@ def test_tables_survive_their_bytes() -> None:
     assert (again.rows == table.rows).all()
 
 
-def test_seven_billion_parameters_on_4096_ranks() -> None:
-    """60 layers, DP=4096 to TP=8 x PP=8 x DP=64: a rank's own part in 2 s and 200 MiB."""
+@pytest.mark.parametrize("copied", [False, True], ids=["60 to 60 layers", "1 to 60 by copying"])
+def test_seven_billion_parameters_on_4096_ranks(copied: bool) -> None:
+    """To 60 layers, DP=4096 to TP=8 x PP=8 x DP=64: a rank's own part in 2 s and 200 MiB."""
     config = configuration.from_dict({"model": {"family": "gpt2", "preset": "7b"}})
     shape, world = model_shape(config), 4096
+    source_shape = model_shape(config, 1) if copied else shape
     adamw = replace(config.optim, name="adamw")
 
-    def side(tensor: int, pipeline: int) -> list[Held]:
+    def side(shape: ModelShape, tensor: int, pipeline: int) -> list[Held]:
         layout = Layout(world=world, tensor=tensor, pipeline=pipeline)
         return [(PieceTable.of(pieces), ranks)
                 for pieces, ranks in held_pieces(shape, adamw, "bf16", layout)]  # fmt: skip
 
-    sources, targets = side(1, 1), side(8, 8)
-    sent, received = Schedule(sources, targets, lambda key: key).bytes_by_rank(world)
-    # all fp32 slots of all 7e9 parameters, but for what happens to stay where it is
-    assert 0.99 * 12 * 7e9 < received.sum() == sent.sum() < 1.01 * 12 * 7.1e9
+    def source_of(key: Key) -> Key:
+        return (re.sub(r"layers\.\d+", "layers.0", key[0]), key[1]) if copied else key
+
+    sources, targets = side(source_shape, 1, 1), side(shape, 8, 8)
+    sent, received = Schedule(sources, targets, source_of).bytes_by_rank(world)
+    assert received.sum() == sent.sum()
+    if not copied:  # all fp32 slots of all 7e9 parameters, but for what stays where it is
+        assert 0.99 * 12 * 7e9 < received.sum() < 1.01 * 12 * 7.1e9
     for rank in (0, 1, 64, 2047, 3333, 4095):
         start = time.process_time()  # of this process alone, whatever else runs here
-        part = Schedule(sources, targets, lambda key: key).own_part(rank)
+        part = Schedule(sources, targets, source_of).own_part(rank)
         seconds = time.process_time() - start
-        least = missing_bytes(sources, targets, rank)
+        least = missing_bytes(sources, targets, source_of, rank)
         print(f"rank {rank}: {seconds:.2f} s, {part.bytes_received / 1e6:.1f} MB received")
         assert seconds < 2
         assert part.bytes_received == received[rank] == least
         assert part.bytes_sent == sent[rank]
     tracemalloc.start()
-    Schedule(sources, targets, lambda key: key).own_part(4095)
+    Schedule(sources, targets, source_of).own_part(4095)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     print(f"{peak / 2**20:.0f} MiB")
     assert peak < 200 << 20
 
 
-def missing_bytes(sources: list[Held], targets: list[Held], rank: int) -> int:
-    """Bytes of a rank's target pieces that it does not hold in the source: plain code."""
+def missing_bytes(
+    sources: list[Held], targets: list[Held], source_of: Callable[[Key], Key], rank: int
+) -> int:
+    """Bytes of the source that a rank's target pieces need and it does not hold: masks."""
 
-    def pieces(side: list[Held]) -> list[tuple[tuple[str, str], Box, int]]:
-        return [
-            (table.keys[row["key"]],
-             Box(tuple(map(int, row["offset"][: row["axes"]])),
-                 tuple(map(int, row["extent"][: row["axes"]]))),
-             2 if table.keys[row["key"]][1] == "param" else 4)
-            for table, ranks in side if rank in ranks for row in table.rows
-        ]  # fmt: skip
+    def boxes(side: list[Held], feeds: Callable[[Key], Key]) -> dict[Key, list[Box]]:
+        found: dict[Key, list[Box]] = {}
+        for table, ranks in side:
+            if rank in ranks:
+                for row in table.rows:
+                    axes = int(row["axes"])
+                    ends = (tuple(map(int, row[f][:axes])) for f in ("offset", "extent"))
+                    found.setdefault(feeds(table.keys[row["key"]]), []).append(Box(*ends))
+        return found
 
-    have, total = pieces(sources), 0
-    for key, box, itemsize in pieces(targets):
-        shared = [box.intersect(other) for k, other, _ in have if k == key]
-        total += (box.numel - sum(s.numel for s in shared if s)) * itemsize
+    have, total = boxes(sources, lambda key: key), 0
+    for key, needed in boxes(targets, source_of).items():
+        axes = range(len(needed[0].shape))
+        low = tuple(min(box.offset[a] for box in needed) for a in axes)
+        high = [max(box.offset[a] + box.shape[a] for box in needed) for a in axes]
+        around = Box(low, tuple(end - start for start, end in zip(low, high, strict=True)))
+        mask = np.zeros(around.shape, bool)
+        for box in needed:
+            mask[box.slices_within(around)] = True
+        for box in have.get(key, []):
+            held = box.intersect(around)
+            if held:
+                mask[held.slices_within(around)] = False
+        total += int(mask.sum()) * (2 if key[1] == "param" else 4)
     return total

@@ -56,6 +56,8 @@ def by_masks(config: RunConfig, world: int) -> tuple[list[int], list[int], list[
     )  # fmt: skip
     missed, only, could = [0] * world, [0] * world, [0] * world
     for rank in range(world):
+        wants: dict[Key, np.ndarray] = {}  # of the source: copies of one layer need it once
+        sizes: dict[Key, int] = {}
         for piece in pieces(1, rank):
             rule = rules[piece.key[0]]
             action = rule.weights if piece.key[1] in ("param", "master") else rule.state
@@ -63,11 +65,11 @@ def by_masks(config: RunConfig, world: int) -> tuple[list[int], list[int], list[
                 continue
             assert rule.source is not None
             key = (rule.source, piece.key[1])
-            nothing = np.zeros(holders[key].shape, bool)
-            want = nothing.copy()
-            want[index_of(piece.box)] = True
+            wants.setdefault(key, np.zeros(holders[key].shape, bool))[index_of(piece.box)] = True
+            sizes[key] = 2 if piece.dtype == "bfloat16" else 4
+        for key, want in wants.items():
+            nothing, size = np.zeros(want.shape, bool), sizes[key]
             want &= ~held[rank].get(key, nothing)
-            size = 2 if piece.dtype == "bfloat16" else 4
             missed[rank] += size * int(want.sum())
             for other in range(world):
                 has = want & held[other].get(key, nothing)

@@ -4,8 +4,8 @@ Both ways start from the same source (``--from-layers``, data parallel, a step d
 with the same deeper model in another layout, ready to train, on the same ranks. Printed:
 
 - the pause of each, and their ratio;
-- bytes sent between ranks, against the least that any reshard must send (for each rank, what
-  it needs and does not hold), counted from the metadata in plain code;
+- bytes sent between ranks, against the least that any reshard must send (for each rank, the
+  source elements that it needs and does not hold), counted in plain code;
 - the growth of each rank's peak memory over the expansion, against the size of the new engine
   (weights, gradient sums, optimizer state).
 
@@ -109,22 +109,30 @@ def engine_bytes(engine: Any) -> int:
 
 
 def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
-    """Bytes that this rank needs from others, whoever sends them: plain code over boxes."""
+    """Bytes of the source that this rank needs from others, whoever sends them: masks of whole
+    tensors, so that what several layers copy counts once."""
+    import numpy as np
+
     from megatron_progressive.expansion.depth_map import COPY, rules_of
+    from megatron_progressive.state.boxes import Box, whole
+
+    def inside(box: Box, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        return box.slices_within(whole(shape))
 
     rules = rules_of(config.expansion[0], old.shape, new.shape)
-    have: dict[Any, list[Any]] = {}
-    for piece in old.state().pieces:
-        have.setdefault(piece.key, []).append(piece.box)
-    total = 0
+    needed: dict[Any, Any] = {}
+    itemsize: dict[Any, int] = {}
     for piece in new.state().pieces:
         rule = rules[piece.name]
-        if rule.action(piece.slot) != COPY:
-            continue
-        shared = [piece.box.intersect(b) for b in have.get((rule.source, piece.slot), [])]
-        missing = piece.box.numel - sum(s.numel for s in shared if s)
-        total += missing * piece.data.element_size()
-    return total
+        if rule.action(piece.slot) == COPY:
+            key = rule.source, piece.slot
+            mask = needed.setdefault(key, np.zeros(piece.global_shape, bool))
+            mask[inside(piece.box, mask.shape)] = True
+            itemsize[key] = piece.data.element_size()
+    for piece in old.state().pieces:
+        if piece.key in needed:
+            needed[piece.key][inside(piece.box, piece.global_shape)] = False
+    return sum(int(mask.sum()) * itemsize[key] for key, mask in needed.items())
 
 
 def in_memory(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from megatron_progressive.runtime.files import write_json
-from megatron_progressive.state.schedule import DTYPE_BYTES
+from megatron_progressive.state.sides import DTYPE_BYTES
 
 if TYPE_CHECKING:  # bad input is refused without loading torch
     import torch
