@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -370,10 +371,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # key=value words after an option
         args.overrides += rest
     try:
-        return int(args.call(args, words))
+        code = int(args.call(args, words))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(f"mprog: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader (head, say) has seen enough: nothing to report
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
 
 
 _FLAGS = ("--search",)
