@@ -2,13 +2,14 @@
 
 Trains tiny GPT-2s of several widths (at one depth) and depths (at one width), or of all pairs of
 them with ``--product``, at learning rates a factor of 2 apart, with muP and without, and draws the
-final validation loss against the learning rate. One process, no checkpoints; a line of
-``results.jsonl`` a finished cell, which is not run again:
+final validation loss against the learning rate. No checkpoints; a line of ``results.jsonl`` a
+finished cell, which is not run again: the same command goes on where it was interrupted.
 
-    python tools/lr_transfer.py OUT [--steps N] [--product] [key=value …]
+    python tools/lr_transfer.py OUT [--steps N] [--product] [--workers N] [key=value …]
 
 ``key=value`` words change the base configuration (``data.prepared=FOLDER`` skips preparing the
-corpus). OUT gets ``results.jsonl``, ``lr_transfer.png`` and ``lr_transfer.md``.
+corpus). Each of ``--workers`` processes trains cells of its own, in ``OMP_NUM_THREADS`` threads.
+``--draw`` trains nothing. OUT gets ``results.jsonl``, ``lr_transfer.png`` and ``lr_transfer.md``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,10 +26,12 @@ from typing import Any
 from megatron_progressive import data
 from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.runtime.distributed import Place, prepare_imports, world_group
+from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.runtime.progress import short_time
 from megatron_progressive.study.flops import total_flops
 
 ARMS: dict[str, dict[str, bool]] = {"mup": {"mup": True}, "standard": {"mup": False}}
+TITLES = {"mup": "with muP", "standard": "without"}
 HEAD_DIM = 16
 SPECIAL = 8.0
 """Loss that stands for a diverged run."""
@@ -91,17 +95,19 @@ def final_loss(config: RunConfig) -> float:
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """Cheapest first, so that an interrupted study is a complete smaller one."""
+    """An arm after the other, its cheapest shapes first, so that an interrupted study is a complete
+    smaller one."""
     if args.product:
         shapes = [(w, d) for w in args.widths for d in args.depths]
     else:
         shapes = [(args.widths[0], d) for d in args.depths]
         shapes += [(w, args.depth) for w in args.widths]
+    words = [word for word in args.words if not word.startswith("data.prepared=")]
     unique = sorted(dict.fromkeys(shapes), key=lambda s: (12 * s[1] * s[0] + 2048) * s[0])
     return [
-        dict(arm=arm, width=w, depth=d, lr=lr, steps=args.steps)
-        for w, d in unique
+        dict(arm=arm, width=w, depth=d, lr=lr, steps=args.steps, words=words)
         for arm in args.arms
+        for w, d in unique
         for lr in args.lrs
     ]
 
@@ -111,7 +117,8 @@ def read(path: Path) -> list[Cell]:
 
 
 def key(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[name] for name in ("arm", "width", "depth", "lr", "steps"))
+    names = ("arm", "width", "depth", "lr", "steps")
+    return (*(cell[name] for name in names), *cell.get("words", ()))
 
 
 def best(results: list[Cell]) -> dict[tuple[str, int, int], tuple[float, float, bool]]:
@@ -178,50 +185,69 @@ def verdict(results: list[Cell]) -> list[str]:
 
 
 def draw(results: list[Cell], path: Path) -> None:
-    from matplotlib.figure import Figure
+    """A column an arm, a row a width, a line a depth; shaded is where the best rates of all shapes
+    of the arm are. A run that diverged is a cross at the upper edge."""
+    from matplotlib import colormaps
 
-    arms = sorted({cell["arm"] for cell in results})
-    figure = Figure(figsize=(6.5 * len(arms), 5), dpi=130, layout="constrained")
-    axes = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
-    for axis, arm in zip(axes, arms, strict=True):
-        shapes = sorted({(c["width"], c["depth"]) for c in results if c["arm"] == arm})
-        for number, (width, depth) in enumerate(shapes):
-            mine = sorted(
-                (c["lr"], c["loss"])
-                for c in results
-                if (c["arm"], c["width"], c["depth"]) == (arm, width, depth)
-            )
-            colour = f"C{number}"
-            axis.plot(*zip(*mine, strict=True), marker="o", markersize=3, color=colour)
-            lr, loss = min(mine, key=lambda point: point[1])
-            axis.plot(lr, loss, "*", markersize=13, color=colour, label=f"{width} x {depth}")
-        axis.set_xscale("log", base=2)
-        axis.set_title(f"{arm}: final validation loss, nats per token", loc="left")
-        axis.set_xlabel("learning rate (star: the best)")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(title="width x depth", frameon=False, fontsize=8)
-    figure.savefig(path)
+    from megatron_progressive.study.drawing import FAINT, INK, dress, new_figure, save
+
+    arms = [arm for arm in ARMS if any(cell["arm"] == arm for cell in results)]
+    widths = sorted({cell["width"] for cell in results})
+    depths = sorted({cell["depth"] for cell in results})
+    finite = [cell["loss"] for cell in results if cell["loss"] < SPECIAL] or [SPECIAL]
+    # without muP the highest rates are far above: the part that decides fills the picture
+    low, high = min(finite), min(max(finite), min(finite) + 1.2)
+    top = high + 0.06 * (high - low)
+    found, moves = best(results), []
+    for arm in arms:
+        rates = [lr for (of, _, _), (lr, _, _) in found.items() if of == arm]
+        moves.append((min(rates), max(rates)))
+    title = "The best learning rate over widths and depths: " + ", ".join(
+        f"{TITLES[arm]} it "
+        + ("stays" if most == least else f"moves by a factor of {most / least:g}")
+        for arm, (least, most) in zip(arms, moves, strict=True)
+    )
+    label = "learning rate (star: the best; shaded: the best ones of all shapes)"
+    shown: dict[str, Any] = {}
+    figure = new_figure(title, 1.2 + 3.4 * len(widths), 6.5 * len(arms), w_pad=0.12, h_pad=0.1)
+    grid = figure.subplots(len(widths), len(arms), squeeze=False, sharex=True, sharey=True)
+    for row, width in zip(grid, widths, strict=True):
+        for axes, arm, (least, most) in zip(row, arms, moves, strict=True):
+            axes.axvspan(least / 2**0.25, most * 2**0.25, color=FAINT, alpha=0.5, linewidth=0)
+            for number, depth in enumerate(depths):
+                colour = colormaps["viridis_r"](0.12 + 0.8 * number / max(1, len(depths) - 1))
+                mine = sorted(
+                    (cell["lr"], cell["loss"])
+                    for cell in results
+                    if (cell["arm"], cell["width"], cell["depth"]) == (arm, width, depth)
+                )
+                if not mine:
+                    continue
+                away = [lr for lr, loss in mine if loss >= top]
+                axes.plot(*zip(*mine, strict=True), marker="o", markersize=3.5, color=colour)
+                if away:
+                    axes.plot(away, [top] * len(away), "x", color=colour, clip_on=False)
+                lr, loss = min(mine, key=lambda point: point[1])
+                (star,) = axes.plot(lr, loss, "*", markersize=14, color=colour, zorder=3,
+                                    markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+                shown.setdefault(f"depth {depth}", star)
+            rates = sorted({cell["lr"] for cell in results})
+            dress(axes, f"width {width}, {TITLES[arm]}", label if width == widths[-1] else "")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axes.set_ylim(low - 0.06 * (high - low), top)
+        row[0].set_ylabel("final validation loss, nats per token", fontsize=10, color=INK)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center",
+                  ncols=len(shown), frameon=False, fontsize=11)  # fmt: skip
+    save(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Learning-rate transfer over widths and depths.")
-    parser.add_argument("out", type=Path, help="folder of results, figure and table")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
-    parser.add_argument("--depth", type=int, default=2, help="at which widths are compared")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--product", action="store_true", help="all pairs of widths and depths")
-    parser.add_argument("words", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    path, todo = args.out / "results.jsonl", cells(args)
+def train(args: argparse.Namespace, todo: list[Cell], label: str) -> None:
+    """Train the cells that OUT has no line of."""
+    path = args.out / "results.jsonl"
     done = {key(cell) for cell in read(path)}
     left = [cell for cell in todo if key(cell) not in done]
     costs = [total_flops(configured(args.out, args.words, cell)) for cell in left]
-    prepare_imports()
-    data.prepare(base(args.out, args.words))
     spent = 0.0
     with world_group(Place(0, 0, 1)), open(path, "a") as file:
         for number, cell in enumerate(left):
@@ -232,17 +258,55 @@ def main() -> None:
             file.write(json.dumps({**cell, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
             file.flush()
             rest = spent / sum(costs[: number + 1]) * sum(costs[number + 1 :])
+            what = " ".join(f"{name} {cell[name]}" for name in ("arm", "width", "depth", "lr"))
             print(
-                f"{number + 1}/{len(left)} {cell} loss {loss:.4f} in {seconds:.0f} s, "
+                f"{label}{number + 1}/{len(left)} {what}: loss {loss:.4f} in {seconds:.0f} s, "
                 f"left {short_time(rest)}",
                 file=sys.stderr,
                 flush=True,
             )
-    results = [cell for cell in read(path) if key(cell) in {key(c) for c in todo}]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Learning-rate transfer over widths and depths.")
+    parser.add_argument("out", type=Path, help="folder of results, figure and table")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    parser.add_argument("--depth", type=int, default=2, help="at which widths are compared")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--product", action="store_true", help="all pairs of widths and depths")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
+    parser.add_argument("--draw", action="store_true", help="train nothing: figure and table of "
+                        "the cells that are there")  # fmt: skip
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    todo = cells(args)
+    if args.worker:
+        rank = int(os.environ["RANK"])
+        del os.environ["MASTER_ADDR"]  # each trains alone
+        train(args, todo[rank :: args.workers], f"worker {rank}: ")
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.draw:
+        prepare_imports()
+        data.prepare(base(args.out, args.words))
+        if args.workers == 1:
+            train(args, todo, "")
+        elif code := run_workers([sys.executable, *sys.argv, "--worker"], args.workers):
+            return code
+    wanted = {key(cell) for cell in todo}
+    results = [cell for cell in read(args.out / "results.jsonl") if key(cell) in wanted]
+    if not results:
+        print(f"{args.out}: no results of these cells", file=sys.stderr)
+        return 1
     draw(results, args.out / "lr_transfer.png")
     (args.out / "lr_transfer.md").write_text(table(results))
     print(table(results))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

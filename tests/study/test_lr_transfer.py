@@ -41,7 +41,7 @@ def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *words: st
     monkeypatch.setattr(tool, "world_group", lambda _: nullcontext())
     monkeypatch.setattr(data, "prepare", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["lr_transfer", str(out), *words])
-    tool.main()
+    assert tool.main() == 0
     return trained
 
 
@@ -71,9 +71,50 @@ def test_interpolated_best_rate_is_that_of_a_parabola(tool: ModuleType) -> None:
     assert tool.interpolated([(0.01, 5.0), (0.02, 4.0), (0.04, tool.SPECIAL)]) is None
 
 
+def test_other_base_configuration_is_another_cell(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["--depths", "1", "--widths", "64", "--lrs", "0.01", "0.02", "--arms", "mup"]
+    assert len(run(tool, monkeypatch, tmp_path, *words)) == 2
+    assert len(run(tool, monkeypatch, tmp_path, *words, "train.global_batch=16")) == 2
+    assert run(tool, monkeypatch, tmp_path, *words, "data.prepared=elsewhere") == []
+
+
+def test_drawing_trains_nothing_and_takes_what_is_there(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(tool, monkeypatch, tmp_path, "--depths", "0", "2", "--widths", "64", "--arms", "mup")
+    every = ["--product", "--depths", "0", "2", "4", "--widths", "64", "128"]
+    assert run(tool, monkeypatch, tmp_path, *every, "--draw") == []
+    text = (tmp_path / "lr_transfer.md").read_text()
+    assert "over 2 shapes" in text
+    assert "standard" not in text
+
+
+def test_workers_share_the_cells(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["--product", "--depths", "1", "2", "--widths", "64", "128", "--workers", "3"]
+    trained = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        mine = run(tool, monkeypatch, tmp_path, *words, "--worker")
+        trained += mine
+        assert len(mine) in (13, 14)
+    assert len(trained) == 2 * 4 * 5
+    started: list[Any] = []
+    monkeypatch.setattr(tool, "run_workers", lambda command, n: started.append((command, n)) or 0)
+    assert run(tool, monkeypatch, tmp_path, *words) == []
+    assert [(n, command[-1]) for command, n in started] == [(3, "--worker")]
+    assert "over 4 shapes" in (tmp_path / "lr_transfer.md").read_text()
+
+
 def test_product_has_every_pair(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     words = ["--product", "--depths", "1", "2", "--widths", "64", "128", "--arms", "mup"]
     trained = run(tool, monkeypatch, tmp_path, *words, "--lrs", "0.01", "0.02")
-    assert {(w, d) for w, d, _ in trained} == {(64, 1), (64, 2), (128, 1), (128, 2)}
+    assert list(dict.fromkeys((w, d) for w, d, _ in trained)) == [
+        (64, 1), (64, 2), (128, 1), (128, 2)
+    ]  # fmt: skip
