@@ -76,8 +76,8 @@ def test_other_base_configuration_is_another_cell(
 ) -> None:
     words = ["--depths", "1", "--widths", "64", "--lrs", "0.01", "0.02", "--arms", "mup"]
     assert len(run(tool, monkeypatch, tmp_path, *words)) == 2
-    assert len(run(tool, monkeypatch, tmp_path, *words, "train.global_batch=16")) == 2
-    assert run(tool, monkeypatch, tmp_path, *words, "data.prepared=elsewhere") == []
+    assert len(run(tool, monkeypatch, tmp_path, "train.global_batch=16", *words)) == 2
+    assert run(tool, monkeypatch, tmp_path, "data.prepared=elsewhere", *words) == []
 
 
 def test_drawing_trains_nothing_and_takes_what_is_there(

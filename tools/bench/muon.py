@@ -1,29 +1,40 @@
 """Muon-NSGD with one owner of each matrix against other optimizers, on the same model and ranks.
 
-All arms live in one job and take turns, a few steps each, so that they share the machine's
-moods. Printed are medians over the turns: the whole step, the optimizer's part of it (for our
-engine with the gathering of weights, without the reduction of gradients), and the ratio to our
-step. Arms:
+All arms live in one job and take turns, a few steps each and each turn another one first, so that
+they share the machine's moods. Printed are medians over all steps (the whole step, and the
+optimizer's part of it: update and gathering of weights, without the reduction of gradients), and
+ratios to our step, taken within a turn, of which the median is shown. That the arms have one model
+is checked: their first losses are equal. Arms:
 
-- ``ours``: Muon-NSGD, ZeRO stage 1;
+- ``ours``: Muon-NSGD, ZeRO stage 1, Newton-Schulz in fp32 (the default on a CPU) or bf16;
 - ``replicated``: Muon-NSGD with its state on every rank (``parallel.zero_stage=0``);
-- ``torch``: gradients all-reduced by DDP; ``torch.optim.Muon`` as it comes (Newton-Schulz in bf16,
-  a matrix at a time, QKV as one) on tensors of two axes, ``torch.optim.AdamW`` on the others;
+- ``torch``, ``megatron``, ``megatron, older``, ``deepspeed``: other Muons, each described in
+  ``muon_peers.py``, with what differs;
 - ``adamw``: AdamW in Megatron-core's distributed optimizer.
+
+Muon is on all matrices (the demo's setting), or on those of the layers and AdamW on the embeddings
+(``optim.embeddings=adamw``), the only way that DeepSpeed has. An arm is to be read against ours of
+the same part of the table. On a CPU without bf16 products, bf16 is the slower one.
 
 Then Newton-Schulz alone, of the model's matrices: batched by shape against one at a time.
 
     python tools/bench/muon.py --ranks 2 --layers 6
+
+The arms ``megatron`` need ``pip install emerging-optimizers`` and are left out without it.
+``TORCHDYNAMO_DISABLE=0`` turns the compiler on, for all arms (minutes to start).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import os
 import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_progressive import config as configuration
@@ -32,12 +43,42 @@ from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.distributed import place_from_environment, world_group
 from megatron_progressive.runtime.launch import run_workers
 
-ARMS: dict[str, list[str]] = {
-    "ours": [],
-    "replicated": ["parallel.zero_stage=0"],
-    "torch": ["parallel.zero_stage=0"],
-    "adamw": ["optim.name=adamw"],
-}
+ALL, LAYERS = "all matrices", "matrices of the layers"
+EMBEDDINGS = {ALL: "muon", LAYERS: "adamw"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    under_muon: str = ""
+    """:data:`ALL`, :data:`LAYERS`, or nothing."""
+    precision: str = ""
+    """Of Newton-Schulz."""
+    words: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.name, self.under_muon, self.precision
+
+
+REPLICATED = ("parallel.zero_stage=0",)
+ARMS = [
+    Arm("ours", ALL, "fp32"),
+    Arm("ours", ALL, "bf16", ("optim.ns_dtype=bf16",)),
+    Arm("replicated", ALL, "fp32", REPLICATED),
+    Arm("torch", ALL, "bf16", REPLICATED),
+    Arm("megatron", ALL, "fp32"),
+    Arm("megatron", ALL, "bf16"),
+    Arm("ours", LAYERS, "fp32"),
+    Arm("ours", LAYERS, "bf16", ("optim.ns_dtype=bf16",)),
+    Arm("torch", LAYERS, "bf16", REPLICATED),
+    Arm("megatron", LAYERS, "fp32"),
+    Arm("megatron", LAYERS, "bf16"),
+    Arm("megatron, older", LAYERS, "fp32", REPLICATED),
+    Arm("deepspeed", LAYERS, "gram", ("parallel.engine=deepspeed",)),
+    Arm("deepspeed", LAYERS, "bf16", ("parallel.engine=deepspeed",)),
+    Arm("adamw", words=("optim.name=adamw",)),
+]
 
 
 def arguments() -> argparse.Namespace:
@@ -45,62 +86,43 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="of an arm in a turn")
+    parser.add_argument("--arms", nargs="+", help="names of those to run, beside ours")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def bench_config(args: argparse.Namespace, arm: str) -> RunConfig:
+def bench_config(args: argparse.Namespace, arm: Arm) -> RunConfig:
+    words = list(arm.words)
+    if arm.under_muon:
+        words.append(f"optim.embeddings={EMBEDDINGS[arm.under_muon]}")
     return configuration.from_dict(
         {
             "model": {"family": "gpt2", "preset": args.preset, "num_layers": args.layers},
             "data": {"vocab_size": 2048, "sequence_length": 128},
             "train": {"steps": 1500, "global_batch": 16, "micro_batch": 16 // args.ranks},
         },
-        ARMS[arm],
+        words,
     )
 
 
-class Arm:
-    """One engine, and how long its steps and their optimizer's part took."""
+class Contestant:
+    """One engine, and how long its steps and their optimizer's part took, in seconds."""
 
-    def __init__(self, args: argparse.Namespace, name: str) -> None:
-        import torch
-        import torch.distributed as dist
+    def __init__(self, args: argparse.Namespace, arm: Arm) -> None:
+        import muon_peers as peers
 
-        from megatron_progressive.engines import make_engine
-        from megatron_progressive.models import tensor_table
-        from megatron_progressive.runtime.layout import make_layout
-        from megatron_progressive.state.init import initialise_all
-
-        config = bench_config(args, name)
-        shape = model_shape(config)
-        layout = make_layout(config.parallel, dist.get_world_size())
-        self.engine: Any = make_engine(config, shape, layout)
-        initialise_all(self.engine.state(), tensor_table(shape), 1)
-        self.engine.loaded()
-        self.steps: list[float] = []
+        self.engine: Any = peers.make_engine(bench_config(args, arm), arm.name, arm.precision)
+        self.losses: list[float] = []
+        self.turns: list[list[float]] = []
         self.optimizer: list[float] = []
-        step = self.engine.optimizer.step_with_ready_grads
-        if name == "torch":
-            weights = self.engine.optimizer.get_parameters()
-            matrices = [w for w in weights if w.dim() == 2]
-            both = [
-                torch.optim.Muon(matrices, lr=0.01),
-                torch.optim.AdamW([w for w in weights if w.dim() != 2], lr=0.01),
-            ]
+        self._part = 0.0
+        for owner, method in peers.optimizer_parts(self.engine):
+            setattr(owner, method, peers.timed(getattr(owner, method), self._add))
 
-            def step() -> None:
-                for optimizer in both:
-                    optimizer.step()
-
-        def timed() -> None:
-            started = time.perf_counter()
-            step()
-            self.optimizer.append(time.perf_counter() - started)
-
-        self.engine.optimizer.step_with_ready_grads = timed
+    def _add(self, seconds: float) -> None:
+        self._part += seconds
 
     def turn(self, first: int, steps: int) -> None:
         import torch
@@ -113,62 +135,133 @@ class Arm:
             return torch.randint(0, 2048, (count, 129), generator=generator)
 
         self.engine.activate()
+        self.turns.append([])
         for number in range(first, first + steps):
+            self._part = 0.0
             dist.barrier()
             started = time.perf_counter()
-            self.engine.train_step(GlobalBatch(read, 16 * number, 16), 0.01)
-            self.steps.append(time.perf_counter() - started)
+            metrics = self.engine.train_step(GlobalBatch(read, 16 * number, 16), 0.01)
+            self.turns[-1].append(time.perf_counter() - started)
+            self.optimizer.append(self._part)
+            self.losses.append(metrics.loss)
+
+    def forget_times(self) -> None:
+        self.turns.clear()
+        self.optimizer.clear()
+
+    def step(self) -> float:
+        return statistics.median(time for turn in self.turns for time in turn)
+
+    def ratio(self, other: Contestant) -> float:
+        pairs = zip(self.turns, other.turns, strict=True)
+        return statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
 
 
-def newton_schulz(args: argparse.Namespace) -> None:
+def newton_schulz(args: argparse.Namespace) -> Any:
     """Batched by shape against one at a time, of this rank's model."""
     import torch
+    from rich.table import Table
 
     from megatron_progressive.models import tensor_table
     from megatron_progressive.optim.muon_nsgd import matrices_of
     from megatron_progressive.optim.newton_schulz import orthogonalise
 
     shapes: Counter[tuple[int, ...]] = Counter()
-    for spec in tensor_table(model_shape(bench_config(args, "ours"))).values():
+    for spec in tensor_table(model_shape(bench_config(args, ARMS[0]))).values():
         if len(spec.shape) > 1:
             whole = torch.empty(spec.shape)
             shapes.update(tuple(m.shape) for m in matrices_of(whole, spec.row_blocks))
-    print("Newton-Schulz, ms: shape, matrices, batched, one at a time, ratio")
+    table = Table("shape", title="Newton-Schulz in fp32, ms", title_justify="left")
+    for column in ("matrices", "batched", "one at a time", "ratio"):
+        table.add_column(column, justify="right")
     for shape, count in shapes.items():
         batch = torch.randn(count, *shape)
         times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(9):
+        for _ in range(25):
             for batched, found in times.items():
                 started = time.perf_counter()
                 for part in [batch] if batched else batch:
                     orthogonalise(part)
                 found.append(1e3 * (time.perf_counter() - started))
         batched, looped = (statistics.median(times[key]) for key in (True, False))
-        print(f"  {shape!s:14} {count:3}  {batched:8.2f}  {looped:8.2f}  {looped / batched:.2f}")
+        numbers = (f"{batched:.2f}", f"{looped:.2f}", f"{looped / batched:.2f}")
+        table.add_row("{} x {}".format(*shape), str(count), *numbers)
+    return table
+
+
+def steps_table(found: dict[Arm, Contestant]) -> Any:
+    from rich.table import Table
+
+    of_key = {arm.key: contestant for arm, contestant in found.items()}
+    adamw = of_key.get(ARMS[-1].key)
+    title = "step, ms (median; ratios within turns)"
+    table = Table("arm", "Newton-Schulz", title=title, title_justify="left")
+    for column in ("step", "optimizer's part", "/ ours", "/ adamw"):
+        table.add_column(column, justify="right")
+    part = ""
+    for arm, one in found.items():
+        if arm.under_muon and arm.under_muon != part:
+            part = arm.under_muon
+            table.add_section()
+            table.add_row(f"Muon on {part}", style="bold")
+        # AdamW stands against the demo's setting
+        ours = of_key["ours", arm.under_muon or ALL, "fp32"]
+        if not arm.under_muon:
+            table.add_section()
+        table.add_row(
+            arm.name,
+            arm.precision,
+            f"{1e3 * one.step():.1f}",
+            f"{1e3 * statistics.median(one.optimizer):.1f}",
+            f"{one.ratio(ours):.2f}",
+            f"{one.ratio(adamw):.2f}" if adamw is not None else "",
+        )
+    return table
+
+
+def arms_here(args: argparse.Namespace) -> tuple[list[Arm], list[str]]:
+    """Those to run, and notes."""
+    arms, notes = ARMS, []
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        arms = [arm for arm in arms if not arm.name.startswith("megatron")]
+        notes.append("megatron: left out, emerging-optimizers is not installed")
+    elif any(arm.name == "megatron, older" for arm in arms):
+        notes.append("megatron, older, over gloo: a broadcast from each rank for its all-gather")
+    if args.arms is not None:
+        arms = [arm for arm in arms if arm.name in ("ours", *args.arms)]
+    return arms, notes
 
 
 def work(args: argparse.Namespace) -> None:
     import torch.distributed as dist
+    from rich.console import Console
 
-    arms = {name: Arm(args, name) for name in ARMS}
+    arms, notes = arms_here(args)
+    found = {arm: Contestant(args, arm) for arm in arms}
+    names, load = list(found.values()), os.getloadavg()[0]
     for number in range(args.turns + 1):
-        for arm in arms.values():
-            arm.turn(number * args.steps, args.steps)
+        first = number % len(names)
+        for contestant in names[first:] + names[:first]:
+            contestant.turn(number * args.steps, args.steps)
         if not number:  # the first turn loads and allocates
-            for arm in arms.values():
-                arm.steps.clear()
-                arm.optimizer.clear()
+            losses = {arm.key: contestant.losses[0] for arm, contestant in found.items()}
+            assert max(losses.values()) - min(losses.values()) < 1e-4, f"not one model: {losses}"
+            for contestant in names:
+                contestant.forget_times()
     if dist.get_rank() == 0:
-        ours = statistics.median(arms["ours"].steps)
-        print("step, ms: arm, whole, optimizer, whole / ours")
-        for name, arm in arms.items():
-            whole, part = (statistics.median(t) for t in (arm.steps, arm.optimizer))
-            print(f"  {name:11} {1e3 * whole:8.1f}  {1e3 * part:8.1f}  {whole / ours:.2f}")
-        newton_schulz(args)
+        console = Console(width=100)
+        for package in ("torch", "megatron-core", "deepspeed"):
+            console.print(package, importlib.metadata.version(package), end=", ")
+        threads, after = os.environ["OMP_NUM_THREADS"], os.getloadavg()[0]
+        console.print(f"{args.ranks} ranks of {threads} threads, load {load:.1f} to {after:.1f}")
+        for note in notes:
+            console.print(note)
+        console.print(steps_table(found))
+        console.print(newton_schulz(args))
     dist.barrier()
-    for arm in arms.values():
-        arm.engine.activate()
-        arm.engine.close()
+    for contestant in names:
+        contestant.engine.activate()
+        contestant.engine.close()
 
 
 def main() -> int:
