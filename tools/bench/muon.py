@@ -66,11 +66,13 @@ ARMS = [
     Arm("ours", ALL, "fp32"),
     Arm("ours", ALL, "bf16", ("optim.ns_dtype=bf16",)),
     Arm("replicated", ALL, "fp32", REPLICATED),
+    Arm("torch", ALL, "fp32", REPLICATED),
     Arm("torch", ALL, "bf16", REPLICATED),
     Arm("megatron", ALL, "fp32"),
     Arm("megatron", ALL, "bf16"),
     Arm("ours", LAYERS, "fp32"),
     Arm("ours", LAYERS, "bf16", ("optim.ns_dtype=bf16",)),
+    Arm("torch", LAYERS, "fp32", REPLICATED),
     Arm("torch", LAYERS, "bf16", REPLICATED),
     Arm("megatron", LAYERS, "fp32"),
     Arm("megatron", LAYERS, "bf16"),
@@ -227,12 +229,14 @@ def arms_here(args: argparse.Namespace) -> tuple[list[Arm], list[str]]:
         notes.append("megatron: left out, emerging-optimizers is not installed")
     elif any(arm.name == "megatron, older" for arm in arms):
         notes.append("megatron, older, over gloo: a broadcast from each rank for its all-gather")
+    notes.append("torch in fp32: its cast to bf16 is taken away")
     if args.arms is not None:
         arms = [arm for arm in arms if arm.name in ("ours", *args.arms)]
     return arms, notes
 
 
 def work(args: argparse.Namespace) -> None:
+    import muon_peers as peers
     import torch.distributed as dist
     from rich.console import Console
 
@@ -254,7 +258,7 @@ def work(args: argparse.Namespace) -> None:
             console.print(package, importlib.metadata.version(package), end=", ")
         threads, after = os.environ["OMP_NUM_THREADS"], os.getloadavg()[0]
         console.print(f"{args.ranks} ranks of {threads} threads, load {load:.1f} to {after:.1f}")
-        for note in notes:
+        for note in [*notes, f"deepspeed, gram: in {peers.gram_precision()}"]:
             console.print(note)
         console.print(steps_table(found))
         console.print(newton_schulz(args))

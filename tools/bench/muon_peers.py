@@ -5,8 +5,9 @@ forward and backward passes are the same. What they were given alike: momentum 0
 five Newton-Schulz steps of Jordan's coefficients, weight decay, and the matrices under Muon where
 a system lets them be named. What differs, as they come:
 
-- ``torch`` (2.13): gradients all-reduced; every rank orthogonalises every matrix, one at a time, in
-  bf16 (it has no other type), queries, keys and values as one matrix; AdamW on the rest.
+- ``torch`` (2.13): gradients all-reduced; every rank orthogonalises every matrix, one at a time,
+  queries, keys and values as one, in bf16 (in fp32 with its cast taken away: it has no setting);
+  AdamW on the rest.
 - ``megatron`` (megatron-core 0.19.2, ``LayerWiseDistributedOptimizer``, needs emerging-optimizers):
   whole matrices have one owner each; one at a time, queries, keys and values apart, in fp32 or bf16
   (``muon_fp32_matmul_prec``); AdamW on the rest in its distributed optimizer. By default gradients
@@ -61,23 +62,29 @@ Parameters = dict[str, torch.nn.Parameter]
 
 
 class TorchMuonEngine(MegatronEngine):
-    """``torch.optim.Muon`` and ``torch.optim.AdamW``; needs ``parallel.zero_stage=0``."""
+    """``torch.optim.Muon`` and ``torch.optim.AdamW``; needs ``parallel.zero_stage=0``.
 
-    def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+    Args:
+        precision: of Newton-Schulz: ``fp32`` or ``bf16`` (its own).
+    """
+
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, layout: Layout, precision: str
+    ) -> None:
         super().__init__(config, shape, layout)
         optim = config.optim
         rules = {name: rule_of(self._table[name], optim) for name in self._names}
         matrices = [p for name, p in self._names.items() if rules[name] == MUON]
         others = [p for name, p in self._names.items() if rules[name] != MUON]
         settings = dict(lr=optim.lr, weight_decay=optim.weight_decay)
-        both = [
-            torch.optim.Muon(matrices, momentum=optim.momentum, ns_steps=5, **settings),
-            torch.optim.AdamW(others, betas=(optim.beta1, optim.beta2), **settings),
-        ]
+        muon = torch.optim.Muon(matrices, momentum=optim.momentum, ns_steps=5, **settings)
+        adamw = torch.optim.AdamW(others, betas=(optim.beta1, optim.beta2), **settings)
+        cast = torch.Tensor.float if precision == "fp32" else torch.Tensor.bfloat16
 
         def step() -> None:
-            for optimizer in both:
-                optimizer.step()
+            with mock.patch.object(torch.Tensor, "bfloat16", cast):
+                muon.step()
+            adamw.step()
 
         self.optimizer.step_with_ready_grads = step
 
@@ -205,7 +212,7 @@ def make_engine(config: RunConfig, system: str, precision: str) -> Any:
     layout = make_layout(config.parallel, dist.get_world_size())
     engine: Any
     if system == "torch":
-        engine = TorchMuonEngine(config, shape, layout)
+        engine = TorchMuonEngine(config, shape, layout, precision)
     elif system == "deepspeed":
         method = "gram" if precision == "gram" else "standard"
         engine = DeepSpeedMuonEngine(config, shape, layout, method)
@@ -220,6 +227,14 @@ def make_engine(config: RunConfig, system: str, precision: str) -> Any:
     initialise_all(ShardedState(pieces), table, 1)
     engine.loaded()
     return engine
+
+
+def gram_precision() -> str:
+    """Of DeepSpeed's ``gram`` on this machine."""
+    deepspeed_state.import_deepspeed()
+    from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
+
+    return {torch.float16: "fp16", torch.float32: "fp32"}[ns_compute_dtype("gram")]
 
 
 def optimizer_parts(engine: Any) -> list[tuple[Any, str]]:
