@@ -48,29 +48,29 @@ def orthogonalise(
         KeyError: no set of this name.
     """
     plan = ns_coefficients(coefficients, steps)
-    x: torch.Tensor = matrices
-    tall = x.size(-2) > x.size(-1)
-    if tall:  # A = X X^T on the shorter side
-        x = x.mT
+    shape = matrices.shape
+    tall = shape[-2] > shape[-1]
+    x = matrices.reshape(-1, *shape[-2:])
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)).to(dtype)
-    if kernel_from is not None and x.is_cuda and x.size(-2) >= kernel_from:
-        x = _with_symmetric_kernel(x, plan)
+    if kernel_from is not None and x.is_cuda and min(shape[-2:]) >= kernel_from:
+        x = _with_symmetric_kernel(x.mT, plan).mT if tall else _with_symmetric_kernel(x, plan)
     else:
         for a, b, c in plan:
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
-    x = x.to(torch.float32)
-    return x.mT if tall else x
+            # on the shorter side: X^T X of a tall matrix, which is then multiplied from the right
+            gram = x.mT @ x if tall else x @ x.mT
+            # products that add: no pass over the matrices between them
+            gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
+    return x.to(torch.float32).view(shape)
 
 
 def _with_symmetric_kernel(x: torch.Tensor, plan: tuple[Coefficients, ...]) -> torch.Tensor:
     """The same iteration; its two symmetric products cost half."""
     from megatron_progressive.optim.symmetric import symmetric_product
 
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:]).contiguous()
+    x = x.contiguous()
     for a, b, c in plan:
         gram = symmetric_product(x)
         poly = symmetric_product(gram, scale=c, added=gram, added_scale=b)
         x = torch.baddbmm(x, poly, x, beta=a)
-    return x.view(shape)
+    return x

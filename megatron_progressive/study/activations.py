@@ -234,8 +234,8 @@ def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: 
 
     A rank steps its tensors in batches (``optim/flat.py``). At the peak it has the batch's updates
     in fp32, copies of its parts of queries, keys and values, the matrices of one size in one
-    tensor, and of them the iterate X and a X; beside these four squares of the shorter side, or
-    one of them and two products more (``optim/newton_schulz.py``).
+    tensor, and of them the iterate X; beside these two squares of the shorter side, or one and the
+    next X, or in a narrower type X in fp32 (``optim/newton_schulz.py``).
     """
     matrices, total, largest, joint = _muon_sizes(shape, config.optim)
     ranks = layout.world if layout.zero_stage else layout.tensor * layout.pipeline
@@ -245,9 +245,11 @@ def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: 
     for (n_out, n_in), count in matrices.items():
         count = max(1, min(count, batch // (n_out * n_in)))
         stacked, squares = count * n_out * n_in, count * min(n_out, n_in) ** 2
-        products = 2 * stacked + max(4 * squares, squares + 2 * stacked)
         width = _FP32 if dtype == "fp32" else 2
-        most = max(most, _FP32 * stacked + width * products)
+        beside = max(width * 2 * squares, width * (squares + stacked))
+        if width < _FP32:
+            beside = max(beside, _FP32 * stacked)
+        most = max(most, (_FP32 + width) * stacked + beside)
     return _FP32 * (batch + min(joint // layout.tensor, batch)) + most if total else 0
 
 
