@@ -215,18 +215,19 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
 @lru_cache(maxsize=64)
 def _muon_sizes(
     shape: ModelShape, optim: OptimSection
-) -> tuple[dict[tuple[int, int], int], int, int, int]:
-    """Muon's matrices by size, and the elements of all its tensors, of the largest one, and of
-    those that are several matrices in one (queries, keys and values)."""
+) -> tuple[dict[tuple[int, int], int], int, int, int, int]:
+    """Muon's matrices by size, and the elements of all its tensors and of the largest one, and of
+    all and the largest of those that are several matrices in one (queries, keys and values)."""
     matrices: Counter[tuple[int, int]] = Counter()
-    total = largest = joint = 0
+    total = largest = joint = widest = 0
     for spec in tensor_table(shape).values():
         found = muon_matrices(spec, optim)
         matrices.update(found)
         if found:
             total, largest = total + spec.numel, max(largest, spec.numel)
-            joint += spec.numel if spec.row_blocks else 0
-    return matrices, total, largest, joint
+            if spec.row_blocks:
+                joint, widest = joint + spec.numel, max(widest, spec.numel)
+    return matrices, total, largest, joint, widest
 
 
 def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: bool) -> int:
@@ -235,22 +236,26 @@ def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: 
     A rank steps its tensors in batches (``optim/flat.py``). At the peak it has the batch's updates
     in fp32, copies of its parts of queries, keys and values, the matrices of one size in one
     tensor, and of them the iterate X; beside these two squares of the shorter side, or one and the
-    next X, or in a narrower type X in fp32 (``optim/newton_schulz.py``).
+    next X, or in a narrower type X in fp32 (``optim/newton_schulz.py``). Tensor-parallel ranks
+    have the updates three times: their shards, the shards that were gathered, and the whole
+    tensors. Each has a part of the matrices then.
     """
-    matrices, total, largest, joint = _muon_sizes(shape, config.optim)
+    matrices, total, largest, joint, widest = _muon_sizes(shape, config.optim)
     ranks = layout.world if layout.zero_stage else layout.tensor * layout.pipeline
     batch = max(largest, min(_BATCH // layout.tensor, total // ranks))
     dtype = config.optim.ns_dtype or ("fp16" if fused else "fp32")
     most = 0
     for (n_out, n_in), count in matrices.items():
-        count = max(1, min(count, batch // (n_out * n_in)))
+        count = max(1, min(-(-count // layout.tensor), batch // (n_out * n_in)))
         stacked, squares = count * n_out * n_in, count * min(n_out, n_in) ** 2
         width = _FP32 if dtype == "fp32" else 2
         beside = max(width * 2 * squares, width * (squares + stacked))
         if width < _FP32:
             beside = max(beside, _FP32 * stacked)
         most = max(most, (_FP32 + width) * stacked + beside)
-    return _FP32 * (batch + min(joint // layout.tensor, batch)) + most if total else 0
+    updates = (3 if layout.tensor > 1 else 1) * batch
+    parts = max(widest, min(joint // layout.tensor, batch))
+    return _FP32 * (updates + parts) + most if total else 0
 
 
 def stage_activations(
