@@ -164,7 +164,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         return self.optim.weight_decay if len(fragment.cut.spec.shape) > 1 else 0.0
 
     def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
-        fragment.weight.mul_(1 - lr * self._decay(fragment))
+        if decay := self._decay(fragment):
+            fragment.weight.mul_(1 - lr * decay)
         fragment.weight.add_(update, alpha=-lr * fragment.lr_factor)
 
     def _gradient(self, fragment: Fragment) -> torch.Tensor:

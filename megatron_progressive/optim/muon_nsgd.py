@@ -153,7 +153,8 @@ class MuonNSGD(torch.optim.Optimizer):
 
     @staticmethod
     def _apply(group: dict[str, Any], param: torch.Tensor, update: torch.Tensor) -> None:
-        param.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update.reshape(param.shape).to(param.dtype), alpha=-group["lr"])
 
     def _orthogonalise(
