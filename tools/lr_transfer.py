@@ -196,8 +196,9 @@ def draw(results: list[Cell], path: Path) -> None:
     depths = sorted({cell["depth"] for cell in results})
     finite = [cell["loss"] for cell in results if cell["loss"] < SPECIAL] or [SPECIAL]
     # without muP the highest rates are far above: the part that decides fills the picture
-    low, high = min(finite), min(max(finite), min(finite) + 1.2)
-    top = high + 0.06 * (high - low)
+    low = min(finite)
+    room = min(max(finite) - low, 1.2) or 1.0
+    top = low + 1.06 * room
     found, moves = best(results), []
     for arm in arms:
         rates = [lr for (of, _, _), (lr, _, _) in found.items() if of == arm]
@@ -235,7 +236,7 @@ def draw(results: list[Cell], path: Path) -> None:
             dress(axes, f"width {width}, {TITLES[arm]}", label if width == widths[-1] else "")
             axes.set_xscale("log", base=2)
             axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-            axes.set_ylim(low - 0.06 * (high - low), top)
+            axes.set_ylim(low - 0.06 * room, top)
         row[0].set_ylabel("final validation loss, nats per token", fontsize=10, color=INK)
     figure.legend(list(shown.values()), list(shown), loc="outside lower center",
                   ncols=len(shown), frameon=False, fontsize=11)  # fmt: skip
