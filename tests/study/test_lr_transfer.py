@@ -74,9 +74,9 @@ def test_interpolated_best_rate_is_that_of_a_parabola(tool: ModuleType) -> None:
 def test_other_base_configuration_is_another_cell(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    words = ["--depths", "1", "--widths", "64", "--lrs", "0.01", "0.02", "--arms", "mup"]
-    assert len(run(tool, monkeypatch, tmp_path, *words)) == 2
-    assert len(run(tool, monkeypatch, tmp_path, "train.global_batch=16", *words)) == 2
+    words = ["--product", "--depths", "1", "--widths", "64", "--lrs", "0.01", "0.02"]
+    assert len(run(tool, monkeypatch, tmp_path, *words)) == 4
+    assert len(run(tool, monkeypatch, tmp_path, "train.global_batch=16", *words)) == 4
     assert run(tool, monkeypatch, tmp_path, "data.prepared=elsewhere", *words) == []
 
 

@@ -44,7 +44,7 @@ from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.distributed import place_from_environment, world_group
 from megatron_progressive.runtime.launch import run_workers
 
-ALL, LAYERS = "all matrices", "matrices of the layers"
+ALL, LAYERS = "all matrices", "the layers' only"
 EMBEDDINGS = {ALL: "muon", LAYERS: "adamw"}
 
 
