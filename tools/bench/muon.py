@@ -229,21 +229,27 @@ def steps_table(found: dict[Arm, Contestant]) -> Any:
 
 
 def arms_here(args: argparse.Namespace) -> tuple[list[Arm], list[str]]:
-    """Those to run, and notes."""
+    """Those to run, and notes on them."""
+    import muon_peers as peers
+
     arms, notes = ARMS, []
-    if importlib.util.find_spec("emerging_optimizers") is None:
-        arms = [arm for arm in arms if not arm.name.startswith("megatron")]
-        notes.append("megatron: left out, emerging-optimizers is not installed")
-    elif any(arm.name == "megatron, older" for arm in arms):
-        notes.append("megatron, older, over gloo: a broadcast from each rank for its all-gather")
-    notes.append("torch in fp32: its cast to bf16 is taken away")
     if args.arms is not None:
         arms = [arm for arm in arms if arm.name in ("ours", *args.arms)]
+    here = importlib.util.find_spec("emerging_optimizers") is not None
+    if not here and any(arm.name.startswith("megatron") for arm in arms):
+        arms = [arm for arm in arms if not arm.name.startswith("megatron")]
+        notes.append("megatron: left out, emerging-optimizers is not installed")
+    names = {arm.name for arm in arms}
+    if "megatron, older" in names:
+        notes.append("megatron, older, over gloo: a broadcast from each rank for its all-gather")
+    if "torch" in names:
+        notes.append("torch in fp32: its cast to bf16 is taken away")
+    if "deepspeed" in names:
+        notes.append(f"deepspeed, gram: in {peers.gram_precision()}")
     return arms, notes
 
 
 def work(args: argparse.Namespace) -> None:
-    import muon_peers as peers
     import torch.distributed as dist
     from rich.console import Console
 
@@ -265,7 +271,7 @@ def work(args: argparse.Namespace) -> None:
             console.print(package, importlib.metadata.version(package), end=", ")
         threads, after = os.environ["OMP_NUM_THREADS"], os.getloadavg()[0]
         console.print(f"{args.ranks} ranks of {threads} threads, load {load:.1f} to {after:.1f}")
-        for note in [*notes, f"deepspeed, gram: in {peers.gram_precision()}"]:
+        for note in notes:
             console.print(note)
         console.print(steps_table(found))
         console.print(newton_schulz(args))
