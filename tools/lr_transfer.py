@@ -210,7 +210,7 @@ def draw(results: list[Cell], path: Path) -> None:
     )
     label = "learning rate (star: the best; shaded: the best ones of all shapes)"
     shown: dict[str, Any] = {}
-    figure = new_figure(title, 1.2 + 3.4 * len(widths), 6.5 * len(arms), w_pad=0.12, h_pad=0.1)
+    figure = new_figure(title, 1.2 + 3.4 * len(widths), w_pad=0.12, h_pad=0.1)
     grid = figure.subplots(len(widths), len(arms), squeeze=False, sharex=True, sharey=True)
     for row, width in zip(grid, widths, strict=True):
         for axes, arm, (least, most) in zip(row, arms, moves, strict=True):
