@@ -9,7 +9,8 @@ finished cell, which is not run again: the same command goes on where it was int
 
 ``key=value`` words change the base configuration (``data.prepared=FOLDER`` skips preparing the
 corpus). Each of ``--workers`` processes trains cells of its own, in ``OMP_NUM_THREADS`` threads.
-``--draw`` trains nothing. OUT gets ``results.jsonl``, ``lr_transfer.png`` and ``lr_transfer.md``.
+``--draw`` trains nothing, and shows the shapes that are complete. OUT gets ``results.jsonl``,
+``lr_transfer.png`` and ``lr_transfer.md``.
 """
 
 from __future__ import annotations
@@ -119,6 +120,14 @@ def read(path: Path) -> list[Cell]:
 def key(cell: Cell) -> tuple[Any, ...]:
     names = ("arm", "width", "depth", "lr", "steps")
     return (*(cell[name] for name in names), *cell.get("words", ()))
+
+
+def whole_shapes(results: list[Cell], todo: list[Cell]) -> list[Cell]:
+    """The results among ``todo`` of the shapes that have one at every learning rate there: of the
+    others the best rate is not known yet."""
+    wanted, done = {key(cell) for cell in todo}, {key(cell) for cell in results}
+    parts = {key(cell)[:3] for cell in todo if key(cell) not in done}
+    return [cell for cell in results if key(cell) in wanted and key(cell)[:3] not in parts]
 
 
 def best(results: list[Cell]) -> dict[tuple[str, int, int], tuple[float, float, bool]]:
@@ -280,7 +289,7 @@ def main() -> int:
     parser.add_argument("--product", action="store_true", help="all pairs of widths and depths")
     parser.add_argument("--workers", type=int, default=1, help="processes that train")
     parser.add_argument("--draw", action="store_true", help="train nothing: figure and table of "
-                        "the cells that are there")  # fmt: skip
+                        "the shapes that are complete")  # fmt: skip
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -298,10 +307,9 @@ def main() -> int:
             train(args, todo, "")
         elif code := run_workers([sys.executable, *sys.argv, "--worker"], args.workers):
             return code
-    wanted = {key(cell) for cell in todo}
-    results = [cell for cell in read(args.out / "results.jsonl") if key(cell) in wanted]
+    results = whole_shapes(read(args.out / "results.jsonl"), todo)
     if not results:
-        print(f"{args.out}: no results of these cells", file=sys.stderr)
+        print(f"{args.out}: no shape has all its learning rates yet", file=sys.stderr)
         return 1
     draw(results, args.out / "lr_transfer.png")
     (args.out / "lr_transfer.md").write_text(table(results))

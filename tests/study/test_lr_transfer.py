@@ -89,6 +89,10 @@ def test_drawing_trains_nothing_and_takes_what_is_there(
     text = (tmp_path / "lr_transfer.md").read_text()
     assert "over 2 shapes" in text
     assert "standard" not in text
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:-4]) + "\n")  # one rate of a shape
+    assert run(tool, monkeypatch, tmp_path, *every, "--draw") == []
+    assert "over 1 shapes" in (tmp_path / "lr_transfer.md").read_text()
 
 
 def test_workers_share_the_cells(
