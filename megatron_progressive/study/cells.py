@@ -80,8 +80,15 @@ class Cell:
 
 def fingerprint(config: RunConfig) -> str:
     """Twelve hexadecimal digits of what decides a run's result: model, data, steps, optimizer,
-    schedule, expansions, seed; not its layout, which changes no more than rounding."""
-    found = {key: repr(value) for key, value in decisive(config).items() if key != "run.name"}
+    schedule, expansions, seed; not its layout, which changes no more than rounding.
+
+    Keys without a value are left out: a version that adds one does not undo finished cells.
+    """
+    found = {
+        key: repr(value)
+        for key, value in decisive(config).items()
+        if value is not None and key != "run.name"
+    }
     text = json.dumps(found, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

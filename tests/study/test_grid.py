@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.models.decisive import decisive
+from megatron_progressive.study import cells
 from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.grid import load_grid
@@ -63,6 +65,19 @@ def test_arms_and_their_controls(tmp_path: Path) -> None:
     depths = [e.to_layers for e in by_name["a-gradual_stack-s1"].config.expansion]
     assert (by_name["a-gradual_stack-s1"].config.model.num_layers, depths) == (2, [4, 8])
     assert by_name["a-g_stack-s2"].config.model.num_layers == 2
+
+
+def test_a_key_that_a_later_version_adds_undoes_no_finished_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> list[str]:
+        return [cell.fingerprint for cell in load_grid(grid_file(tmp_path)).cells]
+
+    before = found()
+    for value in (None, 1):
+        later = lambda config, value=value: decisive(config) | {"model.new": value}  # noqa: E731
+        monkeypatch.setattr(cells, "decisive", later)
+        assert (found() == before) is (value is None)
 
 
 def test_fingerprint_is_of_what_decides_the_result(tmp_path: Path) -> None:
