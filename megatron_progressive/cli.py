@@ -62,7 +62,8 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     config = _config(args)
     data.check(config)
     prepare_imports()
-    print(data.prepare(config))
+    folder = data.prepare(config)
+    print("nothing to prepare: images are read as they are" if folder is None else folder)
     return 0
 
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_progressive.config.schema import (
     BOUNDS,
     CHOICES,
+    FAMILY_DEFAULTS,
     ConfigError,
     ExpansionSection,
     RunConfig,
@@ -175,8 +176,10 @@ def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> R
         except (OmegaConfBaseException, IndexError, TypeError, AttributeError):
             raise _unknown_key(key) from None
     _check_keys(OmegaConf.to_container(plain), RunConfig, "")
+    family = OmegaConf.select(plain, "model.family")
+    defaults = FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), defaults, plain)
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'configuration'}: {message}") from None

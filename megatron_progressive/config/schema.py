@@ -84,15 +84,31 @@ class MoESection:
 
 
 @dataclass(frozen=True)
+class ResNetSection:
+    """Residual networks; every field defaults to the preset's."""
+
+    block: Optional[str] = None
+    """``basic`` (two 3 x 3 convolutions) or ``bottleneck`` (1 x 1, 3 x 3, 1 x 1)."""
+    stages: Optional[str] = None
+    """Proportion of the stages' blocks, as 3-4-6-3; ``num_layers`` is of the longest."""
+    stem: Optional[str] = None
+    """``cifar`` (3 x 3) or ``imagenet`` (7 x 7 of stride 2, then pooling of stride 2)."""
+    groups: Optional[int] = None
+    """Groups of channels of every norm."""
+
+
+@dataclass(frozen=True)
 class ModelSection:
     family: str = MISSING
-    """Model family: ``gpt2``, ``llama3``, ``qwen3``, ``mixtral`` or ``deepseek_v3``."""
+    """Model family: ``gpt2``, ``llama3``, ``qwen3``, ``mixtral``, ``deepseek_v3`` or ``resnet``."""
     preset: str = "tiny"
     """Named shape of the family; the fields below override it."""
     num_layers: Optional[int] = None
-    """Layers at the start of the run, from 0 (default: the preset's)."""
+    """Layers at the start of the run, from 0 (default: the preset's). ``resnet``: residual blocks
+    of the longest stage; the others have theirs in proportion."""
     hidden_size: Optional[int] = None
-    """Width of the residual stream (default: the preset's)."""
+    """Width of the residual stream (default: the preset's). ``resnet``: of the first stage; each
+    further one is twice as wide."""
     num_attention_heads: Optional[int] = None
     """Attention heads (default: the preset's)."""
     num_query_groups: Optional[int] = None
@@ -121,18 +137,26 @@ class ModelSection:
     """Multi-head latent attention, of families that have it."""
     moe: MoESection = field(default_factory=MoESection)
     """Experts, of families that have them."""
+    resnet: ResNetSection = field(default_factory=ResNetSection)
+    """Residual blocks, of ``resnet``."""
 
 
 @dataclass(frozen=True)
 class DataSection:
     corpus: str = "stdlib"
-    """``stdlib``, a path (folder or .txt, .jsonl, .parquet, ... file), or ``hf:NAME``."""
+    """``stdlib``, a path (folder or .txt, .jsonl, .parquet, ... file), or ``hf:NAME``. ``resnet``:
+    ``shapes`` (pictures drawn as they are read, in ten classes; its default), or a folder with
+    ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...)."""
     tokenizer: str = "bpe"
     """``bpe`` (byte-level, trained on the corpus), a folder or file, or a Hugging Face name."""
     vocab_size: Optional[int] = None
     """Vocabulary of the model; ``bpe`` is trained to this size (default: the preset's)."""
     sequence_length: Optional[int] = None
     """Tokens a sample (default: the preset's)."""
+    image_size: Optional[int] = None
+    """``resnet``: pixels a side of a picture (default: the preset's)."""
+    num_classes: Optional[int] = None
+    """``resnet``: classes of the pictures (default: the preset's)."""
     text_field: str = "text"
     """Field or column that holds the text in JSONL, Parquet and Hugging Face corpora."""
     validation_fraction: float = 0.02
@@ -245,7 +269,8 @@ class ScheduleSection:
 @dataclass(frozen=True)
 class ParallelSection:
     engine: str = "megatron"
-    """``megatron``, or ``deepspeed`` (data parallel only)."""
+    """``megatron``, ``deepspeed`` (data parallel only), or ``torch`` (data parallel only; for
+    ``resnet``, whose default it is)."""
     tensor: int = 1
     """Tensor-parallel ranks."""
     pipeline: int = 1
@@ -263,8 +288,8 @@ class ParallelSection:
     zero_stage: int = 1
     """megatron: 1 divides optimizer state over data-parallel ranks (Megatron's distributed
     optimizer), for Muon-NSGD in whole tensors, each updated by one rank; 0 keeps it on every
-    rank, and each repeats Newton-Schulz. deepspeed: 0 to 3: 2 divides gradients too, 3 the
-    weights as well."""
+    rank, and each repeats Newton-Schulz; torch: the same. deepspeed: 0 to 3: 2 divides gradients
+    too, 3 the weights as well."""
     staging_mib: int = 64
     """Most memory a rank stages for sending and receiving at an expansion, MiB."""
 
@@ -337,7 +362,14 @@ class RunConfig:
         return current
 
 
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "resnet": {"data": {"corpus": "shapes"}, "parallel": {"engine": "torch"}},
+}
+"""Where a family's defaults are not those above."""
+
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.resnet.block": (None, "basic", "bottleneck"),
+    "model.resnet.stem": (None, "cifar", "imagenet"),
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
     "train.trackers": ("tensorboard", "wandb"),  # of each
@@ -347,13 +379,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "optim.scale": ("out_in", "moonlight"),
     "optim.embeddings": ("muon", "adamw"),
     "schedule.name": ("wsd", "cosine", "linear"),
-    "parallel.engine": ("megatron", "deepspeed"),
+    "parallel.engine": ("megatron", "deepspeed", "torch"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "expansion.init": ("random", "copying", "zero", "copying_zeroL", "copying_zeroN"),
     "expansion.order": ("stack", "inter", "last"),
     "expansion.insert": ("bottom", "top"),
     "expansion.optimizer_state": ("inherit", "copy", "reset"),
-    "expansion.parallel.engine": (None, "megatron", "deepspeed"),
+    "expansion.parallel.engine": (None, "megatron", "deepspeed", "torch"),
     "expansion.parallel.zero_stage": (None, 0, 1, 2, 3),
 }
 
@@ -387,8 +419,11 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "model.moe.routed_scaling_factor": (0, None),
     "model.moe.bias_update_rate": (0, None),
     "model.moe.aux_loss_coeff": (0, None),
+    "model.resnet.groups": (1, None),
     "data.vocab_size": (2, None),
     "data.sequence_length": (1, None),
+    "data.image_size": (8, None),
+    "data.num_classes": (2, None),
     "data.validation_fraction": (0.0001, 0.5),
     "data.max_bytes": (0, None),
     "train.steps": (1, None),

@@ -1,7 +1,57 @@
-"""Corpus, tokenizer, Megatron's indexed dataset, and the order of samples."""
+"""What models are trained on. Text: corpus, tokenizer, Megatron's indexed dataset, and the order of
+samples. Images: drawn, or of a folder."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.data import images
+from megatron_progressive.data import prepare as text
+from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
-from megatron_progressive.data.prepare import check, prepare
 from megatron_progressive.data.samples import TrainingData
+from megatron_progressive.models import model_shape
+from megatron_progressive.models.base import TransformerShape
 
-__all__ = ["TrainingData", "check", "prepare", "prepared_folder"]
+__all__ = ["Data", "TrainingData", "check", "open_data", "prepare", "prepared_folder"]
+
+
+class Data(Protocol):
+    """Batches of a run: functions of the run's seed and of sample numbers."""
+
+    def train_batch(self, first_sample: int, count: int) -> Any: ...
+    def validation_batch(self, first: int, count: int) -> Any: ...
+
+
+def _is_text(config: RunConfig) -> bool:
+    return isinstance(model_shape(config), TransformerShape)
+
+
+def check(config: RunConfig) -> None:
+    """Whether the run's data is there and fits its model, without writing anything.
+
+    Raises:
+        ConfigError: it is not, or does not (:func:`.prepare.check`, :func:`.images.check`).
+    """
+    (text if _is_text(config) else images).check(config)
+
+
+def prepare(config: RunConfig) -> Path | None:
+    """Prepare the run's corpus where it is not yet; returns its folder, None for images, which are
+    read as they are.
+
+    Raises:
+        ConfigError: see :func:`.prepare.prepare`.
+    """
+    return text.prepare(config) if _is_text(config) else None
+
+
+def open_data(config: RunConfig) -> Data:
+    """The data of a run, which :func:`check` accepts and :func:`prepare` has prepared.
+
+    Raises:
+        ConfigError: it is not there, or does not fit the model.
+    """
+    return TrainingData.open(config) if _is_text(config) else ImageData(config)

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.tokenizer import check_vocabulary, identity
-from megatron_progressive.models import model_shape
+from megatron_progressive.models import transformer_shape
 
 FORMAT = 1
 """Raise it when the same configuration would give other files."""
@@ -73,7 +73,7 @@ def fingerprint(config: RunConfig) -> str:
     decides = {
         "format": FORMAT,
         "corpus": open_corpus(data).identity(),
-        "tokenizer": identity(data, model_shape(config).vocab_size),
+        "tokenizer": identity(data, transformer_shape(config).vocab_size),
         "text_field": data.text_field,
         "validation_fraction": data.validation_fraction,
         "max_bytes": data.max_bytes,
@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
 def check_fit(config: RunConfig, manifest: Manifest) -> None:
     """Raise ConfigError where the model cannot be trained on a prepared corpus: its vocabulary
     is smaller than the tokenizer's, or a split is shorter than one sample."""
-    shape = model_shape(config)
+    shape = transformer_shape(config)
     check_vocabulary(shape.vocab_size, manifest.vocab_size, manifest.tokenizer)
     for split in SPLITS:
         tokens = manifest.splits[split].tokens

@@ -37,7 +37,7 @@ from megatron_progressive.data.tokenizer import (
     train_bpe,
     training_sample,
 )
-from megatron_progressive.models import model_shape
+from megatron_progressive.models import transformer_shape
 from megatron_progressive.runtime.files import fsync_path
 
 if TYPE_CHECKING:
@@ -74,11 +74,13 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
     folder = prepared_folder(config)
     if _is_occupied(folder):
         manifest = read_manifest(folder)
-        check_vocabulary(model_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer)
+        check_vocabulary(
+            transformer_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer
+        )
         return folder
     corpus = open_corpus(config.data)
     # before anything is written: fails fast on a tokenizer that is missing or too large
-    tokenizer = load_tokenizer(config.data, model_shape(config).vocab_size)
+    tokenizer = load_tokenizer(config.data, transformer_shape(config).vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
@@ -107,7 +109,7 @@ def check(config: RunConfig) -> None:
     if config.data.prepared is not None or _is_occupied(folder):
         check_fit(config, read_manifest(folder))
         return
-    shape, data = model_shape(config), config.data
+    shape, data = transformer_shape(config), config.data
     corpus = open_corpus(data)
     tokenizer = load_tokenizer(data, shape.vocab_size)
     kept: list[tuple[str, bool]] = []
@@ -162,7 +164,7 @@ def _write(
     if tokenizer is None:
         progress(f"training a tokenizer on {name}", 0, None)
         sample = training_sample(corpus, fraction)
-        tokenizer = train_bpe(sample, model_shape(config).vocab_size)
+        tokenizer = train_bpe(sample, transformer_shape(config).vocab_size)
         del sample
     tokenizer.save(folder / "tokenizer")
     entries = tokenizer.entries

@@ -25,7 +25,7 @@ from megatron_progressive.data.manifest import (
     read_manifest,
 )
 from megatron_progressive.data.megatron import indexed_dataset
-from megatron_progressive.models import model_shape
+from megatron_progressive.models import transformer_shape
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ class TrainingData:
         folder = prepared_folder(config)
         manifest = read_manifest(folder)
         check_fit(config, manifest)
-        length = model_shape(config).sequence_length
+        length = transformer_shape(config).sequence_length
         train, validation = (Samples(folder / s, length) for s in ("train", "validation"))
         return cls(train, validation, manifest, config.run.seed)
 

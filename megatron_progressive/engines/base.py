@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,16 +18,16 @@ from megatron_progressive.state.boxes import ShardedState
 class GlobalBatch:
     """The samples of one optimizer step or one validation batch, over all ranks.
 
-    ``read(first, count)`` gives samples by number, int64 [count, sequence_length + 1]; each
-    rank reads just its own.
+    ``read(first, count)`` gives samples by number: tokens, int64 [count, sequence_length + 1], or
+    images (:class:`.data.images.LabelledImages`). Each rank reads just its own.
     """
 
-    read: Callable[[int, int], torch.Tensor]
+    read: Callable[[int, int], Any]
     first: int
     count: int
 
-    def micro_batches(self, size: int, rank: int, ranks: int) -> list[torch.Tensor]:
-        """This data-parallel rank's micro-batches: int64 [size, sequence_length + 1] each.
+    def micro_batches(self, size: int, rank: int, ranks: int) -> list[Any]:
+        """This data-parallel rank's micro-batches, of ``size`` samples each.
 
         Micro-batch m of rank r holds samples first + (m * ranks + r) * size and on.
         """
@@ -44,7 +44,7 @@ class StepMetrics:
     """Of one optimizer step, equal on every rank."""
 
     loss: float
-    """Mean cross-entropy of the global batch before the update, nats per token."""
+    """Mean cross-entropy of the global batch before the update, nats per token or image."""
     grad_norm: float
     """Norm of the global gradient, before clipping."""
     stop: bool
@@ -67,13 +67,15 @@ def sum_over_ranks(
 
 class Engine(Protocol):
     layout: Layout
-    shape: ModelShape
+
+    @property
+    def shape(self) -> ModelShape: ...
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
         """One optimizer step. ``stop`` is this rank's wish to stop, shared in the metrics."""
 
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
-        """Mean cross-entropy, nats per token, without an update."""
+        """Mean cross-entropy, nats per token or image, without an update."""
 
     def state(self) -> ShardedState:
         """This rank's boxes, as views. In a new engine weights are unset, all else is zero."""

@@ -33,7 +33,7 @@ from megatron_progressive.engines.megatron_model import (
     transformer_config,
 )
 from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape, TensorSpec
+from megatron_progressive.models.base import TensorSpec, TransformerShape
 from megatron_progressive.optim.flat import Cut, FlatOptimizer
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
 
     _alive = 0  # engines that share DeepSpeed's globals
 
-    def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+    def __init__(self, config: RunConfig, shape: TransformerShape, layout: Layout) -> None:
         deepspeed_state.check_version()
         deepspeed_state.import_deepspeed()
         self.layout, self.shape, self.config = layout, shape, config

@@ -18,17 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_progressive.engines.flat_state import flat_pieces, slot_pieces
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.flat import Cut, FlatOptimizer
-from megatron_progressive.state.boxes import (
-    MASTER,
-    PARAM,
-    Piece,
-    ShardedState,
-    flat_range_boxes,
-    scalar_piece,
-    whole,
-)
+from megatron_progressive.state.boxes import PARAM, Piece, ShardedState, whole
 
 VERSION = "0.19.8"
 
@@ -208,31 +201,13 @@ def sharded_state(
         start, end = cut.range_of(optimizer.rank)
         if stage == 3:
             local: Any = parameter
-            pieces.extend(_flat_pieces(cut, PARAM, local.ds_tensor[: end - start], start))
+            pieces.extend(flat_pieces(cut, PARAM, local.ds_tensor[: end - start], start))
         else:
             weight = parameter.data.view(shape)
             pieces.append(Piece(name, PARAM, shape, whole(shape), weight, rank))
-        slots = dict(fragment.slots)
-        if bf16 and slots:
-            slots[MASTER] = fragment.weight
-        for slot, value in slots.items():
-            if value.dim() == 0:
-                # each rank with a fragment has the number; stage 0 has it on every rank
-                others = rank if stage == 0 else list(cut.ranges).index(rank)
-                pieces.append(scalar_piece(name, slot, value, others, tied=False))
-            elif stage == 0:
-                pieces.append(Piece(name, slot, shape, whole(shape), value.view(shape), rank))
-            else:
-                pieces.extend(_flat_pieces(cut, slot, value, start))
+        # stage 0 has the slots on every rank
+        pieces.extend(slot_pieces(fragment, optimizer.rank, bf16, None if stage else rank))
     for name, buffer in buffers.items():
         shape = table[name].shape
         pieces.append(Piece(name, PARAM, shape, whole(shape), buffer, rank))
     return ShardedState(pieces)
-
-
-def _flat_pieces(cut: Cut, slot: str, value: torch.Tensor, start: int) -> Iterator[Piece]:
-    """Pieces of a tensor's flat range that begins at ``start``."""
-    shape = cut.spec.shape
-    for box, low, high in flat_range_boxes(whole(shape), start, start + value.numel()):
-        view = value[low - start : high - start].view(box.shape)
-        yield Piece(cut.name, slot, shape, box, view)

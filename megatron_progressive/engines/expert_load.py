@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_progressive.models.base import MOE, ModelShape
+from megatron_progressive.models.base import MOE, TransformerShape
 
 
 class ExpertLoad:
@@ -17,7 +17,7 @@ class ExpertLoad:
     when it has been updated, so :meth:`read` comes before that.
     """
 
-    def __init__(self, shape: ModelShape, chunks: Sequence[GPTModel]) -> None:
+    def __init__(self, shape: TransformerShape, chunks: Sequence[GPTModel]) -> None:
         kinds = shape.layer_kinds()
         biased = shape.moe is not None and shape.moe.bias_update_rate > 0
         self.experts = shape.moe.num_experts if shape.moe is not None and biased else 0

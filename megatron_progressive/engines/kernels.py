@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection, RunConfig
-from megatron_progressive.models import FAMILIES
-from megatron_progressive.models.base import MOE, ModelShape
+from megatron_progressive.models import TRANSFORMERS
+from megatron_progressive.models.base import MOE, ModelShape, TransformerShape
 from megatron_progressive.optim.coefficients import ns_steps
 from megatron_progressive.runtime.layout import Layout
 
@@ -36,7 +36,7 @@ class Kernels:
 
 def resolve(
     section: KernelsSection,
-    shape: ModelShape,
+    shape: TransformerShape,
     *,
     cuda: bool,
     transformer_engine: bool,
@@ -52,7 +52,7 @@ def resolve(
     if not cuda:
         return Kernels(transformer_engine=False)
     experts = MOE in shape.layer_kinds()
-    gated = FAMILIES[shape.family].gated
+    gated = TRANSFORMERS[shape.family].gated
     possible = {
         "cross_entropy": True,
         # Megatron-core's fused rotation is Transformer Engine's; in latent attention only with yarn
@@ -77,7 +77,7 @@ def resolve(
     return Kernels(transformer_engine=transformer_engine, **on)
 
 
-def kernels_here(config: RunConfig, shape: ModelShape, sharded: bool) -> Kernels:
+def kernels_here(config: RunConfig, shape: TransformerShape, sharded: bool) -> Kernels:
     """:func:`resolve` with what this machine has."""
     import torch
 
@@ -92,7 +92,7 @@ def kernels_here(config: RunConfig, shape: ModelShape, sharded: bool) -> Kernels
     )
 
 
-def transformer_kwargs(kernels: Kernels, shape: ModelShape) -> dict[str, Any]:
+def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, Any]:
     """Fields of Megatron-core's ``TransformerConfig``."""
     import torch.nn.functional as F
 
@@ -106,7 +106,7 @@ def transformer_kwargs(kernels: Kernels, shape: ModelShape) -> dict[str, Any]:
         moe_permute_fusion=kernels.permute,
         cuda_graph_impl="local" if kernels.cuda_graphs else "none",
     )
-    if kernels.activation and not FAMILIES[shape.family].gated:
+    if kernels.activation and not TRANSFORMERS[shape.family].gated:
         values["activation_func"] = F.gelu  # it asks for this name; its kernel is the tanh form
     return values
 
@@ -149,9 +149,11 @@ def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(config.optim, device)
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    if not isinstance(shape, TransformerShape):
+        return f"kernels: torch's own, {optimizer_text(config.optim, name)}"
     megatron = layout.engine == "megatron"
     sharded = megatron and config.optim.name == "adamw" and layout.zero_stage >= 1
-    name = next(name for name, value in DTYPES.items() if value == dtype)
     return summary(kernels_here(config, shape, sharded), config.optim, name)
 
 

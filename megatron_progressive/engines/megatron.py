@@ -40,7 +40,7 @@ from megatron_progressive.engines.megatron_owners import owner_layout
 from megatron_progressive.engines.megatron_state import sharded_state, table_with_tied_head
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
@@ -54,7 +54,7 @@ class MegatronEngine:
     :meth:`state`.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+    def __init__(self, config: RunConfig, shape: TransformerShape, layout: Layout) -> None:
         self.layout, self.shape, self.config = layout, shape, config
         self.groups = ProcessGroups(layout)
         bf16 = config.train.precision == "bf16"

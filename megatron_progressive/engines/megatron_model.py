@@ -20,8 +20,8 @@ from megatron_progressive.engines.megatron_spec import (
     mtp_spec,
     transformer_engine_available,
 )
-from megatron_progressive.models import FAMILIES
-from megatron_progressive.models.base import LAYER_PREFIX, MOE, ModelShape, TensorSpec
+from megatron_progressive.models import TRANSFORMERS
+from megatron_progressive.models.base import LAYER_PREFIX, MOE, TensorSpec, TransformerShape
 from megatron_progressive.models.blocks import MTP_PREFIX
 from megatron_progressive.models.transformer import transformer_config_kwargs
 from megatron_progressive.runtime.groups import ProcessGroups
@@ -49,7 +49,7 @@ def _untouched(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(
-    shape: ModelShape, groups: ProcessGroups, dtype: torch.dtype, kernels: Kernels
+    shape: TransformerShape, groups: ProcessGroups, dtype: torch.dtype, kernels: Kernels
 ) -> TransformerConfig:
     """Megatron-core's configuration of one rank's part of the model."""
     layout, cuda = groups.layout, torch.cuda.is_available()
@@ -111,10 +111,10 @@ def check_gloo_pipeline(config: TransformerConfig) -> None:
 
 
 def build_chunk(
-    shape: ModelShape, groups: ProcessGroups, config: TransformerConfig, chunk: int
+    shape: TransformerShape, groups: ProcessGroups, config: TransformerConfig, chunk: int
 ) -> GPTModel:
     """One model chunk of this rank, with uninitialised weights."""
-    layout, family = groups.layout, FAMILIES[shape.family]
+    layout, family = groups.layout, TRANSFORMERS[shape.family]
     first = chunk == 0 and groups.first_stage
     last = chunk == layout.virtual_pipeline - 1 and groups.last_stage
     numbers = layout.chunk_layers(shape.num_layers)[groups.pipeline_rank][chunk]
@@ -151,7 +151,7 @@ def build_chunk(
 
 
 def _mask_padding(
-    output_layer: torch.nn.Module, shape: ModelShape, tensor_rank: int, tensor_ranks: int
+    output_layer: torch.nn.Module, shape: TransformerShape, tensor_rank: int, tensor_ranks: int
 ) -> None:
     """Give the vocabulary's padding logits of -infinity: it takes no part in the softmax, and its
     rows get no gradient."""

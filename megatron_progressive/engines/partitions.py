@@ -27,7 +27,12 @@ from megatron_progressive.engines.places import (
     zero_places,
 )
 from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape, TensorSpec, layer_number
+from megatron_progressive.models.base import (
+    ModelShape,
+    TensorSpec,
+    TransformerShape,
+    layer_number,
+)
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.state.boxes import (
@@ -68,8 +73,10 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
     Embedding and positions are on the first stage; final norm, multi-token prediction and head
     on the last. With multi-token prediction the final norm is where the last layer is. The last
     stage has a copy of the embedding where the head is tied to it, and where there is multi-token
-    prediction.
+    prediction. Models that are data parallel only have one chunk.
     """
+    if not isinstance(shape, TransformerShape):
+        return [[[HeldTensor(name, spec) for name, spec in tensor_table(shape).items()]]]
     first: list[HeldTensor] = []
     layers: dict[int, list[HeldTensor]] = {number: [] for number in range(shape.num_layers)}
     last: list[HeldTensor] = []
@@ -251,7 +258,8 @@ def _parts(
     shape: ModelShape, optim: OptimSection, precision: str, layout: Layout
 ) -> Iterator[_Part]:
     """The parts of every stage."""
-    experts = shape.moe.num_experts if shape.moe is not None else layout.expert
+    moe = shape.moe if isinstance(shape, TransformerShape) else None
+    experts = moe.num_experts if moe is not None else layout.expert
     separate, ranks = layout.separate_experts, layout.expert_tensor
     embedding = shared_embedding_is_whole(shape, layout, optim)
     for stage, chunks in enumerate(chunk_tensors(shape, layout)):

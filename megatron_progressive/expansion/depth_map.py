@@ -1,8 +1,10 @@
 """Depth expansion as a pure map: where each tensor of the deeper model comes from.
 
-Knows tables of global tensors only: no engine, no ranks, no data. Layers are of one or two kinds,
-dense and with experts (:meth:`.ModelShape.layer_kinds`): the kind belongs to the layer's global
-number, so trained and new layers keep to the places of theirs.
+Knows tables of global tensors only: no engine, no ranks, no data. A model has one stack of layers
+or several, as the stages of a residual network, and each is expanded on its own. Its layers are of
+one or two kinds (dense and with experts; a stage's first block and the others;
+:meth:`.ModelShape.stacks`): the kind belongs to the layer's number, so trained and new layers keep
+to the places of theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError, ExpansionSection
 from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape, layer_number, with_layer_number
+from megatron_progressive.models.base import ModelShape, layer_of, with_layer_number
 from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key
 
 COPY, INIT, ZERO = "copy", "init", "zero"
@@ -123,21 +125,27 @@ def depth_map(
     norm's own bias is zero as well, so that is zeroed with the gain.
     """
     copied = init.startswith("copying")
-    kinds = source.layer_kinds(), target.layer_kinds()
-    alive = survivors(*kinds, order, insert, copied) if source.num_layers else []
-    survivor_of = {place: layer for layer, place in enumerate(alive)}
-    origins = source_layers(*kinds, order) if copied else None
+    before = source.stacks()
+    survivor_of: dict[tuple[str, int], int] = {}
+    origins: dict[tuple[str, int], int] = {}
+    for stack, kinds in target.stacks().items():
+        trained = before[stack]
+        alive = survivors(trained, kinds, order, insert, copied) if trained else []
+        survivor_of |= {(stack, place): layer for layer, place in enumerate(alive)}
+        if copied:
+            copies = source_layers(trained, kinds, order)
+            origins |= {(stack, place): layer for place, layer in enumerate(copies)}
     kept = ZERO if optimizer_state == "reset" else COPY
     have = tensor_table(source)
     rules = {}
     for name, spec in tensor_table(target).items():
-        layer = layer_number(name)
+        layer = layer_of(name)
         if layer is None:
             origin: str | None = name
         elif layer in survivor_of:
             origin = with_layer_number(name, survivor_of[layer])
         else:
-            origin = with_layer_number(name, origins[layer]) if origins is not None else None
+            origin = with_layer_number(name, origins[layer]) if layer in origins else None
         new = layer is not None and layer not in survivor_of
         if origin not in have or have[origin].shape != spec.shape:
             origin = None

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.models import deepseek_v3, gpt2, llama3, mixtral, qwen3
-from megatron_progressive.models.base import MLA, ModelShape, MoE, Rope, TensorSpec
-from megatron_progressive.models.blocks import TableBuilder
-from megatron_progressive.models.checks import check_shape
+from megatron_progressive.models import deepseek_v3, gpt2, llama3, mixtral, qwen3, resnet
+from megatron_progressive.models.base import ModelShape, TensorSpec, TransformerShape
 from megatron_progressive.models.family import Family
-from megatron_progressive.models.mup import with_mup
+from megatron_progressive.models.transformer_family import TransformerFamily
 
-FAMILIES: dict[str, Family] = {
+TRANSFORMERS: dict[str, TransformerFamily] = {
     "gpt2": gpt2.FAMILY,
     "llama3": llama3.FAMILY,
     "qwen3": qwen3.FAMILY,
     "mixtral": mixtral.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
 }
-_PARTS = {"rope": Rope, "mla": MLA, "moe": MoE}
+FAMILIES: dict[str, Family] = {**TRANSFORMERS, "resnet": resnet.FAMILY}
 
 
-def shape_from_values(values: dict[str, Any]) -> ModelShape:
-    """The inverse of ``dataclasses.asdict``.
+def family_of(config: RunConfig) -> Family:
+    """The configured family.
 
     Raises:
-        KeyError, TypeError: something is missing, or of another kind.
+        ConfigError: there is none of that name.
     """
-    parts = {name: kind(**values[name]) for name, kind in _PARTS.items() if values[name]}
-    return ModelShape(**{**values, **parts})
-
-
-def _given(section: Any) -> dict[str, Any]:
-    return {key: value for key, value in asdict(section).items() if value is not None}
+    name = config.model.family
+    if name not in FAMILIES:
+        raise ConfigError(f"model.family: got {name!r}; accepted: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def model_shape(config: RunConfig, num_layers: int | None = None) -> ModelShape:
@@ -45,67 +40,38 @@ def model_shape(config: RunConfig, num_layers: int | None = None) -> ModelShape:
         ConfigError: unknown family or preset, a part that the family does not have, or sizes
             that do not fit each other.
     """
-    model = config.model
-    if model.family not in FAMILIES:
-        raise ConfigError(f"model.family: got {model.family!r}; accepted: {', '.join(FAMILIES)}")
-    family = FAMILIES[model.family]
-    if model.preset not in family.presets:
+    family, preset = family_of(config), config.model.preset
+    if preset not in family.presets:
+        raise ConfigError(f"model.preset: got {preset!r}; accepted: {', '.join(family.presets)}")
+    return family.shape(config, num_layers)
+
+
+def transformer_shape(config: RunConfig, num_layers: int | None = None) -> TransformerShape:
+    """:func:`model_shape` of what only language models have.
+
+    Raises:
+        ConfigError: also a family of other models.
+    """
+    shape = model_shape(config, num_layers)
+    if not isinstance(shape, TransformerShape):
         raise ConfigError(
-            f"model.preset: got {model.preset!r}; accepted: {', '.join(family.presets)}"
+            f"model.family: got {shape.family!r}; accepted here: {', '.join(TRANSFORMERS)}"
         )
-    preset = family.presets[model.preset]
-    sizes: dict[str, Any] = {"linear_bias": family.linear_bias, "mtp_layers": 0, **preset}
-    if model.hidden_size is not None:
-        scaled = preset["ffn_hidden_size"] * model.hidden_size // preset["hidden_size"]
-        sizes |= {"hidden_size": model.hidden_size, "ffn_hidden_size": scaled}
-    given = _given(model)
-    for key in ("family", "preset", *_PARTS):
-        del given[key]
-    sizes |= given
-    sizes |= {
-        key: value
-        for key, value in (
-            ("num_layers", num_layers),
-            ("vocab_size", config.data.vocab_size),
-            ("sequence_length", config.data.sequence_length),
-        )
-        if value is not None
-    }
-    for part, kind in _PARTS.items():
-        changed = _given(getattr(model, part))
-        if changed and part not in family.sections:
-            raise ConfigError(
-                f"model.{part}.{next(iter(changed))}: got a value for family {model.family}, which "
-                f"has no {part}; accepted: none"
-            )
-        if part in family.sections:
-            sizes[part] = kind(**{**preset[part], **changed})
-    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-    if "num_query_groups" not in sizes or (
-        # fewer heads than the preset's groups of them
-        model.num_query_groups is None and heads % sizes["num_query_groups"]
-    ):
-        sizes["num_query_groups"] = heads
-    if "head_dim" not in sizes:
-        if hidden % heads and "mla" not in family.sections:
-            raise ConfigError(
-                f"model.num_attention_heads: got {heads}; accepted: a divisor of hidden_size "
-                f"{hidden}, or model.head_dim"
-            )
-        sizes["head_dim"] = max(1, hidden // heads)
-    shape = ModelShape(family=model.family, **sizes)
-    check_shape(shape, family)
     return shape
+
+
+def shape_from_values(values: dict[str, Any]) -> ModelShape:
+    """The inverse of ``dataclasses.asdict``.
+
+    Raises:
+        KeyError, TypeError: something is missing, or of another kind.
+    """
+    return FAMILIES[values["family"]].shape_from_values(values)
 
 
 @lru_cache(maxsize=16)
 def _table(shape: ModelShape) -> dict[str, TensorSpec]:
-    family = FAMILIES[shape.family]
-    builder = TableBuilder(
-        shape, norm_bias=family.norm == "LayerNorm", gated=family.gated, qk_norm=family.qk_norm
-    )
-    table = builder.model(family.learned_positions)
-    return with_mup(table, shape) if shape.mup else table
+    return FAMILIES[shape.family].table(shape)
 
 
 def tensor_table(shape: ModelShape) -> dict[str, TensorSpec]:
@@ -126,8 +92,10 @@ def active_parameter_count(shape: ModelShape) -> int:
     """Parameters that one token is computed with: of the routed experts of a layer, its ``top_k``.
 
     Tables that a token is only looked up in (an embedding that is not the head too, positions)
-    multiply nothing and are left out.
+    multiply nothing and are left out. An image is computed with all.
     """
+    if not isinstance(shape, TransformerShape):
+        return parameter_count(shape)
     table = _table(shape).values()
     lookups = [
         spec

@@ -8,9 +8,13 @@ layer and expert numbers on every rank.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 LAYER_PREFIX = "decoder.layers."
+STAGE_PREFIX = "stages."
+_LAYER = re.compile(rf"({re.escape(LAYER_PREFIX)}|{re.escape(STAGE_PREFIX)}\d+\.blocks\.)(\d+)\.")
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this on every layout, so that tensor parallelism
@@ -80,12 +84,51 @@ class MoE:
 
 
 @dataclass(frozen=True)
+class ResNetParts:
+    """Residual networks (:class:`.config.ResNetSection`)."""
+
+    block: str
+    stages: str
+    stem: str
+    groups: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of one model; ``num_layers`` is the only one that expansion changes."""
+    """Sizes of one model, whatever its family; ``num_layers`` is the only one that expansion
+    changes."""
 
     family: str
     num_layers: int
+    """Depth: what it counts is the family's."""
     hidden_size: int
+    """Width of the residual stream (its narrowest part where it gets wider)."""
+    mup: bool = False
+    """Whether initial values and updates follow :mod:`.mup`."""
+
+    unit: ClassVar[str] = "tokens"
+    """What a sample is made of: losses, compute and speeds are of one of these."""
+
+    @property
+    def sample_units(self) -> int:
+        """Units of one sample."""
+        return 1
+
+    def stacks(self) -> dict[str, list[str]]:
+        """The layers that expansion adds to, by the prefix of their tensors' names: in each
+        stack the kind of each layer by its number. Layers of one kind have the same tensors."""
+        raise NotImplementedError
+
+    @property
+    def micro_batch_decides(self) -> bool:
+        """Whether the loss depends on how a global batch is cut into micro-batches."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerShape(ModelShape):
+    """Sizes of a language model; ``num_layers`` counts transformer layers."""
+
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -104,8 +147,10 @@ class ModelShape:
     mtp_layers: int = 0
     """Multi-token prediction modules, where there are layers."""
     mtp_loss_coeff: float = 0.0
-    mup: bool = False
-    """Whether initial values and updates follow :mod:`.mup`."""
+
+    @property
+    def sample_units(self) -> int:
+        return self.sequence_length
 
     @property
     def padded_vocab_size(self) -> int:
@@ -121,6 +166,15 @@ class ModelShape:
         dense = self.moe.first_k_dense if self.moe else self.num_layers
         return [DENSE if number < dense else MOE for number in range(self.num_layers)]
 
+    def stacks(self) -> dict[str, list[str]]:
+        return {LAYER_PREFIX: self.layer_kinds()}
+
+    @property
+    def micro_batch_decides(self) -> bool:
+        """Under a load-balancing loss, which Megatron-core computes from the experts' loads of one
+        micro-batch: loads of fewer samples are less even."""
+        return self.moe is not None and self.moe.aux_loss_coeff > 0
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -128,10 +182,10 @@ class TensorSpec:
 
     ``role`` says what it does: ``embedding``, ``position``, ``head``, ``qkv``, ``proj``,
     ``q_proj``, ``q_down``, ``q_up``, ``kv_down``, ``kv_up``, ``fc1``, ``fc2``, ``router``,
-    ``expert_bias``, ``mtp_proj``, ``bias`` (of a linear), ``norm_gain`` or ``norm_bias``.
+    ``expert_bias``, ``mtp_proj``, ``conv``, ``bias`` (of a linear), ``norm_gain`` or ``norm_bias``.
 
     The last two axes of a weight are (n_out, n_in); an axis before them counts separate matrices
-    (gate and up of a gated MLP).
+    (gate and up of a gated MLP). The n_in of a convolution are its inputs times its window.
     """
 
     shape: tuple[int, ...]
@@ -156,6 +210,11 @@ class TensorSpec:
     """Whether the optimizer has it. Others are fp32 in every precision."""
     scaling: Scaling | None = None
     """How its updates scale; None: as the optimizer's rule has them."""
+    products: int = 1
+    """Products with a weight that one token, or one image, takes part in: of a convolution as many
+    as it has places."""
+    on_data: bool = False
+    """Whether its input is the data itself, of which no gradient is computed."""
 
     @property
     def numel(self) -> int:
@@ -172,14 +231,21 @@ def spectral_std(n_out: int, n_in: int) -> float:
     return math.sqrt(n_out / n_in) / (math.sqrt(n_out) + math.sqrt(n_in))
 
 
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The stack (:meth:`ModelShape.stacks`) and the number in it of the layer that a tensor
+    belongs to; None outside the layers."""
+    found = _LAYER.match(name)
+    return None if found is None else (found[1], int(found[2]))
+
+
 def layer_number(name: str) -> int | None:
-    """Global number of the layer a tensor belongs to; None outside the layers."""
-    if not name.startswith(LAYER_PREFIX):
-        return None
-    return int(name[len(LAYER_PREFIX) :].split(".", 1)[0])
+    """Number in its stack of the layer a tensor belongs to; None outside the layers."""
+    found = layer_of(name)
+    return None if found is None else found[1]
 
 
 def with_layer_number(name: str, number: int) -> str:
-    """The same tensor of another layer."""
-    rest = name[len(LAYER_PREFIX) :].split(".", 1)[1]
-    return f"{LAYER_PREFIX}{number}.{rest}"
+    """The same tensor of another layer of its stack."""
+    found = _LAYER.match(name)
+    assert found is not None, name
+    return f"{found[1]}{number}.{name[found.end() :]}"

@@ -10,9 +10,9 @@ from megatron_progressive.models.base import (
     LAYER_PREFIX,
     MLA,
     MOE,
-    ModelShape,
     MoE,
     TensorSpec,
+    TransformerShape,
     spectral_std,
 )
 
@@ -34,7 +34,7 @@ class TableBuilder:
     """
 
     def __init__(
-        self, shape: ModelShape, *, norm_bias: bool, gated: bool, qk_norm: bool = False
+        self, shape: TransformerShape, *, norm_bias: bool, gated: bool, qk_norm: bool = False
     ) -> None:
         self.shape, self.norm_bias, self.gated, self.qk_norm = shape, norm_bias, gated, qk_norm
         self.table: Table = {}

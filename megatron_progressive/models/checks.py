@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_progressive.config import ConfigError
-from megatron_progressive.models.base import MLA, ModelShape, MoE
-from megatron_progressive.models.family import Family
+from megatron_progressive.models.base import MLA, MoE, TransformerShape
+
+if TYPE_CHECKING:
+    from megatron_progressive.models.transformer_family import TransformerFamily
 
 LLAMA3_ORIGINAL_LENGTH = 8192
 """Megatron-core 0.19.2 has this number in its Llama 3 scaling (``rotary_pos_embedding.py``)."""
 
 
-def check_shape(shape: ModelShape, family: Family) -> None:
+def check_shape(shape: TransformerShape, family: TransformerFamily) -> None:
     """Check a shape.
 
     Raises:
@@ -42,7 +46,7 @@ def check_shape(shape: ModelShape, family: Family) -> None:
             )
 
 
-def _check_rope(shape: ModelShape) -> None:
+def _check_rope(shape: TransformerShape) -> None:
     rope = shape.rope
     if rope is None:
         return

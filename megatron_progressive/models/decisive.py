@@ -18,14 +18,13 @@ _MICRO_BATCH = "train.micro_batch"
 def decisive(config: RunConfig) -> dict[str, Any]:
     """Every key that decides the run's numbers, by its whole name, and its value.
 
-    ``train.micro_batch`` is one of them under a load-balancing loss alone: Megatron-core computes
-    that from the experts' loads of one micro-batch, and loads of fewer samples are less even.
+    ``train.micro_batch`` is one of them where the model says so
+    (:attr:`.ModelShape.micro_batch_decides`).
 
     Raises:
         ConfigError: no such model (see :func:`.models.model_shape`).
     """
-    moe = model_shape(config).moe
-    free = _FREE if moe is not None and moe.aux_loss_coeff else _FREE | {_MICRO_BATCH}
+    free = _FREE if model_shape(config).micro_batch_decides else _FREE | {_MICRO_BATCH}
     return dict(_decisive(asdict(config), free))
 
 

@@ -9,14 +9,14 @@ proportions at a smaller scale.
 
 from __future__ import annotations
 
-from megatron_progressive.models.family import Family
+from megatron_progressive.models.transformer_family import TransformerFamily
 
 _COMMON = dict(norm_epsilon=1e-6, tie_embeddings=False)
 _SMALL_MLA = dict(
     q_lora_rank=0, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
 )
 
-FAMILY = Family(
+FAMILY = TransformerFamily(
     norm="RMSNorm",
     gated=True,
     sections=frozenset({"rope", "mla", "moe"}),

@@ -1,31 +1,100 @@
-"""What a family is: which parts its models have, and their named shapes."""
+"""What a family is: its presets, what of a configuration it reads, and which engines train it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.models.base import MLA, ModelShape, MoE, ResNetParts, Rope, TensorSpec
 
 Preset = dict[str, Any]
-"""Fields of :class:`.base.ModelShape`; ``rope``, ``mla`` and ``moe`` are dicts of theirs."""
+"""Fields of the family's shape; parts (:data:`PARTS`) are dicts of theirs."""
+
+PARTS = {"rope": Rope, "mla": MLA, "moe": MoE, "resnet": ResNetParts}
+"""Parts that some models have, each a section of ``model`` and a field of the shape."""
 
 
-@dataclass(frozen=True)
-class Family:
+@dataclass(frozen=True, kw_only=True)
+class Family(ABC):
     """One architecture."""
 
     presets: dict[str, Preset]
-    norm: str
-    """``LayerNorm`` or ``RMSNorm``."""
-    gated: bool
-    """SwiGLU, or else GeLU in its tanh form."""
     sections: frozenset[str] = field(default_factory=frozenset)
-    """Of ``rope``, ``mla`` and ``moe``: those that it has."""
-    linear_bias: bool = False
-    """Whether linears may have biases; they do by default then."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalised per head."""
-    learned_positions: bool = False
-    mtp: bool = False
-    """Whether it may have multi-token prediction."""
-    router: str = "softmax"
-    """Scores of experts: ``softmax`` over the chosen ones, or ``sigmoid``."""
+    """Of :data:`PARTS`: those that it has."""
+
+    shape_type: ClassVar[type[ModelShape]]
+    engines: ClassVar[tuple[str, ...]]
+    """That can train it, the usual one first."""
+    data_sizes: ClassVar[tuple[str, ...]]
+    """Fields of ``data`` that are sizes of the model, too."""
+    data_keys: ClassVar[frozenset[str]]
+    """Fields of ``data`` that it reads."""
+
+    @abstractmethod
+    def shape(self, config: RunConfig, num_layers: int | None) -> ModelShape:
+        """The configured model, at ``num_layers`` layers where that is given.
+
+        Raises:
+            ConfigError: a part or size that the family does not have, or sizes that do not fit
+                each other.
+        """
+
+    @abstractmethod
+    def table(self, shape: Any) -> dict[str, TensorSpec]:
+        """Every global tensor of a shape of this family, by canonical name."""
+
+    def shape_from_values(self, values: dict[str, Any]) -> ModelShape:
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises:
+            KeyError, TypeError: something is missing, or of another kind.
+        """
+        parts = {name: PARTS[name](**values[name]) for name in PARTS if values.get(name)}
+        return self.shape_type(**{**values, **parts})
+
+    def _sizes(self, config: RunConfig, num_layers: int | None) -> dict[str, Any]:
+        """Sizes that the configuration sets, and its parts with the preset's fields beneath.
+
+        Raises:
+            ConfigError: one that the family does not have.
+        """
+        model = config.model
+        known = {"family", "preset"} | {f.name for f in fields(self.shape_type)}
+        self._refuse_others(config, "model", known | PARTS.keys())
+        self._refuse_others(config, "data", self.data_keys)
+        sizes = _given(model)
+        for key in ("family", "preset", *PARTS):
+            del sizes[key]
+        sizes = {key: value for key, value in sizes.items() if key in known}
+        sizes |= {
+            key: value for key, value in _given(config.data).items() if key in self.data_sizes
+        }
+        if num_layers is not None:
+            sizes["num_layers"] = num_layers
+        for part, kind in PARTS.items():
+            changed = _given(getattr(model, part))
+            if changed and part not in self.sections:
+                raise ConfigError(
+                    f"model.{part}.{next(iter(changed))}: got a value for family {model.family}, "
+                    f"which has no {part}; accepted: none"
+                )
+            if part in self.sections:
+                sizes[part] = kind(**{**self.presets[model.preset][part], **changed})
+        return sizes
+
+    def _refuse_others(self, config: RunConfig, section: str, known: Any) -> None:
+        """Raise where a field is set that the family has no use for."""
+        values = getattr(config, section)
+        default = asdict(type(values)())
+        for key, value in asdict(values).items():
+            if key not in known and value != default[key]:
+                raise ConfigError(
+                    f"{section}.{key}: got {value!r} for family {config.model.family}, which has "
+                    f"none; accepted: nothing"
+                )
+
+
+def _given(section: Any) -> dict[str, Any]:
+    return {key: value for key, value in asdict(section).items() if value is not None}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_progressive.models.family import Family
+from megatron_progressive.models.transformer_family import TransformerFamily
 
-FAMILY = Family(
+FAMILY = TransformerFamily(
     norm="LayerNorm",
     gated=False,
     linear_bias=True,

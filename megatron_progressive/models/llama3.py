@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models.family import Family, Preset
+from megatron_progressive.models.family import Preset
+from megatron_progressive.models.transformer_family import TransformerFamily
 
 
 def _preset(
@@ -24,7 +25,7 @@ def _preset(
     return {**values, **more}
 
 
-FAMILY = Family(
+FAMILY = TransformerFamily(
     norm="RMSNorm",
     gated=True,
     sections=frozenset({"rope"}),

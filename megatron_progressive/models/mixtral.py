@@ -5,9 +5,9 @@ The load is balanced by an auxiliary loss.
 
 from __future__ import annotations
 
-from megatron_progressive.models.family import Family
+from megatron_progressive.models.transformer_family import TransformerFamily
 
-FAMILY = Family(
+FAMILY = TransformerFamily(
     norm="RMSNorm",
     gated=True,
     sections=frozenset({"rope", "moe"}),

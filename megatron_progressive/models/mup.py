@@ -35,9 +35,9 @@ from megatron_progressive.models.base import (
     ROWS,
     TIED_ROWS,
     VECTOR,
-    ModelShape,
     Scaling,
     TensorSpec,
+    TransformerShape,
     spectral_std,
 )
 
@@ -85,12 +85,12 @@ def place_of(name: str, spec: TensorSpec) -> str:
     return LAST if spec.last_linear else INNER
 
 
-def with_mup(table: dict[str, TensorSpec], shape: ModelShape) -> dict[str, TensorSpec]:
+def with_mup(table: dict[str, TensorSpec], shape: TransformerShape) -> dict[str, TensorSpec]:
     """The family's table with muP's initial values and :class:`.base.Scaling`."""
     return {name: _scaled(name, spec, shape) for name, spec in table.items()}
 
 
-def _scaled(name: str, spec: TensorSpec, shape: ModelShape) -> TensorSpec:
+def _scaled(name: str, spec: TensorSpec, shape: TransformerShape) -> TensorSpec:
     if spec.role not in FORMS:
         return spec
     form = FORMS[spec.role]

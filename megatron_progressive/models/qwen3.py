@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_progressive.models.family import Family
+from megatron_progressive.models.transformer_family import TransformerFamily
 
 _COMMON = dict(norm_epsilon=1e-6, rope=dict(theta=1000000.0))
 _REAL = dict(**_COMMON, vocab_size=151936, sequence_length=4096, head_dim=128)
 
-FAMILY = Family(
+FAMILY = TransformerFamily(
     norm="RMSNorm",
     gated=True,
     sections=frozenset({"rope"}),

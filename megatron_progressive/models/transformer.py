@@ -5,18 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from megatron_progressive.models import FAMILIES
-from megatron_progressive.models.base import MOE, ModelShape
+from megatron_progressive.models import TRANSFORMERS
+from megatron_progressive.models.base import MOE, TransformerShape
 
 
-def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:
+def transformer_config_kwargs(shape: TransformerShape) -> dict[str, Any]:
     """Fields of ``TransformerConfig``, or with latent attention of ``MLATransformerConfig``.
 
     Sizes and mathematics only: nothing of layouts, precision or kernels.
     """
     import torch.nn.functional as F
 
-    family = FAMILIES[shape.family]
+    family = TRANSFORMERS[shape.family]
     values: dict[str, Any] = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -56,8 +56,8 @@ def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:
     return values
 
 
-def _experts(shape: ModelShape) -> dict[str, Any]:
-    moe, sigmoid = shape.moe, FAMILIES[shape.family].router == "sigmoid"
+def _experts(shape: TransformerShape) -> dict[str, Any]:
+    moe, sigmoid = shape.moe, TRANSFORMERS[shape.family].router == "sigmoid"
     assert moe is not None
     grouped = moe.num_groups > 1
     return dict(

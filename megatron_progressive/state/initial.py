@@ -6,17 +6,20 @@ sees a configuration whose model is complete.
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
+from megatron_progressive.config import CONFIG_FILE, ConfigError, DataSection, RunConfig, load
 from megatron_progressive.models import FAMILIES
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import ModelShape, TransformerShape
+from megatron_progressive.models.family import PARTS
 from megatron_progressive.state.checkpoint import checkpoints, read_description
 
 _TRAINING = {"mup", "mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
 """Fields of the model that say how it is trained: a run may set others than the checkpoint's."""
+
+_DATA_FIELDS = {field.name for field in fields(DataSection)}
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
@@ -59,25 +62,24 @@ def _own_configuration(config: RunConfig) -> RunConfig | None:
 
 
 def sizes_of_model(shape: ModelShape) -> dict[str, Any]:
-    """Fields of ``model`` and ``data`` (``vocab_size``, ``sequence_length``) that make this shape,
-    by their name in those sections; those of parts are ``part.field``."""
+    """Fields of ``model`` and ``data`` (:attr:`.Family.data_sizes`) that make this shape, by their
+    name in those sections; those of parts are ``part.field``."""
     sizes: dict[str, Any] = {}
     sections = FAMILIES[shape.family].sections
     for field, value in asdict(shape).items():
-        if field in ("rope", "mla", "moe"):
+        if field in PARTS:
             if field in sections:
                 sizes |= {f"{field}.{part}": given for part, given in value.items()}
         elif field != "family":
             sizes[field] = value
-    if shape.mla is not None:  # they have no meaning
+    if isinstance(shape, TransformerShape) and shape.mla is not None:  # they have no meaning
         del sizes["num_query_groups"], sizes["head_dim"]
     return sizes
 
 
 def _sizes_of_configuration(config: RunConfig) -> dict[str, Any]:
-    sizes: dict[str, Any] = {
-        key: getattr(config.data, key) for key in ("vocab_size", "sequence_length")
-    }
+    names = FAMILIES[config.model.family].data_sizes
+    sizes: dict[str, Any] = {key: getattr(config.data, key) for key in names}
     for field, value in asdict(config.model).items():
         if isinstance(value, dict):
             sizes |= {f"{field}.{part}": given for part, given in value.items()}
@@ -88,7 +90,7 @@ def _sizes_of_configuration(config: RunConfig) -> dict[str, Any]:
 
 def _given(config: RunConfig, name: str) -> tuple[str, Any]:
     """A field's full name and its value in the configuration."""
-    section = "data" if name in ("vocab_size", "sequence_length") else "model"
+    section = "data" if name in _DATA_FIELDS else "model"
     value: Any = getattr(config, section)
     for part in name.split("."):
         value = getattr(value, part)
@@ -104,7 +106,8 @@ def _check_given(
             continue
         if name == "moe.bias_update_rate" and (got > 0) == (size > 0):
             continue
-        shorter = name == "sequence_length" and shape.rope is not None
+        rotary = isinstance(shape, TransformerShape) and shape.rope is not None
+        shorter = name == "sequence_length" and rotary
         if shorter and got < size:
             continue
         accepted = f"up to {size}" if shorter else size
@@ -128,9 +131,9 @@ def _filled(config: RunConfig, sizes: dict[str, Any]) -> RunConfig:
                 values[field] = sizes[name]
         return replace(section, **values)
 
-    lengths = {
+    data = {
         key: sizes[key]
-        for key in ("vocab_size", "sequence_length")
+        for key in FAMILIES[config.model.family].data_sizes
         if getattr(config.data, key) is None
     }
-    return replace(config, model=fill(config.model, ""), data=replace(config.data, **lengths))
+    return replace(config, model=fill(config.model, ""), data=replace(config.data, **data))

@@ -6,8 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.models.description import input_words, size_words
 from megatron_progressive.state.boxes import PARAM
 from megatron_progressive.state.checkpoint import PROGRESS_FILE, read_description
+from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import stored_tensors
 
 _SHORT_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -62,17 +65,16 @@ def render(found: dict[str, Any]) -> str:
         f"{layers} {f'after step {step:,}' if step else 'at the start'}"
         for step, layers in model["depth_history"]
     )
-    ties = "tied" if model["tie_embeddings"] else "untied"
-    moe = model["moe"]
+    shape = ModelRecord.from_values(model).shape
+    label, sizes = input_words(shape)
+    moe = shape.moe if isinstance(shape, TransformerShape) else None
+    experts = f", {moe.num_experts} experts, {moe.top_k} a token" if moe else ""
     embeddings = model["embeddings"] if model["optimizer"] == "muon_nsgd" else ""
     facts = [
         ("step", f"{progress['step']:,} ({progress['samples']:,} samples, "
                  f"{progress['flops']:.3g} FLOPs)"),
         ("layers", f"{progress['num_layers']}: {depths}"),
-        ("model", f"{model['family']}, hidden {model['hidden_size']}, "
-                  f"{model['num_attention_heads']} heads, ffn {model['ffn_hidden_size']}, "
-                  f"vocabulary {model['vocab_size']:,}, {ties} embedding"
-                  + (f", {moe['num_experts']} experts, {moe['top_k']} a token" if moe else "")),
+        ("model", f"{shape.family}, {', '.join(size_words(shape))}, {label} {sizes}{experts}"),
         ("optimizer", model["optimizer"] + (f" (embeddings: {embeddings})" if embeddings else "")
                       + f", {model['precision']}, seed {model['seed']}"),
         ("saved by", model["layout"]),

@@ -42,9 +42,8 @@ class ModelRecord:
             KeyError, TypeError, ValueError: something is missing, or of another kind.
         """
         rest = dict(values)
-        shape = shape_from_values(
-            {f.name: rest.pop(f.name) for f in fields(ModelShape) if f.name in rest}
-        )
+        own = {f.name for f in fields(cls)}
+        shape = shape_from_values({key: rest.pop(key) for key in [*rest] if key not in own})
         history = tuple((int(step), int(layers)) for step, layers in rest.pop("depth_history"))
         if not history or history[-1][1] != shape.num_layers:
             raise ValueError(f"depth_history {history} of {shape.num_layers} layers")

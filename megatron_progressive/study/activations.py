@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
-from megatron_progressive.models import FAMILIES, tensor_table
-from megatron_progressive.models.base import MOE, ModelShape
+from megatron_progressive.models import TRANSFORMERS, tensor_table
+from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.study.flops import muon_matrices
 from megatron_progressive.study.memory import BYTES, RankMemory, stage_memory
@@ -67,7 +67,7 @@ class RankPeak:
 class _Step:
     """What the sizes of one micro-batch on one rank depend on."""
 
-    shape: ModelShape
+    shape: TransformerShape
     layout: Layout
     samples: int
     width: int
@@ -90,7 +90,7 @@ class _Step:
     def norm(self, width: int | None = None) -> float:
         """What a norm keeps beside its input: its output, which the linear behind it needs, its
         statistics in fp32, and unfused RMSNorm the output before the gain as well."""
-        rms = FAMILIES[self.shape.family].norm == "RMSNorm"
+        rms = TRANSFORMERS[self.shape.family].norm == "RMSNorm"
         elements = (width or self.shape.hidden_size) * (2 if rms and not self.fused else 1)
         statistics = _FP32 * (1 if rms else 2)
         return self.tokens * (elements * self.width + statistics) / self.sequence_ranks
@@ -128,7 +128,7 @@ def _attention(step: _Step) -> float:
         rotary = shape.head_dim if shape.rope is not None else 0
         if rotary:  # rotated copies; the values stay where the projection wrote them
             cut += w * (queries + keys)
-        if FAMILIES[shape.family].qk_norm:
+        if TRANSFORMERS[shape.family].qk_norm:
             cut += (0 if step.fused else w) * (queries + keys)
             cut += _FP32 * (heads + shape.num_query_groups)
             cut += w * (queries + keys) if step.fused else 0
@@ -140,7 +140,7 @@ def _attention(step: _Step) -> float:
 def _mlp_elements(step: _Step, width: int) -> float:
     """Elements a token of an MLP behind its input: both halves of a gated one, the activation,
     their product; unfused also the second half once more (Megatron-core adds an offset to it)."""
-    gated = FAMILIES[step.shape.family].gated
+    gated = TRANSFORMERS[step.shape.family].gated
     return (3 if step.fused else 5) * width if gated else 2 * width
 
 
@@ -214,7 +214,7 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _muon_sizes(
-    shape: ModelShape, optim: OptimSection
+    shape: TransformerShape, optim: OptimSection
 ) -> tuple[dict[tuple[int, int], int], int, int, int, int]:
     """Muon's matrices by size, and the elements of all its tensors and of the largest one, and of
     all and the largest of those that are several matrices in one (queries, keys and values)."""
@@ -230,7 +230,7 @@ def _muon_sizes(
     return matrices, total, largest, joint, widest
 
 
-def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: bool) -> int:
+def _newton_schulz(shape: TransformerShape, config: RunConfig, layout: Layout, fused: bool) -> int:
     """Bytes of one batch of Muon's updates while matrices of one size are orthogonalised.
 
     A rank steps its tensors in batches (``optim/flat.py``). At the peak it has the batch's updates
@@ -259,7 +259,7 @@ def _newton_schulz(shape: ModelShape, config: RunConfig, layout: Layout, fused: 
 
 
 def stage_activations(
-    shape: ModelShape, config: RunConfig, layout: Layout, *, fused: bool
+    shape: TransformerShape, config: RunConfig, layout: Layout, *, fused: bool
 ) -> list[Activations]:
     """Activations and temporary bytes of a rank of each pipeline stage (experts balanced)."""
     train = config.train
@@ -298,7 +298,9 @@ def stage_activations(
     return found
 
 
-def fullest_rank(shape: ModelShape, config: RunConfig, layout: Layout, *, fused: bool) -> RankPeak:
+def fullest_rank(
+    shape: TransformerShape, config: RunConfig, layout: Layout, *, fused: bool
+) -> RankPeak:
     """State and activations of the rank that holds most of both together."""
     activations = stage_activations(shape, config, layout, fused=fused)
     states = stage_memory(shape, config, layout)

@@ -28,7 +28,7 @@ import numpy as np
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
-from megatron_progressive.models import model_shape
+from megatron_progressive.models import transformer_shape
 from megatron_progressive.runtime.progress import short_time
 from megatron_progressive.study.flops import step_flops
 from megatron_progressive.study.preflight import check_run
@@ -115,7 +115,7 @@ def sized(config: RunConfig, width: int, depth: int) -> RunConfig:
     Raises:
         ConfigError: a width that no whole number of heads makes.
     """
-    shape = model_shape(config, depth)
+    shape = transformer_shape(config, depth)
     base = shape.hidden_size
 
     def scaled(field: str, value: int) -> int:
@@ -150,7 +150,7 @@ def shapes_of(
 
     None stands for 1, 2 and 4 times the configured width, and for 1, 2, 4 and 8 layers.
     """
-    base = model_shape(config).hidden_size
+    base = transformer_shape(config).hidden_size
     widths, depths = widths or [base, 2 * base, 4 * base], depths or [1, 2, 4, 8]
     fixed_depth, fixed_width = depths[(len(depths) - 1) // 2], widths[0]
     return [(WIDTH, width, fixed_depth) for width in widths] + [
@@ -175,7 +175,7 @@ def tokens_of(config: RunConfig) -> tuple[Read, str]:
         return data.TrainingData.open(config).train_batch, f"the corpus in {folder}"
     import torch
 
-    shape = model_shape(config)
+    shape = transformer_shape(config)
 
     def random(first: int, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(config.run.seed + 1 + first)
@@ -222,7 +222,7 @@ def measure(config: RunConfig, steps: int, read: Read) -> list[Measurement]:
     from megatron_progressive.runtime.layout import make_layout
     from megatron_progressive.state.init import initialise_all
 
-    shape, size = model_shape(config), config.train.global_batch
+    shape, size = transformer_shape(config), config.train.global_batch
     engine = MegatronEngine(config, shape, make_layout(config.parallel, 1))
     probe = GlobalBatch(read, 0, config.train.micro_batch)
     out: list[Measurement] = []
@@ -290,7 +290,7 @@ def coordinate_check(
     read, tokens = tokens_of(config)
     print(f"coordcheck: {steps} steps on {tokens}", file=sys.stderr, flush=True)
     models = {(w, d): sized(config, w, d) for _, w, d in shapes}
-    costs = [step_flops(model_shape(model), model) for model in models.values()]
+    costs = [step_flops(transformer_shape(model), model) for model in models.values()]
     measurements: list[Measurement] = []
     started = time.monotonic()
     for number, ((width, depth), model) in enumerate(models.items(), 1):

@@ -31,6 +31,7 @@ from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve
 from megatron_progressive.study.mixing import MixingTime, averaged, train_gap
 from megatron_progressive.study.rows import time_text
 from megatron_progressive.study.runs import Run
+from megatron_progressive.study.wording import per_unit
 
 _PALETTE = {
     PROGRESSIVE: GROWN_COLOURS,
@@ -152,7 +153,7 @@ def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path
         high = found.steps_after if found.high is None else found.high
         axes.axvspan(per_step * found.low, per_step * high, color=colour, alpha=0.12, linewidth=0)
         axes.axvline(found.tokens, color=colour, linewidth=1, linestyle=":")
-    dress(axes, "Loss above fixed-size at the same step, %", "tokens after the expansion")
+    dress(axes, "Loss above fixed-size at the same step, %", f"{found.unit} after the expansion")
     axes.set_yscale("symlog", linthresh=2 * threshold or 1.0, linscale=0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     step_axis(axes, float(steps[-1]), 0.02)
@@ -199,12 +200,13 @@ def _loss(axes: Axes, lines: Sequence[Line], x: str, limits: tuple[float, float]
             labels.append((evals[x][-1], last, f"{line.label} {last:.3f}{end}", line.colour))
             axes.plot(evals[x][-1], last, "o", color=line.colour, markersize=6)
     against = "training FLOPs (log scale)" if x == "flops" else "step"
-    dress(axes, f"Loss against {'FLOPs' if x == 'flops' else 'steps'}, nats per token", against)
+    per = per_unit(line.run.unit for line in lines)
+    dress(axes, f"Loss against {'FLOPs' if x == 'flops' else 'steps'}, nats per {per}", against)
     ends = [line.run.train[x][-1] for line in lines if len(line.run.train)]
     room = max((len(text) for _, _, text, _ in labels), default=0)  # characters right of the ends
     if x == "flops":
         axes.set_xscale("log")
-        if ends:  # two decades of compute: what comes before is the fall from log(vocabulary)
+        if ends:  # two decades of compute: what comes before is the fall from a uniform guess
             axes.set_xlim(max(ends) / 200, max(ends) * 10 ** (0.04 * room))
     else:
         step_axis(axes, max(ends, default=1.0), 0.025 * room)

@@ -5,6 +5,8 @@ What is counted, a multiply-add being two FLOPs:
 - every linear, 2 n_out n_in a token, the LM head with its padded vocabulary included (the
   lookup of embeddings and positions has no matrix product: 0). Of the routed experts a token
   pays for its ``top_k``, and for the router;
+- of models of images, where an image takes the place of a token, every convolution: 2 n_out n_in
+  for each place of its output, n_in being its inputs times its window;
 - attention scores and values, on the **full** S x S square: 2 S (q + v) a token, layer and query
   head with queries of width q and values of width v, although the mask is causal. It is the
   convention of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) and of torch's
@@ -12,7 +14,8 @@ What is counted, a multiply-add being two FLOPs:
   up to half of it. Fewer heads of keys and values (grouped queries) change nothing here;
 - multi-token prediction: each module's layer, its projection of two inputs, and the LM head once
   more (DeepSeek-V3, arXiv 2412.19437, section 2.2);
-- the backward pass, twice the forward pass. Recomputed activations are not counted: the number
+- the backward pass, twice the forward pass, but for the first convolution of an image, whose
+  input has no gradient. Recomputed activations are not counted: the number
   belongs to the model, not to the kernel or the memory budget;
 - Muon's Newton-Schulz, once a matrix and step, also where ranks repeat it. Every expert's
   matrices count: they all step, whatever tokens they saw.
@@ -31,7 +34,7 @@ from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
-from megatron_progressive.models.base import ModelShape, TensorSpec
+from megatron_progressive.models.base import ModelShape, TensorSpec, TransformerShape
 from megatron_progressive.optim.coefficients import ns_steps
 from megatron_progressive.optim.rules import MUON, rule_of
 
@@ -64,7 +67,7 @@ def _multiplies(spec: TensorSpec) -> bool:
     )
 
 
-def linear_flops(spec: TensorSpec, shape: ModelShape) -> int:
+def linear_flops(spec: TensorSpec, shape: TransformerShape) -> int:
     """FLOPs of one token's product with a tensor; of a routed expert's, its share of tokens."""
     if not _multiplies(spec):
         return 0
@@ -73,7 +76,7 @@ def linear_flops(spec: TensorSpec, shape: ModelShape) -> int:
     return 2 * spec.numel * shape.moe.top_k // shape.moe.num_experts
 
 
-def attention_flops(shape: ModelShape) -> int:
+def attention_flops(shape: TransformerShape) -> int:
     """FLOPs of one token's scores and values in one layer."""
     widths = 2 * shape.head_dim
     if shape.mla is not None:
@@ -83,8 +86,11 @@ def attention_flops(shape: ModelShape) -> int:
 
 @lru_cache(maxsize=64)
 def forward_flops_per_token(shape: ModelShape) -> int:
-    """FLOPs of one token's forward pass in a sequence of ``shape.sequence_length`` tokens."""
+    """FLOPs of one token's forward pass in a sequence of ``shape.sequence_length`` tokens; of
+    models of images, of one image's."""
     linears = [spec for spec in tensor_table(shape).values() if _multiplies(spec)]
+    if not isinstance(shape, TransformerShape):
+        return 2 * sum(spec.numel * spec.products for spec in linears)
     routed = sum(spec.numel for spec in linears if spec.expert is not None)
     numel = sum(spec.numel for spec in linears) - routed
     if shape.moe is not None:
@@ -94,6 +100,14 @@ def forward_flops_per_token(shape: ModelShape) -> int:
     numel += heads * shape.padded_vocab_size * shape.hidden_size
     layers = shape.num_layers + shape.mtp_depth
     return 2 * numel + attention_flops(shape) * layers
+
+
+@lru_cache(maxsize=64)
+def _training_flops_per_token(shape: ModelShape) -> int:
+    """FLOPs of the forward and the backward pass of one token or image."""
+    linears = [spec for spec in tensor_table(shape).values() if _multiplies(spec)]
+    of_data = sum(2 * spec.numel * spec.products for spec in linears if spec.on_data)
+    return (1 + _BACKWARD) * forward_flops_per_token(shape) - of_data
 
 
 def muon_matrices(spec: TensorSpec, optim: OptimSection) -> list[tuple[int, int]]:
@@ -142,15 +156,14 @@ def largest_matrix_flops(shape: ModelShape, optim: OptimSection) -> int:
 
 
 def step_tokens(shape: ModelShape, config: RunConfig) -> int:
-    """Tokens of one optimizer step."""
-    return config.train.global_batch * shape.sequence_length
+    """Tokens of one optimizer step; of models of images, images."""
+    return config.train.global_batch * shape.sample_units
 
 
 def step_flops(shape: ModelShape, config: RunConfig) -> int:
     """FLOPs of one training step of ``shape``: forward, backward and optimizer."""
     tokens = step_tokens(shape, config)
-    model = (1 + _BACKWARD) * forward_flops_per_token(shape) * tokens
-    return model + optimizer_flops(shape, config.optim)
+    return _training_flops_per_token(shape) * tokens + optimizer_flops(shape, config.optim)
 
 
 def phases(config: RunConfig) -> list[Phase]:

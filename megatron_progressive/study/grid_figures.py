@@ -26,6 +26,7 @@ from megatron_progressive.study.drawing import (
 from megatron_progressive.study.fits import Fit, losses_of, rows_of
 from megatron_progressive.study.grid_laws import Law, Saving, frontier, is_control, usable
 from megatron_progressive.study.grid_results import WORDS, Result, of_families
+from megatron_progressive.study.wording import per_unit
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8
@@ -99,7 +100,8 @@ def laws(
                 text += f"  α = {fit.best[1]:.2f}"
         if text not in [label[2] for label in labels]:
             labels.append((*end, text, look.colour))
-    dress(axes, "Final validation loss against total FLOPs, nats per token", "training FLOPs")
+    per = per_unit(r.run.unit for r in done if r.run is not None)
+    dress(axes, f"Final validation loss against total FLOPs, nats per {per}", "training FLOPs")
     _log_flops(axes, [r.flops or 0 for r in done], labels)
     losses = np.array([r.loss for r in done], dtype=float)
     margin = 0.12 * (losses.max() - losses.min()) or 0.1
@@ -174,7 +176,8 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
             textcoords="offset points", ha="right", va="top", fontsize=10,
             color=styles[result.family].colour, fontweight="bold",
         )  # fmt: skip
-    dress(axes, "Pareto frontier: loss against total FLOPs, nats per token", "training FLOPs")
+    per = per_unit(r.run.unit for r in done if r.run is not None)
+    dress(axes, f"Pareto frontier: loss against total FLOPs, nats per {per}", "training FLOPs")
     _log_flops(axes, [r.flops or 0 for r in done], [(0, 0, "n" * 10, "")])
     losses = np.array([r.loss for r in done], dtype=float)
     margin = 0.1 * (losses.max() - losses.min()) or 0.1

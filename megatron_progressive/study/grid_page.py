@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from megatron_progressive.models import model_shape
+from megatron_progressive.models.description import size_columns
 from megatron_progressive.study.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.study.fits import Interval
 from megatron_progressive.study.flops import step_tokens
@@ -17,6 +18,7 @@ from megatron_progressive.study.grid_verdict import gap_text
 from megatron_progressive.study.page import document, items, picture, table
 from megatron_progressive.study.plan_text import flops_text, short_counts
 from megatron_progressive.study.rows import time_text
+from megatron_progressive.study.wording import counted, data_text, held_out, per_unit
 
 if TYPE_CHECKING:
     from megatron_progressive.study.grid_report import GridReport
@@ -96,13 +98,11 @@ def _what_was_run(report: GridReport) -> str:
     arms = [f"{WORDS[arm]}: {MEANING[arm]}" for arm in dict.fromkeys(r.cell.arm for r in results)]
     versions = ", ".join(f"{version}: {count} cells" for version, count in report.versions.items())
     warn = " Cells of several versions are compared here." if len(report.versions) > 1 else ""
-    optim, data = config.optim, config.data
+    optim = config.optim
     facts = [
         f"Grid {grid.name} ({grid.file}), {len(results)} cells, seeds "
         f"{', '.join(map(str, seeds))}.",
-        f"Model family {config.model.family}. Data: corpus {data.corpus}, tokenizer "
-        f"{data.tokenizer}, vocabulary {model_shape(config).vocab_size:,}, sequences of "
-        f"{model_shape(config).sequence_length:,} tokens.",
+        f"Model family {config.model.family}. Data: {data_text(config)}.",
         f"Optimizer {optim.name}, peak learning rate {optim.lr:g}, weight decay "
         f"{optim.weight_decay:g}; schedule {' and '.join(schedules)}, warmup "
         f"{100 * config.schedule.warmup:g} %"
@@ -118,7 +118,7 @@ def _what_was_run(report: GridReport) -> str:
 
 
 def _sizes(results: list[Result]) -> str:
-    head = ("size", "parameters", "layers", "width", "heads", "steps", "tokens", "per parameter")
+    head: list[str] = []
     rows = []
     for size, params in sizes_of(results).items():
         mine = [r for r in results if r.cell.size == size]
@@ -127,11 +127,16 @@ def _sizes(results: list[Result]) -> str:
         depth = layers.expansion[-1].to_layers if layers.expansion else layers.model.num_layers
         shape = model_shape(layers, depth)
         tokens = longest.train.steps * step_tokens(shape, longest)
-        rows.append(
-            [size, short_counts([params])[0], str(shape.num_layers), str(shape.hidden_size),
-             str(shape.num_attention_heads), f"{longest.train.steps:,}", short_counts([tokens])[0],
-             f"{tokens / params:.0f}"]
-        )  # fmt: skip
+        columns = {
+            "size": size,
+            "parameters": short_counts([params])[0],
+            **size_columns(shape),
+            "steps": f"{longest.train.steps:,}",
+            shape.unit: short_counts([tokens])[0],
+            "per parameter": f"{tokens / params:.0f}",
+        }
+        head = list(columns)
+        rows.append(list(columns.values()))
     return table(head, rows)
 
 
@@ -143,9 +148,9 @@ def _pilot(report: GridReport) -> str:
         parts.append(picture(report.pictures["pilot"]))
     parts.append(
         "<p>Two short runs at one size measured it, under the schedule of the whole run: "
-        "fixed-size, and one that expands at the end of the warmup. The mixing time in tokens is "
-        "carried over to every size, as the paper does; cells with τ = pilot expand that long "
-        "before the decay.</p>"
+        "fixed-size, and one that expands at the end of the warmup. The mixing time in "
+        f"{_unit(report)} is carried over to every size, as the paper does; cells with τ = pilot "
+        "expand that long before the decay.</p>"
     )
     return "".join(parts)
 
@@ -164,7 +169,8 @@ def _laws(report: GridReport) -> str:
     parts = [_figure(report, "laws", "Loss against compute", "No cell is finished.")]
     parts.append(_law_table(report.laws, ("E", "A", "alpha")))
     parts.append(items(refusals(report.laws)))
-    parts.append("<h3>Over parameters N and tokens D: L = E + A / N^α + B / D^β</h3>")
+    unit = _unit(report)
+    parts.append(f"<h3>Over parameters N and {unit} D: L = E + A / N^α + B / D^β</h3>")
     fitted = [law for law in report.size_token_laws if law.fit is not None]
     parts.append(_law_table(fitted, ("E", "alpha", "beta")))
     parts.append(items(refusals(report.size_token_laws)))
@@ -280,18 +286,22 @@ def _problems(report: GridReport) -> str:
     return "".join(parts)
 
 
+def _unit(report: GridReport) -> str:
+    """``tokens`` or ``images``: a grid has one family."""
+    return model_shape(report.results[0].cell.config).unit
+
+
 def _reading(report: GridReport) -> str:
     arms = {result.cell.arm for result in report.results}
     grown = " or ".join(WORDS[arm] for arm in (ZERO_LAYER, ONE_LAYER) if arm in arms)
-    subject = grown or "run that grows"
+    subject, unit = grown or "run that grows", _unit(report)
     return (
         "<h2>How to read this</h2>"
-        "<p>FLOPs count embedding, head, attention (full square), every linear, forward and "
-        "backward, and the optimizer's Newton-Schulz; validation is left out. Losses are in nats "
-        "per token, on text held out of training. Laws are fitted by Huber's loss of the log loss; "
+        f"<p>{counted([unit])} Losses are in nats per {per_unit([unit])}, {held_out(unit)}. Laws "
+        "are fitted by Huber's loss of the log loss; "
         "intervals and bands are percentiles of a bootstrap of the cells' losses around the fit, "
-        "and wide where cells are few. A law over sizes that all have the same tokens mixes more "
-        "parameters with fewer tokens a parameter: it describes this grid, and no other budget. "
+        "and wide where cells are few. A law over sizes that all have the same data mixes more "
+        f"parameters with fewer {unit} a parameter: it describes this grid, and no other budget. "
         f"The compute-efficiency factor is the FLOPs with which the reference has a loss over "
         f"those with which the {escape(subject)} run has it. Time is of training steps and "
         "expansion pauses, and compares only between cells on the same, equally busy machines."

@@ -32,8 +32,10 @@ MEANING = {
     FIXED: "the full depth from the first step",
     SHORT: "the full depth from scratch with its own complete schedule, for as many steps as give "
     "it the total FLOPs of the run that it controls",
-    ZERO_LAYER: "starts with no layers (embedding, norm, head) and grows to the full depth at τ",
-    ONE_LAYER: "starts with one layer and grows to the full depth at τ",
+    ZERO_LAYER: "starts with no layers, only what is before and behind them, and grows to the full "
+    "depth at τ",
+    ONE_LAYER: "starts with one layer (of a ResNet: one block in each stage) and grows to the full "
+    "depth at τ",
     G_STACK: "starts with a quarter of the layers and stacks four copies of them at 10 % of the "
     "steps (Du et al. 2024)",
     GRADUAL_STACK: "a quarter, half and all of the layers for a third of the steps each (Gong et "
@@ -62,7 +64,7 @@ class Result:
 
     @property
     def loss(self) -> float | None:
-        """Final validation loss, nats per token, of a finished cell."""
+        """Final validation loss, nats per token or image, of a finished cell."""
         return None if self.run is None else self.run.final_loss
 
     @property

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
-from megatron_progressive.models import model_shape
-from megatron_progressive.models.base import MOE, ModelShape
+from megatron_progressive.models import transformer_shape
+from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study import flops, preflight
 from megatron_progressive.study.activations import RankPeak, stage_activations
@@ -96,7 +96,7 @@ _KEYS = ("engine", "tensor", "pipeline", "virtual_pipeline", "uneven", "expert",
          "zero_stage")  # fmt: skip
 
 
-def phase_peak(shape: ModelShape, config: RunConfig, layout: Layout) -> RankPeak:
+def phase_peak(shape: TransformerShape, config: RunConfig, layout: Layout) -> RankPeak:
     """The fullest rank, on CUDA with Transformer Engine."""
     states = stage_states(shape, config, layout)
     activations = stage_activations(shape, config, layout, fused=True)
@@ -109,7 +109,7 @@ def _divisors(number: int, most: int) -> list[int]:
 
 
 def _sections(
-    base: ParallelSection, shape: ModelShape, world: int, cluster: Cluster
+    base: ParallelSection, shape: TransformerShape, world: int, cluster: Cluster
 ) -> Iterator[ParallelSection]:
     """Ways to divide a model, whether they can run or not."""
     kinds = shape.layer_kinds()
@@ -149,7 +149,7 @@ def _phase(
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Layouts of a phase that fit, and the others, whose time is not estimated."""
     depth = config.expansion[index - 1].to_layers if index else None
-    shape = model_shape(config, depth)
+    shape = transformer_shape(config, depth)
     train = replace(config.train, micro_batch=micro_batch)
     nothing = StepTime(0, 0, 0, 0, 0, 0, 0)
     fitting, others = [], []

@@ -77,10 +77,12 @@ class MixingTime:
     train: TrainReading
     gap_left_percent: float
     """Mean gap of the last validations (``consecutive`` of them)."""
+    unit: str = "tokens"
+    """What ``tokens_per_step`` counts: ``images``, of models of these."""
 
     @property
     def tokens(self) -> int | None:
-        """t_mix in tokens."""
+        """t_mix in tokens, or images."""
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
@@ -126,7 +128,7 @@ def mixing_time(
         raise ConfigError(f"expansion: got none in {progressive.folder}; accepted: a run with one")
     if progressive.step_tokens != fixed.step_tokens:
         raise ConfigError(
-            f"train.global_batch: got {progressive.step_tokens} tokens a step in "
+            f"train.global_batch: got {progressive.step_tokens} {progressive.unit} a step in "
             f"{progressive.folder} and {fixed.step_tokens} in {fixed.folder}; accepted: equal ones"
         )
     tau = progressive.config.expansion_steps()[-1]
@@ -163,6 +165,7 @@ def mixing_time(
         high=high,
         train=train,
         gap_left_percent=float(np.mean(gaps[-consecutive:])),
+        unit=progressive.unit,
     )
 
 

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_progressive.study.rows import HEADER, table_cells
+from megatron_progressive.study.rows import header, table_cells
+from megatron_progressive.study.wording import counted, per_unit
 
 if TYPE_CHECKING:
     from megatron_progressive.study.report import Report
@@ -42,19 +43,19 @@ def render(report: Report, pictures: Sequence[Path]) -> str:
     parts += [picture(path) for path in pictures]
     parts += [
         "<h2>Runs</h2>",
-        table(HEADER, [table_cells(row) for row in report.rows]),
+        table(header(report.rows), [table_cells(row) for row in report.rows]),
         _expansions(report),
     ]
     warnings = [f"{row.name}: {text}" for row in report.rows for text in row.warnings]
     for title, texts in (("Warnings of the runs", warnings), ("Notes", report.notes)):
         if texts:
             parts += [f"<h2>{title}</h2>", items(texts)]
+    units = [row.unit for row in report.rows]
     parts.append(
-        "<p>FLOPs count embedding, head, attention (full square), every linear, forward and "
-        "backward, and the optimizer's Newton-Schulz; validation is left out. The FLOPs speed-up "
-        "is the fixed-size run's total over the progressive run's, to be read beside the loss "
-        "gap. Losses are in nats per token. Training time is of the steps and expansion pauses, "
-        "and compares only between runs on the same machines.</p>"
+        f"<p>{counted(units)} The FLOPs speed-up is the fixed-size run's total over the "
+        "progressive run's, to be read beside the loss gap. Losses are in nats per "
+        f"{per_unit(units)}. Training time is of the steps and expansion pauses, and compares only "
+        "between runs on the same machines.</p>"
     )
     return document(report.title, parts)
 

@@ -176,7 +176,8 @@ def _write(
 
 
 def _tokens(steps: int, mixing: MixingTime) -> str:
-    return f"{short_counts([steps * mixing.tokens_per_step])[0]} tokens ({steps:,} steps)"
+    count = short_counts([steps * mixing.tokens_per_step])[0]
+    return f"{count} {mixing.unit} ({steps:,} steps)"
 
 
 def headline(mixing: MixingTime) -> str:

@@ -14,8 +14,9 @@ from megatron_progressive.models import (
     model_shape,
     parameter_count,
     tensor_table,
+    transformer_shape,
 )
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import ModelShape, TransformerShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study import controls, flops, preflight
 from megatron_progressive.study.activations import RankPeak, fullest_rank
@@ -149,6 +150,11 @@ def make_plan(
             link speed, or a search without a cluster or a number of ranks.
     """
     found, words = None, []
+    if cluster is not None and not isinstance(model_shape(config), TransformerShape):
+        raise ConfigError(
+            f"--gpu: got one for family {config.model.family}; accepted: none (activations and "
+            "time are predicted for language models alone)"
+        )
     if search_layouts:
         if cluster is None or world is None:
             raise ConfigError("--search: got no cluster; accepted: with --gpu and --nproc")
@@ -207,7 +213,7 @@ def _on_cluster(
     found: Found | None,
     words: list[str],
 ) -> ClusterPlan:
-    shapes = [model_shape(config, p.phase.num_layers) for p in planned]
+    shapes = [transformer_shape(config, p.phase.num_layers) for p in planned]
     layouts = [p.layout for p in planned]
     pairs = list(zip(shapes, layouts, strict=True))
     peaks = [fullest_rank(shape, config, layout, fused=True) for shape, layout in pairs]

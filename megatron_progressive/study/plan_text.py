@@ -6,7 +6,8 @@ import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
-from megatron_progressive.models.base import DENSE, MOE, ModelShape, MoE
+from megatron_progressive.models.base import MOE, TransformerShape
+from megatron_progressive.models.description import expert_words, input_words, size_words
 from megatron_progressive.study.cluster_text import cluster_parts
 from megatron_progressive.study.memory import divides_state
 
@@ -88,26 +89,28 @@ def _head(plan: Plan) -> list[str]:
     apart = "  (position embedding apart, as nanoGPT counts)" if positions else ""
     lines += _line("parameters", arrow(short) + apart)
     lines += _line("", arrow(f"{p.params:,}" for p in phases) + "  (all)")
-    if shape.moe is not None:
+    moe = shape.moe if isinstance(shape, TransformerShape) else None
+    if moe is not None:
         active = [p.active_params for p in plan.phases]
         lines += _line(
             "active", arrow(short_counts(active)) + "  (that one token is computed with)"
         )
         lines += _line("", arrow(f"{count:,}" for count in active))
-    lines += _line("model", ", ".join([*_parts(shape), train.precision, config.optim.name]))
-    if shape.moe is not None:
-        lines += _line("experts", ", ".join(_expert_parts(shape, shape.moe)))
-    lines += _line("vocabulary", f"{shape.vocab_size:,}, padded to {shape.padded_vocab_size:,}")
-    per_param = tokens / plan.phases[-1].active_params if shape.moe else tokens / phases[-1].params
-    a_parameter = "an active parameter" if shape.moe else "a parameter"
+    lines += _line("model", ", ".join([*size_words(shape), train.precision, config.optim.name]))
+    if isinstance(shape, TransformerShape) and moe is not None:
+        lines += _line("experts", ", ".join(expert_words(shape, moe)))
+    lines += _line(*input_words(shape))
+    per_param = tokens / plan.phases[-1].active_params if moe else tokens / phases[-1].params
+    a_parameter = "an active parameter" if moe else "a parameter"
+    each = f" x {shape.sample_units} {shape.unit}" if shape.sample_units > 1 else ""
     lines += _line(
-        "tokens",
-        f"{tokens:,} = {plan.config.last_step:,} steps x {train.global_batch} samples x "
-        f"{shape.sequence_length} tokens; {_digits(per_param)} {a_parameter}",
+        "trained on" if shape.sample_units == 1 else shape.unit,
+        f"{tokens:,} = {plan.config.last_step:,} steps x {train.global_batch} "
+        f"{'samples' if each else shape.unit}{each}; {_digits(per_param)} {a_parameter}",
     )
     for expansion in plan.expansions:
         mixing = short_counts([expansion.stable_steps * plan.step_tokens])[0]
-        follow = f"; {expansion.stable_steps:,} stable steps ({mixing} tokens) follow"
+        follow = f"; {expansion.stable_steps:,} stable steps ({mixing} {shape.unit}) follow"
         lines += _line(
             "τ",
             f"after step {expansion.step:,} ({expansion.fraction:.3f} of the run)"
@@ -120,39 +123,8 @@ def _head(plan: Plan) -> list[str]:
     return lines
 
 
-def _parts(shape: ModelShape) -> list[str]:
-    """Sizes of a model but its experts, in words."""
-    mla, heads = shape.mla, shape.num_attention_heads
-    parts = [f"hidden {shape.hidden_size}", f"{heads} heads"]
-    if mla is not None:
-        queries = f"queries through {mla.q_lora_rank}, " if mla.q_lora_rank else ""
-        parts[-1] += f" of {mla.qk_nope_head_dim} + {mla.qk_rope_head_dim} rotated"
-        parts.append(f"latent attention ({queries}keys and values through {mla.kv_lora_rank})")
-    else:
-        if shape.head_dim * heads != shape.hidden_size:
-            parts[-1] += f" of {shape.head_dim}"
-        if shape.num_query_groups != heads:
-            parts.append(f"{shape.num_query_groups} query groups")
-    if DENSE in shape.layer_kinds() or shape.moe is None:
-        parts.append(f"ffn {shape.ffn_hidden_size}")
-    parts.append(f"{'tied' if shape.tie_embeddings else 'untied'} embedding")
-    if shape.mtp_depth:
-        parts.append(f"{shape.mtp_depth} prediction module{'s' * (shape.mtp_depth > 1)}")
-    return parts
-
-
-def _expert_parts(shape: ModelShape, moe: MoE) -> list[str]:
-    """Experts of a model, in words."""
-    parts = [f"{moe.num_experts} a layer", f"{moe.top_k} a token", f"ffn {moe.ffn_hidden_size}"]
-    parts += [f"{moe.shared_experts} shared"] if moe.shared_experts else []
-    if moe.num_groups > 1:
-        parts.append(f"from {moe.top_k_groups} of {moe.num_groups} groups")
-    kinds = shape.layer_kinds()
-    return [*parts, f"in {kinds.count(MOE)} of {len(kinds)} layers"]
-
-
 def _phase_table(plan: Plan) -> list[str]:
-    rows = [["Phase", "steps", "layers", "layout", "tokens", "FLOPs", "share"]]
+    rows = [["Phase", "steps", "layers", "layout", plan.shape.unit, "FLOPs", "share"]]
     for index, planned in enumerate(plan.phases):
         phase = planned.phase
         rows.append(
@@ -187,7 +159,8 @@ def _memory_table(plan: Plan) -> list[str]:
     by = {False: "on every data-parallel rank", True: "divided over data-parallel ranks"}
     divided = [by[divides_state(p.layout)] for p in plan.phases]
     text = f"{stores}; optimizer state {' → '.join(dict.fromkeys(divided))}"
-    if MOE in plan.shape.layer_kinds() and any(p.layout.expert > 1 for p in plan.phases):
+    kinds_of_layers = {kind for kinds in plan.shape.stacks().values() for kind in kinds}
+    if MOE in kinds_of_layers and any(p.layout.expert > 1 for p in plan.phases):
         text += "; experts over expert-parallel ranks, their state over those that hold the same"
     lines += textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)
     if len(plan.phases) > 1:

@@ -10,12 +10,14 @@ import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
 from megatron_progressive.expansion.depth_map import check_depths, survivors
-from megatron_progressive.models import model_shape
-from megatron_progressive.models.base import DENSE, MOE, ModelShape
+from megatron_progressive.models import FAMILIES, model_shape
+from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
 from megatron_progressive.runtime.layout import make_layout
 
 _LATEST_WSD = 0.8
 """Fraction of the steps after which WSD runs no longer catch up (arXiv 2511.04981)."""
+_DATA_PARALLEL = ("deepspeed", "torch")
+"""Engines that are data parallel only."""
 _LATEST_OTHER = 0.5
 """The same for GPT under cosine; linear has no stable phase either."""
 
@@ -32,6 +34,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     _check_expansions(config)
     _check_stop(config)
     _check_mup(config)
+    _check_kernels(config)
     for index in range(len(config.expansion) + 1):
         check_phase(config, index, world)
     return _warnings(config)
@@ -66,6 +69,17 @@ def _check_mup(config: RunConfig) -> None:
             f"optim.scale: got {config.optim.scale!r} with model.mup; accepted: out_in (its own "
             "scale)"
         )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    if isinstance(model_shape(config), TransformerShape):
+        return
+    for name, value in vars(config.kernels).items():
+        if value is not None:
+            raise ConfigError(
+                f"kernels.{name}: got {value!r} for family {config.model.family}; accepted: "
+                "nothing (these are of language models)"
+            )
 
 
 def _check_expansions(config: RunConfig) -> None:
@@ -131,22 +145,31 @@ def check_phase(config: RunConfig, index: int, world: int) -> None:
 
 
 def _check_engine(shape: ModelShape, parallel: ParallelSection, prefix: str) -> None:
-    if parallel.engine == "deepspeed":
+    engines = FAMILIES[shape.family].engines
+    if parallel.engine not in engines:
+        raise ConfigError(
+            f"{prefix}parallel.engine: got {parallel.engine!r} for family {shape.family}; "
+            f"accepted: {', '.join(engines)}"
+        )
+    if parallel.engine in _DATA_PARALLEL:
         for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
             if getattr(parallel, name) not in (1, None):
                 raise ConfigError(
                     f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "
-                    f"deepspeed, which is data parallel only; accepted: 1"
+                    f"{parallel.engine}, which is data parallel only; accepted: 1"
                 )
-        if parallel.zero_stage == 3 and shape.mtp_depth and shape.tie_embeddings:
+    if parallel.engine == "deepspeed":
+        predicts = isinstance(shape, TransformerShape) and shape.mtp_depth and shape.tie_embeddings
+        if parallel.zero_stage == 3 and predicts:
             # stage 3 drops the embedding after its use as the head, of which there are several
             raise ConfigError(
-                f"{prefix}parallel.zero_stage: got 3 with model.mtp_layers {shape.mtp_layers} and "
+                f"{prefix}parallel.zero_stage: got 3 with model.mtp_layers and "
                 f"a tied embedding; accepted: 0, 1, 2, or model.tie_embeddings: false"
             )
     elif parallel.zero_stage > 1:
         raise ConfigError(
-            f"{prefix}parallel.zero_stage: got {parallel.zero_stage} with engine megatron; "
+            f"{prefix}parallel.zero_stage: got {parallel.zero_stage} with engine "
+            f"{parallel.engine}; "
             f"accepted: 0, 1 (engine deepspeed has 2 and 3)"
         )
 
@@ -170,7 +193,7 @@ def _check_pipeline(shape: ModelShape, parallel: ParallelSection, prefix: str) -
 
 def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, world: int) -> None:
     """A phase whose model has no expert layers yet may have the layout of one that has them."""
-    moe = shape.moe
+    moe = shape.moe if isinstance(shape, TransformerShape) else None
     if moe is None:
         for name, none in (("expert", 1), ("expert_tensor", None)):
             if getattr(parallel, name) != none:
@@ -186,7 +209,7 @@ def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, wo
         )
 
 
-def _tensor_cuts(shape: ModelShape) -> dict[str, int]:
+def _tensor_cuts(shape: TransformerShape) -> dict[str, int]:
     """What tensor parallelism divides, by name."""
     mla, moe, kinds = shape.mla, shape.moe, shape.layer_kinds()
     cuts = {"num_attention_heads": shape.num_attention_heads}
@@ -207,6 +230,8 @@ def _tensor_cuts(shape: ModelShape) -> dict[str, int]:
 
 
 def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> None:
+    if not isinstance(shape, TransformerShape):
+        return
     for name, size in _tensor_cuts(shape).items():
         if size % parallel.tensor:
             raise ConfigError(
@@ -223,13 +248,16 @@ def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
 
 
 def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSection) -> bool:
-    """Whether layers that are no copies come to lie above trained ones: on insertion at the top,
-    and where the new ones are of a kind that stands above the trained ones' (experts)."""
-    trained = survivors(
-        source.layer_kinds(), target.layer_kinds(), expansion.order, expansion.insert, False
-    )
-    new = set(range(target.num_layers)) - set(trained)
-    return bool(trained) and max(new) > min(trained)
+    """Whether layers that are no copies come to lie above trained ones of their stack: on insertion
+    at the top, and where the new ones are of a kind that stands above the trained ones' (experts,
+    blocks behind the first of a stage)."""
+    before = source.stacks()
+    for stack, kinds in target.stacks().items():
+        trained = survivors(before[stack], kinds, expansion.order, expansion.insert, False)
+        new = set(range(len(kinds))) - set(trained)
+        if trained and new and max(new) > min(trained):
+            return True
+    return False
 
 
 def _warnings(config: RunConfig) -> list[str]:

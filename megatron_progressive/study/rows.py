@@ -29,7 +29,9 @@ class Row:
     """That the run is to have."""
     steps_done: int
     tokens: int
-    """Seen so far."""
+    """Seen so far; of models of images, images."""
+    unit: str
+    """What ``tokens`` counts: ``tokens`` or ``images``."""
     total_flops: float | None
     final_eval_loss: float | None
     train_wall_s: float | None
@@ -62,6 +64,7 @@ def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
         steps=run.config.last_step,
         steps_done=run.last_step,
         tokens=run.last_step * run.step_tokens,
+        unit=run.unit,
         total_flops=run.total_flops,
         final_eval_loss=run.final_loss,
         train_wall_s=run.train_wall,
@@ -77,6 +80,12 @@ HEADER = (
     "arm", "run", "layers", "params", "steps", "tokens", "FLOPs", "eval loss", "time",
     "vs fixed",
 )  # fmt: skip
+
+
+def header(rows: Sequence[Row]) -> list[str]:
+    """:data:`HEADER` with what the rows' models are trained on instead of tokens."""
+    units = " or ".join(dict.fromkeys(row.unit for row in rows)) or "tokens"
+    return [units if name == "tokens" else name for name in HEADER]
 
 
 def _measured(loss: float | None) -> bool:

@@ -43,7 +43,7 @@ class Run:
     folder: Path
     config: RunConfig
     train: Curve
-    """Every step: ``step``, cumulative ``flops``, ``loss`` (nats per token), ``lr``."""
+    """Every step: ``step``, cumulative ``flops``, ``loss`` (nats per token or image), ``lr``."""
     evals: Curve
     """Validations: ``step``, ``tokens``, ``flops``, ``loss``."""
     expansions: list[dict[str, Any]] = field(default_factory=list)
@@ -99,6 +99,11 @@ class Run:
         return model_shape(self.config, depth)
 
     @property
+    def unit(self) -> str:
+        """``tokens`` or ``images``."""
+        return self.target.unit
+
+    @property
     def depths(self) -> list[int]:
         """Layers of each phase, as configured."""
         return [
@@ -113,6 +118,7 @@ class Run:
 
     @property
     def step_tokens(self) -> int:
+        """Tokens of a step, or images."""
         return flops.step_tokens(self.target, self.config)
 
 

@@ -30,7 +30,7 @@ from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines.partitions import chunk_tensors
-from megatron_progressive.models.base import MOE, ModelShape, TensorSpec, layer_number
+from megatron_progressive.models.base import MOE, TensorSpec, TransformerShape, layer_number
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.study import flops
@@ -52,7 +52,9 @@ class Part:
 
 
 @lru_cache(maxsize=64)
-def parts(shape: ModelShape, optim: OptimSection, pipelined: bool) -> tuple[Part, list[Part], Part]:
+def parts(
+    shape: TransformerShape, optim: OptimSection, pipelined: bool
+) -> tuple[Part, list[Part], Part]:
     """The model before the layers, each layer, and behind them, with the copy of the embedding
     that ``pipelined`` models have there. Multi-token prediction is behind the layers, and so is
     the final norm."""
@@ -72,7 +74,7 @@ def parts(shape: ModelShape, optim: OptimSection, pipelined: bool) -> tuple[Part
     return head, layers, Part(tail.tensors, tail.flops + rest)
 
 
-def _part(shape: ModelShape, optim: OptimSection, specs: list[TensorSpec]) -> Part:
+def _part(shape: TransformerShape, optim: OptimSection, specs: list[TensorSpec]) -> Part:
     kinds: dict[tuple[bool, bool, bool, str], TensorSpec] = {}
     sizes: Counter[tuple[bool, bool, bool, str]] = Counter()
     products = 0
@@ -87,7 +89,9 @@ def _part(shape: ModelShape, optim: OptimSection, specs: list[TensorSpec]) -> Pa
     return Part(tuple((kinds[key], sizes[key]) for key in kinds), products)
 
 
-def stage_parts(shape: ModelShape, optim: OptimSection, layout: Layout) -> Iterator[list[Part]]:
+def stage_parts(
+    shape: TransformerShape, optim: OptimSection, layout: Layout
+) -> Iterator[list[Part]]:
     """The parts of each pipeline stage."""
     head, layers, tail = parts(shape, optim, layout.pipeline > 1)
     for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers)):
@@ -96,7 +100,7 @@ def stage_parts(shape: ModelShape, optim: OptimSection, layout: Layout) -> Itera
         yield found + ([tail] if stage == layout.pipeline - 1 else [])
 
 
-def stage_states(shape: ModelShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
+def stage_states(shape: TransformerShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
     """:func:`.memory.stage_memory` in a thousandth of the time; the final norm of a model with
     prediction counts for the last stage."""
     found = []
@@ -127,7 +131,7 @@ class StepTime:
 
 
 def step_time(
-    shape: ModelShape, config: RunConfig, layout: Layout, cluster: Cluster, state: RankMemory
+    shape: TransformerShape, config: RunConfig, layout: Layout, cluster: Cluster, state: RankMemory
 ) -> StepTime:
     """Seconds of one step of ``shape``; ``state`` is that of the fullest rank."""
     train, moe = config.train, shape.moe

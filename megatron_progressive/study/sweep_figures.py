@@ -53,7 +53,7 @@ def mixing(
             arm = WORDS[result.cell.arm] if many else ""
             label = result.family.removeprefix(arm).strip() or result.family
             tokens = (steps[kept] - tau) * run.step_tokens
-            curve = _Curve(result.family, label, tokens, gap[kept])
+            curve = _Curve(result.family, label, tokens, gap[kept], run.unit)
             curves.setdefault((result.cell.size, arm), []).append(curve)
     if not curves:
         return False
@@ -81,6 +81,8 @@ class _Curve:
     """After the last expansion."""
     gap: np.ndarray
     """%"""
+    unit: str
+    """What ``tokens`` counts."""
 
 
 def _mixing_panel(
@@ -101,7 +103,7 @@ def _mixing_panel(
     axes.axhspan(-MIXED_PERCENT, MIXED_PERCENT, color=FAINT, alpha=0.6, linewidth=0)
     last = max(float(curve.tokens[-1]) for curve in curves)
     axes.plot([0, last], [0, 0], color=INK, linewidth=1.2)  # not behind the labels
-    dress(axes, f"{title}: loss above fixed-size at the same step, %", "tokens after τ")
+    dress(axes, f"{title}: loss above fixed-size at the same step, %", f"{curves[0].unit} after τ")
     axes.set_yscale("symlog", linthresh=2 * MIXED_PERCENT, linscale=0.7)
     axes.set_ylim(*limits)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -71,8 +71,8 @@ def _ratio(value: float) -> str:
     return f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
-def _tokens(tokens: float) -> str:
-    return f"{short_counts([round(tokens)])[0]} tokens"
+def _tokens(mixing: MixingTime) -> str:
+    return f"{short_counts([mixing.tokens or 0])[0]} {mixing.unit}"
 
 
 def _saved(ratio: float, less: str) -> str:
@@ -187,7 +187,7 @@ def mixing_title(found: Sequence[Verdict]) -> str:
             f"{mixed} of {len(mixings)} runs mixed within {MIXED_PERCENT} % of fixed-size after τ"
         )
     if mixings[0].tokens is not None:
-        return f"Mixed within {MIXED_PERCENT} % of fixed-size {_tokens(mixings[0].tokens)} after τ"
+        return f"Mixed within {MIXED_PERCENT} % of fixed-size {_tokens(mixings[0])} after τ"
     left = f"{mixings[0].gap_left_percent:+.2f} %"
     return f"Not mixed within {MIXED_PERCENT} % of fixed-size after τ: {left} at the end"
 
@@ -265,7 +265,7 @@ def _mixing_sentences(mixing: MixingTime | None) -> list[str]:
         return []
     if mixing.tokens is not None:
         return [
-            f"It mixed within {MIXED_PERCENT} % of fixed-size {_tokens(mixing.tokens)} after τ "
+            f"It mixed within {MIXED_PERCENT} % of fixed-size {_tokens(mixing)} after τ "
             f"({mixing.steps:,} steps)."
         ]
     return [

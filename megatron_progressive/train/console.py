@@ -23,10 +23,15 @@ class Monitor:
     """
 
     def __init__(
-        self, config: RunConfig, step_flops: Sequence[float], first_step: int, shows: bool
+        self,
+        config: RunConfig,
+        step_flops: Sequence[float],
+        first_step: int,
+        shows: bool,
+        unit: str,
     ):
-        """``step_flops[i]`` is the cost of step i + 1."""
-        self._config, self._shows = config, shows
+        """``step_flops[i]`` is the cost of step i + 1; ``unit`` is what speed is of."""
+        self._config, self._shows, self._unit = config, shows, unit
         self._remaining = [0.0] * (len(step_flops) + 1)
         for i in range(len(step_flops) - 1, -1, -1):
             self._remaining[i] = self._remaining[i + 1] + step_flops[i]
@@ -63,7 +68,8 @@ class Monitor:
         if not self._shows or (self._live is None and step % every and step != total):
             return
         left = short_time(self._remaining[step] / self._rate)
-        line = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s / 1e3:.1f}k tok/s  left {left}"
+        speed = f"{tokens_per_s / 1e3:.1f}k {self._unit}/s"
+        line = f"loss {loss:.4f}  lr {lr:.2e}  {speed}  left {left}"
         if self._live is not None:
             self._live.update(self._task, completed=step, line=f"{step}/{total}  {line}")
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.data import TrainingData
+from megatron_progressive.data import open_data
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.engines.kernels import kernels_line
@@ -46,10 +46,11 @@ class _Run:
         depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
-        self.data = TrainingData.open(config)
+        self.data = open_data(config)
         self.recorder = Recorder(config, resumed, writes=first)
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
-        self.monitor = Monitor(config, plan, self.progress.step, shows=first)
+        unit = model_shape(config).unit
+        self.monitor = Monitor(config, plan, self.progress.step, shows=first, unit=unit)
         self.started = time.perf_counter() - self.progress.wall_s
         self.train_wall = self.progress.train_wall_s
         self.eval_loss = float("nan")
@@ -103,7 +104,7 @@ class _Run:
         seconds = time.perf_counter() - start
         self.train_wall += seconds
         expansions = self.progress.expansions
-        tokens = size * self.engine.shape.sequence_length
+        tokens = size * self.engine.shape.sample_units
         self.progress = Progress(
             step=step,
             expansions=expansions,
@@ -178,7 +179,7 @@ class _Run:
             for first in range(0, train.eval_samples, size)
         ]
         self.eval_loss = self.engine.evaluate(batches)
-        tokens = step * size * self.engine.shape.sequence_length
+        tokens = step * size * self.engine.shape.sample_units
         self.recorder.event(
             "eval", step=step, tokens=tokens, flops=self.progress.flops, loss=self.eval_loss
         )
@@ -217,7 +218,7 @@ class _Run:
         self.recorder.summary(
             final_eval_loss=self.eval_loss,
             total_flops=self.progress.flops,
-            total_tokens=self.progress.samples * self.engine.shape.sequence_length,
+            total_tokens=self.progress.samples * self.engine.shape.sample_units,
             wall_s=wall,
             train_wall_s=self.train_wall,
             steps=self.progress.step,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models import FAMILIES
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models import TRANSFORMERS
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.checks import check_shape
 from megatron_progressive.models.huggingface import deepseek_v3, gpt2, llama3, mixtral, qwen3
 from megatron_progressive.models.huggingface.family import HuggingFaceFamily
@@ -19,7 +19,7 @@ HUGGING_FACE: dict[str, HuggingFaceFamily] = {m.HUGGING_FACE.family: m.HUGGING_F
 """By our family."""
 
 
-def shape_from_config(values: dict[str, Any]) -> tuple[HuggingFaceFamily, ModelShape]:
+def shape_from_config(values: dict[str, Any]) -> tuple[HuggingFaceFamily, TransformerShape]:
     """The family and the shape that a ``config.json`` describes.
 
     Raises:
@@ -36,11 +36,11 @@ def shape_from_config(values: dict[str, Any]) -> tuple[HuggingFaceFamily, ModelS
         raise config.error("architectures", f'["{known.architecture}"]')
     shape = known.shape_of(config)
     config.refuse_unknown(known.config_class)
-    check_shape(shape, FAMILIES[known.family])
+    check_shape(shape, TRANSFORMERS[known.family])
     return known, shape
 
 
-def config_from_shape(shape: ModelShape) -> dict[str, Any]:
+def config_from_shape(shape: TransformerShape) -> dict[str, Any]:
     """``config.json`` of a model, the token ids and the type of the weights left out.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models.base import MLA, MOE, ModelShape, MoE
+from megatron_progressive.models.base import MLA, MOE, MoE, TransformerShape
 from megatron_progressive.models.huggingface.family import HuggingFaceFamily, inexpressible
 from megatron_progressive.models.huggingface.llama3 import (
     HEAD,
@@ -78,7 +78,7 @@ _MTP: Rules = {
 }  # fmt: skip
 
 
-def _shape_of(config: Values) -> ModelShape:
+def _shape_of(config: Values) -> TransformerShape:
     heads = config.integer("num_attention_heads")
     config.require("num_key_value_heads", heads)
     config.require("rms_norm_eps", _EPSILON)
@@ -115,7 +115,7 @@ def _shape_of(config: Values) -> ModelShape:
     sizes |= dict(num_query_groups=heads, head_dim=max(1, sizes["hidden_size"] // heads))
     config.ignore("num_mtp_layers")  # the name of the next key inside transformers
     mtp = config.integer("num_nextn_predict_layers", 0, least=0)
-    shape = ModelShape(
+    shape = TransformerShape(
         family="deepseek_v3", **sizes, rope=rope_of(config, "yarn"), mla=mla, moe=moe,
         mtp_layers=mtp, mtp_loss_coeff=_MTP_LOSS,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def _shape_of(config: Values) -> ModelShape:
     return shape
 
 
-def _modules_are_alike(shape: ModelShape) -> bool:
+def _modules_are_alike(shape: TransformerShape) -> bool:
     """Whether prediction modules have the last layer's kind, as ours do: theirs follow their
     number."""
     assert shape.moe is not None
@@ -136,7 +136,7 @@ def _modules_are_alike(shape: ModelShape) -> bool:
     return all((number >= shape.moe.first_k_dense) == last for number in numbers)
 
 
-def _config_of(shape: ModelShape) -> dict[str, Any]:
+def _config_of(shape: TransformerShape) -> dict[str, Any]:
     mla, moe, rope = shape.mla, shape.moe, shape.rope
     assert mla is not None
     assert moe is not None
@@ -185,7 +185,7 @@ def _config_of(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _name_map(shape: ModelShape) -> NameMap:
+def _name_map(shape: TransformerShape) -> NameMap:
     assert shape.moe is not None
     entries = tuple(entries_of(shape, {**OUTER, **_ATTENTION, **MLP, **_EXPERTS, **_MTP}))
     by_name = {entry.ours: entry for entry in entries}

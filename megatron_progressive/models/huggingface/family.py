@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface.tensors import NameMap
 from megatron_progressive.models.huggingface.values import Values
 
 
 @dataclass(frozen=True)
 class HuggingFaceFamily:
-    """One family's two directions between a :class:`.base.ModelShape` and ``config.json``, and
-    its tensors."""
+    """One family's two directions between a :class:`.base.TransformerShape` and ``config.json``,
+    and its tensors."""
 
     family: str
     """Ours."""
@@ -23,11 +23,11 @@ class HuggingFaceFamily:
     architecture: str
     """Class of the language model; the class of its configuration is ``config_class``."""
     config_class: str
-    shape_of: Callable[[Values], ModelShape]
+    shape_of: Callable[[Values], TransformerShape]
     """Reads every key that matters; raises ConfigError for what the family does not have."""
-    config_of: Callable[[ModelShape], dict[str, Any]]
+    config_of: Callable[[TransformerShape], dict[str, Any]]
     """The keys that matter; raises ConfigError for what the class cannot express."""
-    name_map: Callable[[ModelShape], NameMap]
+    name_map: Callable[[TransformerShape], NameMap]
     ignored: str = r"(?!)"
     """Regular expression of tensors that some files have and no model needs (buffers)."""
     base_prefix: str = "model."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface.family import HuggingFaceFamily, inexpressible
 from megatron_progressive.models.huggingface.llama3 import tied_head
 from megatron_progressive.models.huggingface.tensors import (
@@ -51,7 +51,7 @@ _RULES: Rules = {
 }  # fmt: skip
 
 
-def _shape_of(config: Values) -> ModelShape:
+def _shape_of(config: Values) -> TransformerShape:
     config.require("is_encoder_decoder", False)
     config.require("activation_function", "gelu_new", "gelu_pytorch_tanh")
     config.require("scale_attn_weights", True)
@@ -63,7 +63,7 @@ def _shape_of(config: Values) -> ModelShape:
     heads, hidden = config.integer("n_head"), config.integer("n_embd")
     if hidden % heads:
         raise config.error("n_head", f"a divisor of n_embd {hidden}")
-    return ModelShape(
+    return TransformerShape(
         family="gpt2",
         num_layers=config.integer("n_layer", least=0),
         hidden_size=hidden,
@@ -79,7 +79,7 @@ def _shape_of(config: Values) -> ModelShape:
     )
 
 
-def _config_of(shape: ModelShape) -> dict[str, Any]:
+def _config_of(shape: TransformerShape) -> dict[str, Any]:
     heads, hidden = shape.num_attention_heads, shape.hidden_size
     for field, got, accepted in (
         ("linear_bias", shape.linear_bias, True),
@@ -111,7 +111,7 @@ def _config_of(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _name_map(shape: ModelShape) -> NameMap:
+def _name_map(shape: TransformerShape) -> NameMap:
     entries = tuple(entries_of(shape, _RULES))
     return NameMap(entries, copies=tied_head(shape, entries, _HEAD))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface.family import HuggingFaceFamily, inexpressible
 from megatron_progressive.models.huggingface.rotary import rope_of, rope_values
 from megatron_progressive.models.huggingface.tensors import (
@@ -47,13 +47,13 @@ MLP: Rules = {
 ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
-def decoder_map(shape: ModelShape, rules: Rules) -> NameMap:
+def decoder_map(shape: TransformerShape, rules: Rules) -> NameMap:
     """The map of a family without tensors of its own kind on either side."""
     entries = tuple(entries_of(shape, rules))
     return NameMap(entries, copies=tied_head(shape, entries, HEAD))
 
 
-def tied_head(shape: ModelShape, entries: tuple[Entry, ...], head: str) -> tuple[Copy, ...]:
+def tied_head(shape: TransformerShape, entries: tuple[Entry, ...], head: str) -> tuple[Copy, ...]:
     """Some files of a tied model have the head nevertheless."""
     return (Copy(head, entries[0], written=False),) if shape.tie_embeddings else ()
 
@@ -85,7 +85,7 @@ def decoder_sizes(config: Values) -> dict[str, Any]:
     )
 
 
-def decoder_values(shape: ModelShape) -> dict[str, Any]:
+def decoder_values(shape: TransformerShape) -> dict[str, Any]:
     """The keys that all decoders have in common; the inverse of :func:`decoder_sizes`."""
     assert shape.rope is not None
     return {
@@ -104,13 +104,13 @@ def decoder_values(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _shape_of(config: Values) -> ModelShape:
+def _shape_of(config: Values) -> TransformerShape:
     config.require("mlp_bias", False)
     sizes = decoder_sizes(config)
-    return ModelShape(family="llama3", **sizes, rope=rope_of(config, "llama3"))
+    return TransformerShape(family="llama3", **sizes, rope=rope_of(config, "llama3"))
 
 
-def _config_of(shape: ModelShape) -> dict[str, Any]:
+def _config_of(shape: TransformerShape) -> dict[str, Any]:
     if shape.hidden_size % shape.num_attention_heads:
         raise inexpressible(
             "num_attention_heads", shape.num_attention_heads,

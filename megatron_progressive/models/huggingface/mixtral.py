@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models.base import ModelShape, MoE
+from megatron_progressive.models.base import MoE, TransformerShape
 from megatron_progressive.models.huggingface.family import HuggingFaceFamily, inexpressible
 from megatron_progressive.models.huggingface.llama3 import (
     ATTENTION,
@@ -34,7 +34,7 @@ _EXPERTS: Rules = {
 }  # fmt: skip
 
 
-def _shape_of(config: Values) -> ModelShape:
+def _shape_of(config: Values) -> TransformerShape:
     config.require("sliding_window", None)
     config.require("router_jitter_noise", 0.0)
     sizes = decoder_sizes(config)
@@ -44,10 +44,12 @@ def _shape_of(config: Values) -> ModelShape:
         ffn_hidden_size=sizes["ffn_hidden_size"],
         aux_loss_coeff=config.number("router_aux_loss_coef", _AUX_LOSS),
     )
-    return ModelShape(family="mixtral", **sizes, rope=rope_of(config, "llama3", _THETA), moe=moe)
+    return TransformerShape(
+        family="mixtral", **sizes, rope=rope_of(config, "llama3", _THETA), moe=moe
+    )
 
 
-def _config_of(shape: ModelShape) -> dict[str, Any]:
+def _config_of(shape: TransformerShape) -> dict[str, Any]:
     moe = shape.moe
     assert moe is not None
     assert shape.rope is not None

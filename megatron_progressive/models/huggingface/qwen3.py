@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface.family import HuggingFaceFamily
 from megatron_progressive.models.huggingface.llama3 import (
     ATTENTION,
@@ -29,7 +29,7 @@ _NORMS: Rules = {
 }  # fmt: skip
 
 
-def _shape_of(config: Values) -> ModelShape:
+def _shape_of(config: Values) -> TransformerShape:
     config.require("use_sliding_window", False)
     config.ignore("sliding_window", "max_window_layers")  # they say how, not whether
     types = config.value("layer_types", [])
@@ -37,10 +37,10 @@ def _shape_of(config: Values) -> ModelShape:
         raise config.error("layer_types", "full_attention in every layer")
     sizes = decoder_sizes(config)
     sizes["head_dim"] = config.integer("head_dim", _HEAD_DIM)
-    return ModelShape(family="qwen3", **sizes, rope=rope_of(config, "llama3"))
+    return TransformerShape(family="qwen3", **sizes, rope=rope_of(config, "llama3"))
 
 
-def _config_of(shape: ModelShape) -> dict[str, Any]:
+def _config_of(shape: TransformerShape) -> dict[str, Any]:
     return {**decoder_values(shape), "attention_bias": False, "use_sliding_window": False}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import LAYER_PREFIX, ModelShape, TensorSpec
+from megatron_progressive.models.base import LAYER_PREFIX, TensorSpec, TransformerShape
 from megatron_progressive.models.blocks import MTP_PREFIX
 
 if TYPE_CHECKING:  # bad input is refused without loading torch
@@ -184,7 +184,7 @@ class NameMap:
         return {copy.theirs: copy.shape() for copy in self.copies}
 
 
-def entries_of(shape: ModelShape, rules: Rules) -> Iterator[Entry]:
+def entries_of(shape: TransformerShape, rules: Rules) -> Iterator[Entry]:
     """Apply ``rules`` to every tensor of a model.
 
     The layer of a prediction module is one behind the model's own, as theirs has it.
@@ -211,7 +211,7 @@ def _with_their_layer(name: str, num_layers: int) -> str:
     return f"{MTP_PREFIX}{layer}.{rest}"
 
 
-def _with_blocks(spec: TensorSpec, kind: type[Entry], shape: ModelShape) -> TensorSpec:
+def _with_blocks(spec: TensorSpec, kind: type[Entry], shape: TransformerShape) -> TensorSpec:
     """The table names the blocks of rows of a QKV weight only; its bias has the same ones."""
     if not issubclass(kind, QKV) or spec.row_blocks:
         return spec

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface import HUGGING_FACE, config_from_shape
 from megatron_progressive.models.huggingface.tensors import Entry, NameMap
 from megatron_progressive.runtime.files import write_json
@@ -88,6 +89,11 @@ def plan_export(
         raise ConfigError(f"--dtype: got {dtype!r}; accepted: {', '.join(DTYPE_NAMES)}")
     model = read_description(checkpoint)[1]
     shape = model.shape
+    if not isinstance(shape, TransformerShape):
+        raise ConfigError(
+            f"checkpoint: {checkpoint} holds a model of family {shape.family}; accepted: "
+            f"{', '.join(HUGGING_FACE)}"
+        )
     if tokenizer is not None and not tokenizer_files(tokenizer):
         raise ConfigError(
             f"--tokenizer: {tokenizer} has no tokenizer; accepted: a folder with tokenizer.json"

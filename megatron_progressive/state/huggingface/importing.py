@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, OptimSection, RunSection
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface import shape_from_config
 from megatron_progressive.models.huggingface.tensors import Entry, NameMap
 from megatron_progressive.runtime.progress import show_bytes
@@ -42,7 +42,7 @@ class Import:
 
     folder: Path
     out: Path
-    shape: ModelShape
+    shape: TransformerShape
     names: NameMap
     found: dict[str, TheirTensor]
     """Their tensors by canonical name."""

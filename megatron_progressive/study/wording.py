@@ -1,0 +1,46 @@
+"""Words that depend on what a study's models are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape
+from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.models.description import input_words
+
+_COUNTED = {
+    "tokens": "embedding, head, attention (full square), every linear",
+    "images": "every convolution and the head",
+}
+_HELD_OUT = {"tokens": "text", "images": "images"}
+
+
+def per_unit(units: Iterable[str]) -> str:
+    """``token``, ``image``, or ``token or image``: what a loss is the mean over."""
+    return " or ".join(dict.fromkeys(unit.removesuffix("s") for unit in units)) or "token"
+
+
+def counted(units: Iterable[str]) -> str:
+    """The sentence that says what FLOPs are of."""
+    parts = "; ".join(_COUNTED[unit] for unit in dict.fromkeys(units)) or _COUNTED["tokens"]
+    return (
+        f"FLOPs count {parts}, forward and backward, and the optimizer's Newton-Schulz; validation "
+        "is left out."
+    )
+
+
+def held_out(unit: str) -> str:
+    """What validation losses are on."""
+    return f"on {_HELD_OUT[unit]} held out of training"
+
+
+def data_text(config: RunConfig) -> str:
+    """The data of a run."""
+    data, shape = config.data, model_shape(config)
+    if not isinstance(shape, TransformerShape):
+        return f"corpus {data.corpus}, {' of '.join(input_words(shape))}"
+    return (
+        f"corpus {data.corpus}, tokenizer {data.tokenizer}, vocabulary {shape.vocab_size:,}, "
+        f"sequences of {shape.sequence_length:,} tokens"
+    )
