@@ -114,12 +114,12 @@ def expand_and_gather(config: RunConfig, steps: int = 2) -> tuple[Full, Full, An
     return before, after, event, losses
 
 
-def _expand(engine: Engine, config: RunConfig) -> tuple[Engine, Any]:
+def _expand(engine: Engine, config: RunConfig, read: Any = tokens) -> tuple[Engine, Any]:
     def build() -> Engine:
         layout = make_layout(config.parallel_after(1), dist.get_world_size())
         return make_engine(config, model_shape(config, config.expansion[0].to_layers), layout)
 
-    probe = GlobalBatch(tokens, 10_000, config.train.global_batch)
+    probe = GlobalBatch(read, 10_000, config.train.global_batch)
     return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, 1 << 14)
 
 

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from megatron_progressive.models import tensor_table
-from megatron_progressive.models.base import ModelShape
 from megatron_progressive.state.boxes import whole
 from megatron_progressive.state.init import initial_values
 
 Full = dict[tuple[str, str], torch.Tensor]
 
 
+LAYER = re.compile(r"(decoder\.layers|stages\.\d+\.blocks)\.(\d+)\.")
+
+
 def in_layer(name: str, number: int) -> str:
-    parts = name.split(".")
-    return ".".join([*parts[:2], str(number), *parts[3:]])
+    return LAYER.sub(rf"\g<1>.{number}.", name)
+
+
+def kinds_of(shape: Any, layers: int) -> dict[str, list[str]]:
+    """Of each stack of layers: the kind of each."""
+    if shape.family == "resnet":
+        stages = [int(blocks) for blocks in shape.resnet.stages.split("-")]
+        widens = shape.resnet.block == "bottleneck"  # also the first stage
+        return {
+            f"stages.{s}.blocks": [
+                "first" if i == 0 and (s > 0 or widens) else "plain"
+                for i in range(math.ceil(blocks * layers / max(stages)))
+            ]
+            for s, blocks in enumerate(stages)
+        }
+    dense = shape.moe.first_k_dense if shape.moe else layers
+    return {"decoder.layers": ["dense" if i < dense else "moe" for i in range(layers)]}
+
+
+def zeroed_by(init: str, name: str, shape: Any) -> bool:
+    if init == "copying_zeroL":
+        last = "linear_proj", "linear_fc2"
+        if shape.family == "resnet":  # the affine map that ends a branch
+            last = (".norm3." if shape.resnet.block == "bottleneck" else ".norm2.",)
+        return any(part in name for part in last)
+    if init == "copying_zeroN":
+        return "layernorm" in name or ".norm" in name
+    return init == "zero"
 
 
 def expanded(
-    old: Full, shape: ModelShape, old_layers: int, init: str, order: str, insert: str,
+    old: Full, shape: Any, old_layers: int, init: str, order: str, insert: str,
     policy: str, seed: int, adam: Callable[[str], bool],
 ) -> Full:  # fmt: skip
     """Whole tensors of the deeper model: weights (param, master) and optimizer slots.
@@ -28,31 +59,32 @@ def expanded(
     ``adam(name)`` says whether a tensor has AdamW's slots or Muon-NSGD's.
     """
     copying = init.startswith("copying")
-    dense = shape.moe.first_k_dense if shape.moe else shape.num_layers
-    origin: dict[int, int] = {}
-    keeps: dict[int, int] = {}
-    for kind in ("dense", "moe"):  # each kind of layer on its own
-        targets = [i for i in range(shape.num_layers) if (i < dense) == (kind == "dense")]
-        own = [i for i in range(old_layers) if (i < dense) == (kind == "dense")]
-        sources = own or list(range(old_layers))
-        n, m = len(sources), len(targets)
-        if copying:
-            for j, i in enumerate(targets):
-                places = {"stack": j % n, "inter": j * n // m, "last": min(j, n - 1)}
-                origin[i] = sources[places[order]]
-            for source in own:
-                copies = [i for i in targets if origin[i] == source]
-                keeps[copies[0] if insert == "top" else copies[-1]] = source
-        else:
-            below = m - len(own) if insert == "bottom" else 0
-            keeps |= {targets[below + j]: source for j, source in enumerate(own)}
+    origin: dict[tuple[str, int], int] = {}
+    keeps: dict[tuple[str, int], int] = {}
+    before = kinds_of(shape, old_layers)
+    for stack, kinds in kinds_of(shape, shape.num_layers).items():
+        for kind in set(kinds):  # each kind of layer on its own
+            targets = [i for i, k in enumerate(kinds) if k == kind]
+            own = [i for i, k in enumerate(before[stack]) if k == kind]
+            sources = own or list(range(len(before[stack])))
+            n, m = len(sources), len(targets)
+            if copying:
+                for j, i in enumerate(targets):
+                    places = {"stack": j % n, "inter": j * n // m, "last": min(j, n - 1)}
+                    origin[stack, i] = sources[places[order]]
+                for source in own:
+                    copies = [i for i in targets if origin[stack, i] == source]
+                    keeps[stack, copies[0] if insert == "top" else copies[-1]] = source
+            else:
+                below = m - len(own) if insert == "bottom" else 0
+                keeps |= {(stack, targets[below + j]): source for j, source in enumerate(own)}
     weights = {slot for _, slot in old if slot in ("param", "master")}
     low = next(value.dtype for (name, slot), value in old.items()
                if slot == "param" and "expert_bias" not in name)  # fmt: skip
     out: Full = {}
     for name, spec in tensor_table(shape).items():
-        parts = name.split(".")
-        layer = int(parts[2]) if name.startswith("decoder.layers.") else None
+        found = LAYER.match(name)
+        layer = (found[1], int(found[2])) if found else None
         slots = {"exp_avg", "exp_avg_sq", "step"} if adam(name) else {"momentum"}
         bias = name.endswith("router.expert_bias")  # no master, no optimizer
         for slot in {"param"} if bias else weights | slots:
@@ -70,11 +102,7 @@ def expanded(
             if (source, "param") not in old or old[str(source), "param"].shape != spec.shape:
                 source = None  # a layer of the other kind has no such tensor
             survivor = layer is None or layer in keeps
-            zeroed = not survivor and (
-                init == "zero"
-                or (init == "copying_zeroL" and ("linear_proj" in name or "linear_fc2" in name))
-                or (init == "copying_zeroN" and "layernorm" in name)
-            )
+            zeroed = not survivor and zeroed_by(init, name, shape)
             if weight and zeroed:
                 value = torch.zeros(size, dtype=dtype)
             elif weight and source is not None:

@@ -140,7 +140,8 @@ def _compare(
         before, model_shape(config, section.to_layers), model_shape(config).num_layers,
         section.init, section.order, section.insert, section.optimizer_state, config.run.seed,
         lambda name: optim.name == "adamw" or (
-            optim.embeddings == "adamw" and ("embedding" in name or "output" in name)),
+            optim.embeddings == "adamw"
+            and ("embedding" in name or "output" in name or name == "head.weight")),
     )  # fmt: skip
     wrong = [f"{key} only on one side" for key in after.keys() ^ expected.keys()]
     wrong += [f"{key} differs" for key in after.keys() & expected.keys()

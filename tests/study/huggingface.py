@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 
 
-def build(shape: ModelShape, device: str = "cpu") -> Any:
+def build(shape: TransformerShape, device: str = "cpu") -> Any:
     """transformers' model of ``shape``, with its vocabulary padded or not as it says.
 
     Attention is eager and so are the experts: torch's counter sees the products of both.

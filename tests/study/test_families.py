@@ -17,13 +17,13 @@ from megatron_progressive.models import (
     parameter_count,
     tensor_table,
 )
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.optim.muon_nsgd import MUON, matrices_of, rule_of
 from megatron_progressive.study import flops
 from tests.study import huggingface
 
 
-def random_shape(family: str, seed: int) -> ModelShape:
+def random_shape(family: str, seed: int) -> TransformerShape:
     """A small model; its vocabulary needs no padding, so that heads are as wide."""
     rng = random.Random(f"{family} {seed}")
     groups = rng.choice([1, 2, 4])
@@ -87,7 +87,7 @@ def test_model_flops_equal_torchs_count_of_hugging_faces_model(family: str, seed
     assert flops.step_flops(shape, adamw) == both.get_total_flops()
 
 
-def active_by_names(shape: ModelShape, model: Any) -> int:
+def active_by_names(shape: TransformerShape, model: Any) -> int:
     """Of Hugging Face's model: without lookups, and a share of the routed experts' tensors."""
     total = 0
     for name, weight in model.named_parameters():

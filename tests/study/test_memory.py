@@ -6,7 +6,7 @@ import pytest
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.models import model_shape, tensor_table
-from megatron_progressive.models.base import ModelShape
+from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from megatron_progressive.study.memory import MASTER, MOMENTS, MOMENTUM, largest_rank, stage_tensors
 from tests.engines.cases import family_config, small_config
@@ -110,7 +110,7 @@ def test_stages_hold_the_model_and_one_copy_of_a_tied_embedding(
     assert sum(s.numel for stage in stages for s in stage) == numel(shape) + copy
 
 
-def numel(shape: ModelShape) -> int:
+def numel(shape: TransformerShape) -> int:
     """Elements of a model, the vocabulary's padding included."""
     return sum(spec.numel for spec in tensor_table(shape).values())
 
