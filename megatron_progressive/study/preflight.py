@@ -158,19 +158,17 @@ def _check_engine(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
                     f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "
                     f"{parallel.engine}, which is data parallel only; accepted: 1"
                 )
-    if parallel.engine == "deepspeed":
-        predicts = isinstance(shape, TransformerShape) and shape.mtp_depth and shape.tie_embeddings
-        if parallel.zero_stage == 3 and predicts:
+    if parallel.engine == "deepspeed" and isinstance(shape, TransformerShape):
+        if parallel.zero_stage == 3 and shape.mtp_depth and shape.tie_embeddings:
             # stage 3 drops the embedding after its use as the head, of which there are several
             raise ConfigError(
-                f"{prefix}parallel.zero_stage: got 3 with model.mtp_layers and "
+                f"{prefix}parallel.zero_stage: got 3 with model.mtp_layers {shape.mtp_layers} and "
                 f"a tied embedding; accepted: 0, 1, 2, or model.tie_embeddings: false"
             )
     elif parallel.zero_stage > 1:
         raise ConfigError(
             f"{prefix}parallel.zero_stage: got {parallel.zero_stage} with engine "
-            f"{parallel.engine}; "
-            f"accepted: 0, 1 (engine deepspeed has 2 and 3)"
+            f"{parallel.engine}; accepted: 0, 1 (engine deepspeed has 2 and 3)"
         )
 
 

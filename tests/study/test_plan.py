@@ -13,6 +13,7 @@ import pytest
 from megatron_progressive.config import ConfigError, from_dict, load
 from megatron_progressive.models import (
     FAMILIES,
+    TRANSFORMERS,
     active_parameter_count,
     model_shape,
     parameter_count,
@@ -54,7 +55,7 @@ def test_planning_7b_is_quick_and_imports_no_framework() -> None:
     assert time.perf_counter() - start < 10  # 1 s on an idle core; others may use this one
 
 
-PRESETS = [(family, preset) for family, found in FAMILIES.items() for preset in found.presets]
+PRESETS = [(family, preset) for family, found in TRANSFORMERS.items() for preset in found.presets]
 
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS)
@@ -90,6 +91,18 @@ def test_every_preset_has_a_plan(family: str, preset: str) -> None:
     elif shape.num_query_groups < shape.num_attention_heads:
         assert f"{shape.num_query_groups} query groups" in flat
     assert ("position embedding apart" in text) == (family == "gpt2")
+
+
+@pytest.mark.parametrize("preset", FAMILIES["resnet"].presets)
+def test_every_residual_network_has_a_plan(preset: str) -> None:
+    model = {"family": "resnet", "preset": preset}
+    shape = model_shape(from_dict({"model": model}))
+    growth = {"at": 0.8, "to_layers": shape.num_layers}
+    plan = make_plan(from_dict({"model": {**model, "num_layers": 0}, "expansion": [growth]}), 4)
+    text = render(plan)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert f"{parameter_count(shape):,}" in text
+    assert "token" not in text
 
 
 def test_planning_671b_on_512_ranks_is_quick() -> None:
