@@ -11,6 +11,7 @@ from megatron_progressive.data import images
 from megatron_progressive.data import prepare as text
 from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
+from megatron_progressive.data.progress import Progress
 from megatron_progressive.data.samples import TrainingData
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
@@ -38,14 +39,18 @@ def check(config: RunConfig) -> None:
     (text if _is_text(config) else images).check(config)
 
 
-def prepare(config: RunConfig) -> Path | None:
+def prepare(config: RunConfig, progress: Progress | None = None) -> Path | None:
     """Prepare the run's corpus where it is not yet; returns its folder, None for images, which are
     read as they are.
+
+    Args:
+        config: the run.
+        progress: told how far it is (default: shown on standard error).
 
     Raises:
         ConfigError: see :func:`.prepare.prepare`.
     """
-    return text.prepare(config) if _is_text(config) else None
+    return text.prepare(config, progress) if _is_text(config) else None
 
 
 def open_data(config: RunConfig) -> Data:
