@@ -27,12 +27,12 @@ from megatron_progressive.study.drawing import (
     SHORT_COLOURS,
     count_tick,
     dress,
-    label_ends,
     new_figure,
     save,
 )
 from megatron_progressive.study.runs import Run, read_run
 
+NAMES = {"adamw": "AdamW", "muon_nsgd": "Muon-NSGD"}
 COLOURS = (GROWN_COLOURS[0], SHORT_COLOURS[0], *FIXED_COLOURS)
 
 
@@ -72,10 +72,10 @@ def sentences(best: dict[str, Run]) -> list[str]:
         reached = first_reached(evals["tokens"], evals["loss"], target)
         total = float(best[other].evals["tokens"][-1])
         lines.append(
-            f"{one} does not reach {other}'s {target:.4f}"
+            f"{NAMES[one]} does not reach {NAMES[other]}'s {target:.4f}"
             if reached is None
-            else f"{one} reaches {other}'s {target:.4f} with {reached / total:.3f} of its tokens "
-            f"({count_tick(round(reached, -3))} of {count_tick(round(total, -3))})"
+            else f"{NAMES[one]} reaches {NAMES[other]}'s {target:.4f} with {reached / total:.3f} "
+            f"of its tokens ({count_tick(round(reached, -3))} of {count_tick(round(total, -3))})"
         )
     return lines
 
@@ -85,21 +85,23 @@ def draw(runs: list[Run], best: dict[str, Run], title: str, path: Path) -> None:
     rates, curves = figure.subplots(1, 2)
     dress(rates, "Final validation loss, nats per token", "learning rate")
     dress(curves, "Validation loss of the best runs", "tokens")
-    labels = []
+    ticks: set[float] = set()
     for (name, run), colour in zip(best.items(), COLOURS, strict=False):
         swept = sorted((r.config.optim.lr, final_loss(r)) for r in runs
                        if r.config.optim.name == name)  # fmt: skip
-        rates.plot(*zip(*swept, strict=True), "o-", color=colour, linewidth=2)
-        labels.append((*swept[-1], name, colour))
+        rates.plot(*zip(*swept, strict=True), "o-", color=colour, linewidth=2, label=NAMES[name])
+        ticks |= {rate for rate, _ in swept}
         curves.plot(run.evals["tokens"], run.evals["loss"], color=colour, linewidth=2,
-                    label=f"{name}, lr {run.config.optim.lr:g}")  # fmt: skip
-    rates.set_xscale("log", base=2)
-    rates.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                    label=f"{NAMES[name]}, lr {run.config.optim.lr:g}")  # fmt: skip
+    rates.set_xscale("log")
+    rates.minorticks_off()
+    rates.set_xticks(sorted(ticks), [f"{rate:g}" for rate in sorted(ticks)], rotation=45)
     low = min(final_loss(run) for run in best.values())
+    rates.set_ylim(low - 0.1, low + 0.9)  # a diverged run's line leaves the picture
     curves.set_ylim(low - 0.1, low + 1.5)
     curves.xaxis.set_major_formatter(count_tick)
+    rates.legend(frameon=False)
     curves.legend(frameon=False)
-    label_ends(rates, labels)
     save(figure, path)
 
 

@@ -162,23 +162,12 @@ def transfer(
     outbox = {peer: _staging(messages, device) for peer, messages in sends.items()}
     inbox = {peer: _staging(messages, device) for peer, messages in receives.items()}
     for turn in range(max((len(m) for m in (*sends.values(), *receives.values())), default=0)):
-        operations = []
-        for peer, messages in sends.items():
-            if turn < len(messages):
-                slots, length = _slots(outbox[peer], messages[turn])
-                for (move, part), slot in zip(messages[turn], slots, strict=True):
-                    slot.copy_(_view(held[move.source], part))
-                operations.append(dist.P2POp(dist.isend, outbox[peer][:length], peer))
-        arriving: list[tuple[tuple[Move, Box], torch.Tensor]] = []
-        for peer, messages in receives.items():
-            if turn < len(messages):
-                slots, length = _slots(inbox[peer], messages[turn])
-                arriving += zip(messages[turn], slots, strict=True)
-                operations.append(dist.P2POp(dist.irecv, inbox[peer][:length], peer))
-        for request in dist.batch_isend_irecv(operations) if operations else ():
-            request.wait()
-        for (move, part), slot in arriving:
-            _spread(move, part, slot, wanted)
+        _exchange(
+            [(peer, outbox[peer], m[turn]) for peer, m in sends.items() if turn < len(m)],
+            [(peer, inbox[peer], m[turn]) for peer, m in receives.items() if turn < len(m)],
+            held,
+            wanted,
+        )
     peak = sum(buffer.numel() for buffer in (*outbox.values(), *inbox.values()))
     sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
     largest = torch.tensor([peak, target.nbytes], dtype=torch.int64, device=device)
@@ -191,18 +180,41 @@ def _view(piece: Piece, box: Box) -> torch.Tensor:
     return piece.data[box.slices_within(piece.box)]
 
 
-def _spread(
-    move: Move, part: Box, data: torch.Tensor, wanted: dict[tuple[Key, Box], Piece]
+Message = list[tuple[Move, Box]]
+"""Parts of moves that travel together."""
+Pieces = dict[tuple[Key, Box], Piece]
+
+
+def _exchange(
+    outgoing: list[tuple[int, torch.Tensor, Message]],
+    incoming: list[tuple[int, torch.Tensor, Message]],
+    held: Pieces,
+    wanted: Pieces,
 ) -> None:
+    """Send and receive one message of each peer: (peer, staging buffer, message)."""
+    operations = []
+    for peer, buffer, message in outgoing:
+        slots, length = _slots(buffer, message)
+        for (move, part), slot in zip(message, slots, strict=True):
+            slot.copy_(_view(held[move.source], part))
+        operations.append(dist.P2POp(dist.isend, buffer[:length], peer))
+    arriving: list[tuple[tuple[Move, Box], torch.Tensor]] = []
+    for peer, buffer, message in incoming:
+        slots, length = _slots(buffer, message)
+        arriving += zip(message, slots, strict=True)
+        operations.append(dist.P2POp(dist.irecv, buffer[:length], peer))
+    for request in dist.batch_isend_irecv(operations) if operations else ():
+        request.wait()
+    for (move, part), slot in arriving:
+        _spread(move, part, slot, wanted)
+
+
+def _spread(move: Move, part: Box, data: torch.Tensor, wanted: Pieces) -> None:
     """Write part of a move, which ``data`` holds, to all pieces that take some of it."""
     for target in move.targets:
         share = part.intersect(target[1])
         if share is not None:
             _view(wanted[target], share).copy_(data[share.slices_within(part)])
-
-
-Message = list[tuple[Move, Box]]
-"""Parts of moves that travel together."""
 
 
 def _messages(moves: Iterable[Move], most: int) -> list[Message]:
