@@ -15,16 +15,6 @@ from tests.jobs import Jobs
 from tests.pool import Pool
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist: tests on the pool of ranks in one process, all others in another.
-
-    There is one pool, then, and what waits (for Slurm, for a started job) does so meanwhile.
-    """
-    for item in items:
-        on_pool = "pool" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("pool" if on_pool else "others"))
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     pool = Pool(4)
