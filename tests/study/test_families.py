@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_progressive.config import OptimSection, from_dict
 from megatron_progressive.models import (
-    FAMILIES,
+    TRANSFORMERS,
     active_parameter_count,
     model_shape,
     parameter_count,
@@ -62,14 +62,14 @@ def random_shape(family: str, seed: int) -> TransformerShape:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRANSFORMERS)
 def test_parameters_equal_those_of_hugging_faces_model(family: str, seed: int) -> None:
     shape = random_shape(family, seed)
     assert parameter_count(shape) == sum(p.numel() for p in huggingface.build(shape).parameters())
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRANSFORMERS)
 def test_model_flops_equal_torchs_count_of_hugging_faces_model(family: str, seed: int) -> None:
     """Exactly, forward and backward."""
     shape = random_shape(family, seed)
@@ -102,7 +102,7 @@ def active_by_names(shape: TransformerShape, model: Any) -> int:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRANSFORMERS)
 def test_active_parameters_are_those_a_token_is_computed_with(family: str, seed: int) -> None:
     shape = random_shape(family, seed)
     assert active_parameter_count(shape) == active_by_names(shape, huggingface.build(shape, "meta"))
@@ -169,7 +169,7 @@ def test_newton_schulz_counts_every_expert_and_gate_and_up_apart() -> None:
     assert flops.optimizer_flops(model_shape(config), config.optim) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRANSFORMERS)
 @pytest.mark.parametrize("name", ["muon_nsgd", "adamw"])
 @pytest.mark.parametrize("embeddings", ["muon", "adamw"])
 def test_muon_matrices_are_those_that_the_optimizer_orthogonalises(
