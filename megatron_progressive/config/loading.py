@@ -14,9 +14,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_progressive.config.accepted import BOUNDS, CHOICES
 from megatron_progressive.config.schema import (
-    BOUNDS,
-    CHOICES,
     FAMILY_DEFAULTS,
     ConfigError,
     ExpansionSection,
