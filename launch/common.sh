@@ -14,8 +14,10 @@ mprog_srun=($MPROG_SRUN --kill-on-bad-exit=0 --wait=60)
 
 # Where the ranks of this job meet: the first node, where this script runs, at a port that nothing
 # listens on, below those that the kernel gives out by itself.
+# No $(…) from the trap below on: bash 5.2 loses a signal that comes while it parses one.
 mprog_rendezvous() {
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    shopt -s lastpipe  # read in this shell
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | { read -r MASTER_ADDR; cat > /dev/null; }
     MASTER_PORT=$((20000 + RANDOM % 12000))
     while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
         MASTER_PORT=$((20000 + RANDOM % 12000))

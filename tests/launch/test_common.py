@@ -18,13 +18,16 @@ echo "$@" >> {folder}/scontrol.log
 [ "$(wc -l < {folder}/scontrol.log)" -gt {failures} ]
 """
 
-# A run: takes the warning once it is ready, then saves for a while.
+# A run: takes the warning once it is ready, then saves for a while. Nothing is parsed after
+# "ready": bash 5.2 loses a signal that comes while it parses $(…).
 CHILD = """
 trap 'sleep 0.3; echo saved; exit 75' USR1
 trap 'echo killed; exit 1' TERM
-echo ready
-for i in $(seq 100); do sleep 0.1; done
-exit 3
+{
+    echo ready
+    for i in {1..100}; do sleep 0.1; done
+    exit 3
+}
 """
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_progressive.config import RunConfig, from_dict, to_yaml
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import learning_rate
+from megatron_progressive.runtime.files import write_json
 from megatron_progressive.study.controls import fixed_size, short_control
 from megatron_progressive.study.flops import step_flops, step_tokens
 from megatron_progressive.study.grid import Grid
@@ -111,7 +112,7 @@ def write_run(
             "wall_s": wall + 5, "train_wall_s": wall, "steps": steps, "resumed": False,
             "num_layers": depths[-1], "params": parameter_count(model_shape(config, depths[-1])),
         }  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary))
+        write_json(folder / "summary.json", summary)  # whole, as a run's: others may be waiting
     return folder
 
 
