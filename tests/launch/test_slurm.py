@@ -5,21 +5,25 @@ Runs wait for the test (``staged/sitecustomize.py``): nothing depends on how fas
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_progressive.config import RunConfig, to_yaml
+from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_state import Study
 from megatron_progressive.train.run_folder import read_metrics
 from tests.expansion.test_atomic import trajectory
+from tests.jobs import Jobs
 from tests.launch.cluster import Cluster, missing
 from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, until, wait_for_step
 from tests.study.test_grid import grid_file
@@ -32,6 +36,15 @@ pytestmark = pytest.mark.skipif(
 # Expands at step 12 of 20, from data parallel to tensor parallel; saves every fourth step.
 WORDS = ["train.steps=20", "train.save_every=4", "train.eval_every=10", "train.micro_batch=2",
          "expansion.0.at=12", "expansion.0.parallel.tensor=2"]  # fmt: skip
+
+# One size of configs/grids/llama3_tiny.yaml. The learning rate is so small that the pilot, which
+# expands after a step, has mixed at once.
+SHORT_LADDER = [
+    "sizes=[{name: w32, to_layers: 4, model.hidden_size: 32, model.num_attention_heads: 4}]",
+    "arms=[fixed, zero_layer]", "data.vocab_size=512", "data.sequence_length=32", "optim.lr=0.001",
+    "train.steps=100", "train.global_batch=4", "train.micro_batch=2", "train.eval_every=5",
+    "train.eval_samples=4", "train.save_every=0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +170,30 @@ def small_grid(tmp_path: Path, corpus: Path) -> Path:
     return path
 
 
-def check_finished(study: Study) -> None:
-    assert [one.state for one in study.status()] == ["finished"] * 2
+def check_finished(study: Study, names: set[str]) -> None:
+    """All cells ended without a failure, after all their steps, and are in the report."""
+    assert {one.state for one in study.status()} == {"finished"}
     assert all(one.attempts.failures == 0 for one in study.status())
     for cell in study.grid.cells:
         steps = [e["step"] for e in read_metrics(cell.folder) if e["event"] == "train"]
         assert steps == list(range(1, cell.config.train.steps + 1))
     results = json.loads((study.folder / "results.json").read_text())["cells"]
-    assert {row["cell"] for row in results} == {cell.name for cell in study.grid.cells}
+    assert {row["cell"] for row in results} == {cell.name for cell in study.grid.cells} == names
 
 
-def test_a_grid_in_one_job_through_a_warning_preemption_and_requeue(
-    cluster: Cluster, corpus: Path, tmp_path: Path
+def test_the_ladder_in_one_job_through_warnings_and_requeue(
+    cluster: Cluster, jobs: Jobs, corpus: Path, tmp_path: Path
 ) -> None:
-    """In slices shorter than the interval of saves: each warning saves, and the job goes on from
-    there. SIGTERM to the ranks alone is what preemption sends."""
-    path, released = small_grid(tmp_path, corpus), tmp_path / "released"
-    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(path), "train.steps=30",
-                 "study.name=sliced", STAGED_SLOW=str(released))  # fmt: skip
-    study = Study(load_grid(path, ["train.steps=30", "study.name=sliced"]))
-    first, second = sorted(study.grid.cells, key=lambda cell: cell.flops)
+    """The grid that comes with the code, its pilot, cells and report, in slices shorter than the
+    interval of saves: each warning saves, and the job goes on from there. SIGTERM to the ranks
+    alone is what preemption sends."""
+    path, released = ROOT / "configs/grids/llama3_tiny.yaml", tmp_path / "released"
+    words = [f"study.dir={tmp_path}/studies", f"data.prepared={corpus}", *SHORT_LADDER]
+    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(path), *words,
+                 STAGED_SLOW=str(released))  # fmt: skip
+    pilot = load_grid(path, words).pilot
+    assert pilot is not None
+    first = min(pilot.cells, key=lambda cell: cell.flops)
     for number, warning in enumerate((("--batch", "--signal=USR1"), ("--signal=TERM",))):
         wait_for_step(first.folder, max([0, *resumes(first.folder)]) + 1)
         cluster.output("scancel", *warning, job)
@@ -184,17 +201,37 @@ def test_a_grid_in_one_job_through_a_warning_preemption_and_requeue(
         cluster.wait(job, {"RUNNING"})
         until(lambda n=number: len(resumes(first.folder)) == n + 1, "going on")
     saved = resumes(first.folder)
-    assert 1 <= saved[0] < saved[1] < 30
+    assert 1 <= saved[0] < saved[1] < 25
     released.touch()
-    until(lambda: (first.folder / "summary.json").exists(), "the first cell")
+    until(lambda: all((cell.folder / "summary.json").exists() for cell in pilot.cells), "the pilot")
     released.unlink()
-    wait_for_step(second.folder, 1)
+    until(lambda: not any(cell.unknown for cell in load_grid(path, words).cells), "its τ")
+    study = Study(load_grid(path, words))
+    broken = min(study.grid.cells, key=lambda cell: cell.flops)
+    wait_for_step(broken.folder, 1)
     cluster.output("scontrol", "requeue", job)
     until(lambda: "PENDING" in cluster.state(job), "the requeue")
     released.touch()
     assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED", log_of(tmp_path)
-    check_finished(study)
+
+    check_finished(study, {"w32-fixed-s1", "w32-zero_layer-taupilot-random-s1"})
     assert resumes(first.folder) == saved
+    report = (study.folder / "report.html").read_text()
+    assert "Mixed " in study.grid.pilot.finding()
+    assert study.grid.pilot.finding() in html.unescape(report)
+    for cell in (first, broken):
+        assert_same_bits(jobs, cell, tmp_path)
+
+
+def assert_same_bits(jobs: Jobs, cell: Cell, folder: Path) -> None:
+    """A cell's trajectory is that of a run of its own that nothing breaks off."""
+    run = replace(cell.config.run, dir=str(folder / "unbroken"))
+    config = replace(cell.config, run=run)
+    path = folder / f"{run.name}.yaml"
+    path.write_text(to_yaml(config))
+    job = jobs.run(2, folder, ["train", str(path)])
+    assert job.codes == [0, 0], job.output
+    assert trajectory(cell.folder) == trajectory(config.folder)
 
 
 def test_submitted_cells_and_the_report(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
@@ -211,7 +248,7 @@ def test_submitted_cells_and_the_report(cluster: Cluster, corpus: Path, tmp_path
     assert numbers.keys() == {"cells", "report"}
     assert cluster.wait(numbers["report"], {"COMPLETED", "FAILED", "CANCELLED"}) == "COMPLETED"
     assert set(cluster.state(numbers["cells"]).split()) == {"COMPLETED"}
-    check_finished(study)
+    check_finished(study, {"a-fixed-s1", "a-zero_layer-tau0.5-random-s1"})
     tasks = [f"{numbers['cells']}_{index}" for index in range(2)]
     nodes = {cluster.output("squeue", "-h", "-t", "all", "-j", task, "-o", "%N") for task in tasks}
     assert nodes == {"127.0.0.1\n", "127.0.0.2\n"}
