@@ -14,6 +14,10 @@ from megatron_progressive.config import ConfigError, KernelsSection, OptimSectio
 from megatron_progressive.models import TRANSFORMERS
 from megatron_progressive.models.base import MOE, ModelShape, TransformerShape
 from megatron_progressive.optim.coefficients import ns_steps
+from megatron_progressive.runtime.environment import (
+    BUILT_FOR_THIS_TORCH,
+    unusable_transformer_engine,
+)
 from megatron_progressive.runtime.layout import Layout
 
 
@@ -112,11 +116,15 @@ def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, A
 
 
 def check_kernels(config: RunConfig) -> None:
-    """Refuse kernels that are asked for where they cannot be.
+    """Refuse kernels that cannot be.
 
     Raises:
-        ConfigError: one is set to true and there is no CUDA device.
+        ConfigError: one is set to true and there is no CUDA device, or a language model where
+            Transformer Engine is installed and cannot be imported.
     """
+    unusable = unusable_transformer_engine() if config.model.family in TRANSFORMERS else None
+    if unusable is not None:
+        raise ConfigError(f"transformer-engine: got {unusable}; accepted: {BUILT_FOR_THIS_TORCH}")
     asked = [f.name for f in fields(config.kernels) if getattr(config.kernels, f.name)]
     asked = [f"kernels.{name}" for name in asked]
     if config.optim.ns_kernel_from is not None:

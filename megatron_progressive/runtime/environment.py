@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 from collections.abc import Callable
@@ -12,6 +13,8 @@ DISTRIBUTIONS = (
     "torch", "megatron-core", "deepspeed", "transformer-engine", "emerging-optimizers", "triton",
 )  # fmt: skip
 """What is listed by its version; Python and apex are listed beside them."""
+
+BUILT_FOR_THIS_TORCH = "install one that was built for this torch, or none"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ def apex_version(find: Callable[[str], object] = importlib.util.find_spec) -> st
     return version_of("apex") or "of NVIDIA's image"
 
 
+def unusable_transformer_engine() -> str | None:
+    """What an installed Transformer Engine says when it is imported and cannot be, as when it was
+    built for another torch; Megatron-core cannot be imported then either. None: all is well."""
+    version = version_of("transformer-engine")
+    if version is None:
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # of the linker, of CUDA or its own
+        cause = " ".join(str(error).split())
+        return f"{version}, which cannot be imported ({type(error).__name__}: {cause})"
+    return None
+
+
 def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[str]:
     """What the fast path lacks, a line each; none where nothing is missing."""
     how = {
@@ -60,7 +77,7 @@ def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[s
 
 
 def environment() -> Environment:
-    """What this machine has. Loads torch, nothing else."""
+    """What this machine has. Loads torch, and Transformer Engine where it is installed."""
     import torch
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -72,7 +89,11 @@ def environment() -> Environment:
         for number in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(number)
             devices.append(f"{found.name}, {found.total_memory / 2**30:.0f} GiB")
-    return Environment(versions, devices, missing_lines(versions, devices))
+    missing = missing_lines(versions, devices)
+    unusable = unusable_transformer_engine()
+    if unusable is not None:
+        missing.append(f"transformer-engine: {unusable}: {BUILT_FOR_THIS_TORCH}")
+    return Environment(versions, devices, missing)
 
 
 def render(found: Environment) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,33 @@ def test_each_missing_part_has_one_line_with_the_way_to_get_it() -> None:
 def test_apex_on_pypi_is_not_nvidias() -> None:
     assert environment.apex_version(lambda name: None) is None
     assert environment.apex_version(lambda name: object()) is not None
+
+
+def test_transformer_engine_of_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wheel whose library lacks a symbol of this torch, as far as an import can tell."""
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    failing = package / "pytorch" / "__init__.py"
+    failing.write_text("raise ImportError('te.so:\\nundefined symbol: _ZN3c10')")
+    about = tmp_path / "transformer_engine-2.11.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: transformer_engine\nVersion: 2.11.0\n")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    said = "2.11.0, which cannot be imported (ImportError: te.so: undefined symbol: _ZN3c10)"
+    assert cli.main(["env"]) == 0
+    assert f"- transformer-engine: {said}: install one that was" in capsys.readouterr().out
+    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    assert cli.main(["train", str(demo), f"run.dir={tmp_path / 'runs'}"]) == 2
+    assert f"mprog: transformer-engine: got {said}; accepted: " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+    failing.write_text("")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert environment.unusable_transformer_engine() is None
