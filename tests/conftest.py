@@ -15,6 +15,16 @@ from tests.jobs import Jobs
 from tests.pool import Pool
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two groups, for two workers side by side (``-n 2 --dist loadgroup``): tests on ranks, which
+    share a pool and fill the cores; and all others, of which those of Slurm mostly wait."""
+    for item in items:
+        ranks = not {"pool", "jobs"}.isdisjoint(getattr(item, "fixturenames", ()))
+        launch = "launch" in item.path.parts  # which share one Slurm
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks and not launch else "others"))
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     pool = Pool(4)
