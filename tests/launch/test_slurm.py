@@ -41,9 +41,9 @@ WORDS = ["train.steps=20", "train.save_every=4", "train.eval_every=10", "train.m
 # expands after a step, has mixed at once.
 SHORT_LADDER = [
     "sizes=[{name: w32, to_layers: 4, model.hidden_size: 32, model.num_attention_heads: 4}]",
-    "arms=[fixed, zero_layer]", "data.vocab_size=512", "data.sequence_length=32", "optim.lr=0.001",
-    "train.steps=100", "train.global_batch=4", "train.micro_batch=2", "train.eval_every=5",
-    "train.eval_samples=4", "train.save_every=0",
+    "arms=[fixed, zero_layer]", "tau=[pilot]", "optim.lr=0.001",
+    "data.vocab_size=512", "data.sequence_length=32", "train.steps=100", "train.global_batch=4",
+    "train.micro_batch=2", "train.eval_every=5", "train.eval_samples=4", "train.save_every=0",
 ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_every_grid_has_a_plan_and_a_tiny_twin(path: Path) -> None:
     if path.stem.endswith("_tiny"):
         # two cores do 15 demos' FLOPs in half an hour; the ladders' twins take longer
         cost = sum(cell.flops for cell in grid.cells) / total_flops(load(ROOT / "demo.yaml"))
-        assert cost < (30 if path.stem in ("llama3_tiny", "deepseek_v3_tiny") else 15)
+        assert cost < (45 if path.stem in ("llama3_tiny", "deepseek_v3_tiny") else 15)
         return
     twin = "gpt2_tiny" if path.stem == "gpt2_7b" else f"{path.stem}_tiny"
     small = load_grid(ROOT / "grids" / f"{twin}.yaml")
