@@ -37,13 +37,14 @@ pytestmark = pytest.mark.skipif(
 WORDS = ["train.steps=20", "train.save_every=4", "train.eval_every=10", "train.micro_batch=2",
          "expansion.0.at=12", "expansion.0.parallel.tensor=2"]  # fmt: skip
 
-# One size of configs/grids/llama3_tiny.yaml. The learning rate is so small that the pilot, which
-# expands after a step, has mixed at once.
+LADDER = ROOT / "configs" / "grids" / "llama3_tiny.yaml"
+# One size of it. The learning rate is so small that the pilot, which expands after two steps, has
+# mixed at once.
 SHORT_LADDER = [
     "sizes=[{name: w32, to_layers: 4, model.hidden_size: 32, model.num_attention_heads: 4}]",
-    "arms=[fixed, zero_layer]", "tau=[pilot]", "optim.lr=0.001",
-    "data.vocab_size=512", "data.sequence_length=32", "train.steps=100", "train.global_batch=4",
-    "train.micro_batch=2", "train.eval_every=5", "train.eval_samples=4", "train.save_every=0",
+    "data.vocab_size=512", "data.sequence_length=32", "optim.lr=0.001", "train.steps=100",
+    "train.global_batch=4", "train.micro_batch=2", "train.eval_every=5", "train.eval_samples=4",
+    "train.save_every=0",
 ]  # fmt: skip
 
 
@@ -135,13 +136,32 @@ def rank_pids(config: RunConfig) -> list[int]:
     ]
 
 
+def ladder_words(folder: Path, corpus: Path, *more: str) -> list[str]:
+    return [f"study.dir={folder}/studies", f"data.prepared={corpus}", *SHORT_LADDER, *more]
+
+
+def assert_same_bits(jobs: Jobs, cell: Cell, folder: Path) -> None:
+    """A cell's trajectory is that of a run of its own that nothing breaks off."""
+    run = replace(cell.config.run, dir=str(folder / "unbroken"))
+    config = replace(cell.config, run=run)
+    path = folder / f"{run.name}.yaml"
+    path.write_text(to_yaml(config))
+    job = jobs.run(2, folder, ["train", str(path)])
+    assert job.codes == [0, 0], job.output
+    assert trajectory(cell.folder) == trajectory(config.folder)
+
+
 def test_a_node_that_is_lost_in_the_expansion(
-    cluster: Cluster, corpus: Path, unbroken: Path, tmp_path: Path
+    cluster: Cluster, jobs: Jobs, corpus: Path, tmp_path: Path
 ) -> None:
-    """All processes of a node are killed in the middle of the exchange: Slurm queues the job again,
-    and it expands again, to the same bits."""
-    config, marker = run_config(tmp_path, corpus, "run", *WORDS), tmp_path / "expanding"
-    job = train(cluster, config, tmp_path, STAGED_PAUSE=str(marker))
+    """All processes of a node are killed in the middle of the exchange of a study's cell: Slurm
+    queues the job again, and the cell expands again, to the same bits."""
+    marker = tmp_path / "expanding"
+    words = ladder_words(tmp_path, corpus, "arms=[zero_layer]", "tau=[0.5]")
+    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(LADDER), *words,
+                 STAGED_PAUSE=str(marker))  # fmt: skip
+    study = Study(load_grid(LADDER, words))
+    (cell,) = study.grid.cells
     until(marker.exists, "the expansion")
     rank = int(marker.read_text())
     step = int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -150,11 +170,12 @@ def test_a_node_that_is_lost_in_the_expansion(
     node = ("scontrol", "update", "NodeName=127.0.0.2")
     cluster.output(*node, "State=DOWN", "Reason=lost")
     until(lambda: "PENDING" in cluster.state(job), "the requeue")
-    assert not any(e["event"] == "expansion" for e in read_metrics(config.folder))
+    assert not any(e["event"] == "expansion" for e in read_metrics(cell.folder))
     cluster.output(*node, "State=RESUME")
     assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED", log_of(tmp_path)
-    assert resumes(config.folder) == [12]
-    assert trajectory(config.folder) == trajectory(unbroken)
+    assert resumes(cell.folder) == [50]
+    check_finished(study, {"w32-zero_layer-tau0.5-random-s1"})
+    assert_same_bits(jobs, cell, tmp_path)
 
 
 def small_grid(tmp_path: Path, corpus: Path) -> Path:
@@ -187,11 +208,11 @@ def test_the_ladder_in_one_job_through_warnings_and_requeue(
     """The grid that comes with the code, its pilot, cells and report, in slices shorter than the
     interval of saves: each warning saves, and the job goes on from there. SIGTERM to the ranks
     alone is what preemption sends."""
-    path, released = ROOT / "configs/grids/llama3_tiny.yaml", tmp_path / "released"
-    words = [f"study.dir={tmp_path}/studies", f"data.prepared={corpus}", *SHORT_LADDER]
-    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(path), *words,
+    released = tmp_path / "released"
+    words = ladder_words(tmp_path, corpus, "arms=[fixed, zero_layer]", "tau=[pilot]")
+    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(LADDER), *words,
                  STAGED_SLOW=str(released))  # fmt: skip
-    pilot = load_grid(path, words).pilot
+    pilot = load_grid(LADDER, words).pilot
     assert pilot is not None
     first = min(pilot.cells, key=lambda cell: cell.flops)
     for number, warning in enumerate((("--batch", "--signal=USR1"), ("--signal=TERM",))):
@@ -205,8 +226,8 @@ def test_the_ladder_in_one_job_through_warnings_and_requeue(
     released.touch()
     until(lambda: all((cell.folder / "summary.json").exists() for cell in pilot.cells), "the pilot")
     released.unlink()
-    until(lambda: not any(cell.unknown for cell in load_grid(path, words).cells), "its τ")
-    study = Study(load_grid(path, words))
+    until(lambda: not any(cell.unknown for cell in load_grid(LADDER, words).cells), "its τ")
+    study = Study(load_grid(LADDER, words))
     broken = min(study.grid.cells, key=lambda cell: cell.flops)
     wait_for_step(broken.folder, 1)
     cluster.output("scontrol", "requeue", job)
@@ -221,17 +242,6 @@ def test_the_ladder_in_one_job_through_warnings_and_requeue(
     assert study.grid.pilot.finding() in html.unescape(report)
     for cell in (first, broken):
         assert_same_bits(jobs, cell, tmp_path)
-
-
-def assert_same_bits(jobs: Jobs, cell: Cell, folder: Path) -> None:
-    """A cell's trajectory is that of a run of its own that nothing breaks off."""
-    run = replace(cell.config.run, dir=str(folder / "unbroken"))
-    config = replace(cell.config, run=run)
-    path = folder / f"{run.name}.yaml"
-    path.write_text(to_yaml(config))
-    job = jobs.run(2, folder, ["train", str(path)])
-    assert job.codes == [0, 0], job.output
-    assert trajectory(cell.folder) == trajectory(config.folder)
 
 
 def test_submitted_cells_and_the_report(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
