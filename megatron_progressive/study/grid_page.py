@@ -149,8 +149,9 @@ def _pilot(report: GridReport) -> str:
     parts.append(
         "<p>Two short runs at one size measured it, under the schedule of the whole run: "
         "fixed-size, and one that expands at the end of the warmup. The mixing time in "
-        f"{_unit(report)} is carried over to every size, as the paper does; cells with τ = pilot "
-        "expand that long before the decay.</p>"
+        f"{_unit(report)} is carried over to every size and to a late τ, as the paper does; cells "
+        "with τ = pilot expand that long before the decay. Where they end above fixed-size, it "
+        "does not hold that late: try an earlier τ.</p>"
     )
     return "".join(parts)
 

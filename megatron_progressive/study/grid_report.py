@@ -12,7 +12,9 @@ from typing import Any
 from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.study import grid_figures, grid_page, grid_verdict, sweep_figures
 from megatron_progressive.study.ablation import ablation
+from megatron_progressive.study.cells import PILOT
 from megatron_progressive.study.figures import mixing_curve
+from megatron_progressive.study.gaps import MIXED_PERCENT
 from megatron_progressive.study.grid import Grid
 from megatron_progressive.study.grid_laws import (
     Law,
@@ -45,7 +47,7 @@ class GridReport:
     savings: list[Saving]
     ablation: tuple[list[str], list[list[str]]] | None
     pilot: str
-    """What the pilot found; empty without one."""
+    """What the pilot found, and whether it came true; empty without one."""
     pictures: dict[str, Path] = field(default_factory=dict)
     """By what they show; what there is too little for is not there."""
 
@@ -88,7 +90,6 @@ def make_grid_report(study: Study) -> GridReport:
     compared = comparisons(results, str(grid.file))
     found = findings(results, compared)
     laws = compute_laws(results)
-    pilot = "" if grid.pilot is None else grid.pilot.finding() or "it has not run yet"
     report = GridReport(
         title=grid_verdict.title(grid.name, found),
         grid=grid,
@@ -98,7 +99,7 @@ def make_grid_report(study: Study) -> GridReport:
         size_token_laws=size_token_laws(results),
         savings=savings(results, laws),
         ablation=ablation(results),
-        pilot=pilot,
+        pilot=_pilot_text(grid, results, found),
     )
     styles, out = grid_figures.looks(results), grid.folder
     drawn: list[tuple[str, str, Callable[[str, Path], bool]]] = [
@@ -160,6 +161,24 @@ def _savings_title(found: list[Saving]) -> str:
 def _mixing_title(found: list[Finding]) -> str:
     mixed = sum(sum(one.mixed) for one in found)
     return f"{mixed} of {sum(len(one.mixed) for one in found)} runs mixed with fixed-size after τ"
+
+
+def _pilot_text(grid: Grid, results: list[Result], found: list[Finding]) -> str:
+    if grid.pilot is None:
+        return ""
+    finding = grid.pilot.finding()
+    if not finding:
+        return "it has not run yet"
+    names = {result.cell.folder.name for result in results if result.cell.tau == PILOT}
+    verdicts = (verdict for one in found for verdict in one.verdicts if verdict.run in names)
+    gaps = [v.loss_gap_percent for v in verdicts if v.loss_gap_percent is not None]
+    if not gaps:
+        return finding
+    met = sum(gap <= MIXED_PERCENT for gap in gaps)
+    return (
+        f"{finding}; runs with τ from it that ended within {MIXED_PERCENT} % of fixed-size: "
+        f"{met} of {len(gaps)}"
+    )
 
 
 def _pilot_picture(grid: Grid, path: Path) -> bool:

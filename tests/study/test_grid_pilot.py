@@ -18,6 +18,7 @@ from megatron_progressive import cli
 from megatron_progressive.study import grid_run
 from megatron_progressive.study.grid import Grid, load_grid
 from megatron_progressive.study.grid_pilot import WAITS
+from megatron_progressive.study.grid_report import make_grid_report
 from megatron_progressive.study.grid_run import Launch, run_grid, run_pilot
 from megatron_progressive.study.grid_state import NO_TAU, PENDING, Study
 from megatron_progressive.study.grid_text import plan
@@ -212,6 +213,21 @@ def test_a_pilot_that_runs_elsewhere_is_waited_for(
     thread.join()
     assert said[0] == "the pilot runs elsewhere: waiting for it"
     assert said[1].startswith("pilot: Mixed ")
+
+
+def test_the_report_says_whether_it_came_true(tmp_path: Path) -> None:
+    path = grid_file(tmp_path, tau=["pilot"], arms=["fixed", "zero_layer"])
+    write_pilot(load_grid(path), 3.0)
+    assert run_pilot(Study(load_grid(path)), 1, NOTHING, silent) == 0
+    grid = load_grid(path)
+    found = grid.pilot.finding() if grid.pilot else ""
+    assert found.startswith("Mixed ")
+    assert make_grid_report(Study(grid)).pilot == found  # no cell has ended
+    for cell in grid.cells:
+        meets = cell.arm == "fixed" or cell.size == "a"
+        write_run(cell.config, 3.0 if meets else 3.3)
+    said = make_grid_report(Study(grid)).pilot
+    assert said == f"{found}; runs with τ from it that ended within 0.5 % of fixed-size: 1 of 2"
 
 
 def test_the_real_thing(tmp_path: Path, corpus: Path) -> None:
