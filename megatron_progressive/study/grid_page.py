@@ -64,7 +64,8 @@ def _answer(report: GridReport) -> str:
             one.size, one.family, short_counts([one.params])[0],
             "–" if one.flops_share is None else f"{100 * one.flops_share:.0f} %",
             gap_text(one.to_fixed), _YES[one.pays_fixed], gap_text(one.to_short),
-            _YES[one.pays_short], f"{sum(one.mixed)} of {len(one.mixed)}",
+            _YES[one.pays_short],
+            f"{sum(one.mixed)} of {len(one.mixed)}" if one.mixed else "–",
             ", ".join(map(str, one.seeds)),
         ]
         for one in report.findings
@@ -84,7 +85,8 @@ def _answer(report: GridReport) -> str:
         "fixed-size growing pays where it has fewer FLOPs and ends within 0.5 %; against the short "
         "control, which has the same FLOPs, where it ends lower. Over several seeds the mean is "
         "given with its 95 % interval (Student's t), and what the interval leaves undecided is "
-        "open; with one seed differences as small as those between seeds cannot be told.</p>"
+        "open; with one seed differences as small as those between seeds cannot be told. Whether "
+        "a run mixed is not told (–) where too few validations follow τ.</p>"
         f"{shown}<details><summary>Each run in full sentences</summary>"
         f"{''.join(details)}</details>"
     )
@@ -232,7 +234,9 @@ def _savings(report: GridReport) -> str:
              "–" if found.compute is None else flops_text(found.compute),
              _interval(found.factor), "extrapolated" if found.extrapolated else ""]
         )  # fmt: skip
-    return _figure(report, "efficiency", title, "") + table(head, rows)
+    never = "<p>A factor of 0: its law does not come down to that loss.</p>"
+    note = never if any(saving.efficiency.factor.value == 0 for saving in report.savings) else ""
+    return _figure(report, "efficiency", title, "") + table(head, rows) + note
 
 
 def _ablation(report: GridReport) -> str:

@@ -155,12 +155,16 @@ def _savings_title(found: list[Saving]) -> str:
         for s in found
         if s.params == largest and not is_control(s.reference) and s.efficiency.factor.value
     ]
+    if not parts:
+        return "At the largest size no law of a run that grows comes down to fixed-size's loss"
     return f"At equal loss and the largest size fixed-size needs {' and '.join(parts)}"
 
 
 def _mixing_title(found: list[Finding]) -> str:
-    mixed = sum(sum(one.mixed) for one in found)
-    return f"{mixed} of {sum(len(one.mixed) for one in found)} runs mixed with fixed-size after τ"
+    measured = [mixed for one in found for mixed in one.mixed]
+    if not measured:
+        return "The gap to fixed-size after τ; too few validations to tell whether runs mixed"
+    return f"{sum(measured)} of {len(measured)} runs mixed with fixed-size after τ"
 
 
 def _pilot_text(grid: Grid, results: list[Result], found: list[Finding]) -> str:

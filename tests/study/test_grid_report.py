@@ -14,7 +14,7 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from megatron_progressive import cli
-from megatron_progressive.study import fits, mixing
+from megatron_progressive.study import fits, grid_report, mixing
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_report import GridReport, make_grid_report
 from megatron_progressive.study.grid_state import Study
@@ -289,6 +289,21 @@ def test_sweeps_of_tau_init_and_schedule(tmp_path: Path) -> None:
     (one,) = (o for o in report.findings if o.family == "one-layer τ=0.3 copying cosine")
     assert one.to_fixed.mean == pytest.approx(1.0)
     assert "Variants of the expansion" in (study.folder / "report.html").read_text()
+
+
+def test_a_law_that_stays_above_and_runs_too_short_to_mix(tmp_path: Path) -> None:
+    study = study_of(tmp_path, tau=[0.9], arms=["fixed", "zero_layer"])
+    write_study(study.grid)
+    for number, size in enumerate(SIZES):
+        set_loss(study, f"{size['name']}-zero_layer-tau0.9-random-s1", 5.0 + 0.1 / 4**number)
+    report = make_grid_report(study)
+    assert {saving.efficiency.factor.value for saving in report.savings} == {0.0}
+    assert "no law of a run that grows comes down" in grid_report._savings_title(report.savings)
+    assert [one.mixed for one in report.findings] == [[]] * 4
+    assert "too few validations" in grid_report._mixing_title(report.findings)
+    page = (study.folder / "report.html").read_text()
+    assert "A factor of 0: its law" in page
+    assert "0 of 0" not in page
 
 
 def test_an_unreadable_run_is_named_and_does_not_stop_the_report(tmp_path: Path) -> None:
