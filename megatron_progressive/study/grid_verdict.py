@@ -177,7 +177,7 @@ def _sentence(
 ) -> str:  # fmt: skip
     parts = []
     if to_fixed.mean is None or share is None:
-        parts.append("against fixed-size: open, it is not finished")
+        parts.append("against fixed-size: open, there is no finished one")
     else:
         outcome = {True: "pays", False: "does not pay", None: "open"}[pays_fixed]
         ends = f"{percent(to_fixed.mean)} {'above' if to_fixed.mean > 0 else 'below'}"
@@ -187,7 +187,7 @@ def _sentence(
             + ")"
         )
     if to_short.mean is None:
-        parts.append("against the short control: open, it is not finished")
+        parts.append("against the short control: open, there is no finished one")
     elif pays_short is None:
         parts.append(f"against the short control: open at these seeds ({gap_text(to_short)})")
     elif abs(to_short.mean) <= LEVEL_PERCENT:
