@@ -52,7 +52,7 @@ def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
 def _pilot(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.train.pilot import run_pilot
 
-    return run_pilot(_config(args), args.nproc, args.steps)
+    return run_pilot(_config(args), args.nproc, args.steps, args.at)
 
 
 def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -252,6 +252,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="S",
         help="where its two runs stop: a fraction of the run's steps, or a step (default: 0.25)",
+    )
+    pilot.add_argument(
+        "--at",
+        type=float,
+        metavar="T",
+        help="where one of them is expanded, likewise (default: the end of the warmup)",
     )
     command(commands, "env", _env, "versions, devices, and what the fast path lacks")
     coordcheck = command(

@@ -142,7 +142,7 @@ def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path
     axes, colour = figure.subplots(), _PALETTE[PROGRESSIVE][0]
     per_step, threshold = found.tokens_per_step, found.threshold_percent
     steps, gap = train_gap(run, fixed)
-    gap = averaged(gap, found.train.window_steps)
+    steps, gap = steps[steps > 0], averaged(gap[steps > 0], found.train.window_steps)
     axes.plot(per_step * steps, gap, color=colour, linewidth=1, alpha=0.5)
     steps, gap = gap_curve(run, fixed)
     steps, gap = per_step * (steps[steps > found.tau] - found.tau), gap[steps > found.tau]

@@ -80,7 +80,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     ``key: value`` changes; ``expansion.parallel.KEY`` is of the layout at full depth), ``arms``,
     ``tau`` (fractions, steps, or ``pilot``), ``init`` (of sources with layers), ``expansion``
     (lists of ``order``, ``insert``, ``optimizer_state``), ``schedule`` (names, instead of
-    ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``, ``steps``, ``source``; see
+    ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``, ``steps``, ``at``, ``source``; see
     :func:`.grid_pilot.grid_pilot`).
 
     Args:

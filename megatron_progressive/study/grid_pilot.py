@@ -7,6 +7,7 @@ measures only one cannot tell whether that holds for its own sizes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +26,17 @@ from megatron_progressive.study.cells import (
 )
 from megatron_progressive.study.flops import step_tokens
 from megatron_progressive.study.mixing import MixingTime, propose
-from megatron_progressive.study.pilot import Pilot, headline, measure, plan_pilot, recorded
+from megatron_progressive.study.pilot import (
+    Pilot,
+    headline,
+    measure,
+    plan_pilot,
+    recorded,
+    reservation,
+)
 from megatron_progressive.study.preflight import check_run, smallest_world
 
-KEYS = ("size", "steps", "source")
+KEYS = ("size", "steps", "at", "source")
 SOURCES = (ZERO_LAYER, ONE_LAYER)
 
 ASSUMED = 0.8
@@ -66,7 +74,10 @@ class GridPilot:
     def finding(self) -> str:
         """What it measured in one line; empty where it has not."""
         mixing = self.mixing()
-        return "" if mixing is None else f"{headline(mixing)} ({self.size}, {self.source})"
+        if mixing is None:
+            return ""
+        doubt = reservation(mixing)
+        return f"{headline(mixing)} ({self.size}, {self.source})" + f"; but {doubt}" * bool(doubt)
 
     def tau_of(self, config: RunConfig) -> tuple[int, str]:
         """τ of a configuration, in steps, and why it is not known; then an assumed one.
@@ -105,8 +116,8 @@ def grid_pilot(
 
     Args:
         values: the grid's ``pilot``: ``size`` (default: the one with the fewest parameters),
-            ``steps`` (as ``mprog pilot --steps``) and ``source`` (default: the first of ``arms``
-            that grows from zero or one layer).
+            ``steps`` and ``at`` (as ``mprog pilot --steps`` and ``--at``) and ``source`` (default:
+            the first of ``arms`` that grows from zero or one layer).
         bases: one of each size.
         init: of a one-layer source.
         folder: of the study.
@@ -124,17 +135,21 @@ def grid_pilot(
     if source not in SOURCES:
         got = "none among the arms" if source is None else repr(source)
         raise ConfigError(f"pilot.source: got {got}; accepted: {', '.join(SOURCES)}")
-    steps = values.get("steps")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int | float)):
-        raise ConfigError(f"pilot.steps: got {steps!r}; accepted: a fraction below 1, or a step")
+    steps, at = values.get("steps"), values.get("at")
+    for key, value in (("steps", steps), ("at", at)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(
+                f"pilot.{key}: got {value!r}; accepted: a fraction below 1, or a step"
+            )
     config = bases[names.index(size)].grown(source, ASSUMED, init)
     try:
-        digits = fingerprint(plan_pilot(config, steps).progressive)
+        digits = fingerprint(plan_pilot(config, steps, at).progressive)
         name = f"{PILOT}-{size}-{source}-s{config.run.seed}-{digits}"
         config = replace(config, run=replace(config.run, name=name))
-        plan = replace(plan_pilot(config, steps), folder=folder / PILOT)
+        plan = replace(plan_pilot(config, steps, at), folder=folder / PILOT)
         for arm, _ in plan.files:
             check_run(arm, smallest_world(arm))
     except ConfigError as error:
-        raise ConfigError(f"pilot: {str(error).replace('--steps', 'pilot.steps')}") from None
+        said = re.sub(r"--(steps|at)\b", r"pilot.\1", str(error))
+        raise ConfigError(f"pilot: {said}") from None
     return GridPilot(size, source, config, plan)

@@ -14,6 +14,9 @@ Two readings of the same gap, ``L_progressive / L_fixed - 1`` at the same step, 
 
 The interval that is reported spans both readings. Noise as large as the threshold delays both: a
 gap that keeps crossing it has not stayed below.
+
+A source that was level with the fixed-size run at the expansion had nothing to catch up with: how
+long the loss takes to recover from the expansion says little of one that has fallen behind.
 """
 
 from __future__ import annotations
@@ -79,6 +82,16 @@ class MixingTime:
     """Mean gap of the last validations (``consecutive`` of them)."""
     unit: str = "tokens"
     """What ``tokens_per_step`` counts: ``images``, of models of these."""
+    gap_before_percent: float | None = None
+    """Mean gap of the training losses in the last steps before the expansion (as many as the
+    window); None where both runs have none."""
+
+    @property
+    def level_before(self) -> bool:
+        """Whether the source had not fallen behind the fixed-size run when it was expanded."""
+        return self.gap_before_percent is not None and (
+            self.gap_before_percent <= self.threshold_percent
+        )
 
     @property
     def tokens(self) -> int | None:
@@ -144,8 +157,16 @@ def mixing_time(
     hold = max(1, round((consecutive - 1) * apart))
     window = max(1, round(apart)) if window is None else window
     train_steps, train_gaps = train_gap(progressive, fixed)
+    before = train_gaps[(train_steps > -window) & (train_steps <= 0)]
+    later = train_steps > 0
     train = _train_reading(
-        train_steps, train_gaps, threshold_percent, window, hold, draws, np.random.default_rng(seed)
+        train_steps[later],
+        train_gaps[later],
+        threshold_percent,
+        window,
+        hold,
+        draws,
+        np.random.default_rng(seed),
     )
     met = _met(gaps <= threshold_percent, consecutive)
     low = high = None
@@ -166,18 +187,19 @@ def mixing_time(
         train=train,
         gap_left_percent=float(np.mean(gaps[-consecutive:])),
         unit=progressive.unit,
+        gap_before_percent=float(before.mean()) if len(before) else None,
     )
 
 
 def train_gap(progressive: Run, fixed: Run) -> tuple[_Array, _Array]:
-    """Steps after the last expansion that both runs have, and the gap of the training losses
-    there, in %; steps where either is no number are left out."""
+    """Steps that both runs have, counted from the last expansion (0 is the last step before it),
+    and the gap of the training losses there, in %; those where either is no number are left out."""
     tau = progressive.config.expansion_steps()[-1]
     steps, mine, theirs = np.intersect1d(
         progressive.train["step"], fixed.train["step"], assume_unique=True, return_indices=True
     )
     gaps = 100 * (progressive.train["loss"][mine] / fixed.train["loss"][theirs] - 1)
-    kept = (steps > tau) & np.isfinite(gaps)
+    kept = np.isfinite(gaps)
     return steps[kept] - tau, gaps[kept]
 
 

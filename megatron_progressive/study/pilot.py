@@ -2,7 +2,9 @@
 
 Fixed-size, and progressive with its expansion at the end of the warmup: the mixing time depends
 neither on τ nor on the source's depth as long as the learning rate is constant (arXiv
-2511.04981). Both have the schedule of the whole run and stop early, before its decay.
+2511.04981). Both have the schedule of the whole run and stop early, before its decay. Where the
+warmup is so short that the source has not fallen behind by its end, a later expansion can be asked
+for.
 """
 
 from __future__ import annotations
@@ -57,16 +59,17 @@ class Pilot:
         return [(arm, self.folder / f"{name}.yaml") for arm, name in zip(arms, names, strict=True)]
 
 
-def plan_pilot(config: RunConfig, steps: float | None = None) -> Pilot:
+def plan_pilot(config: RunConfig, steps: float | None = None, at: float | None = None) -> Pilot:
     """The two runs that measure the mixing time of ``config``.
 
     Args:
         steps: where they stop: a fraction of the run's steps below 1, or a step (default:
             :data:`SHARE`).
+        at: where the progressive one is expanded, likewise (default: the end of the warmup).
 
     Raises:
-        ConfigError: not one expansion, a schedule without a stable phase, a stop of its own, or
-            ``steps`` too few after the expansion or beyond the stable phase.
+        ConfigError: not one expansion, a schedule without a stable phase, a stop of its own,
+            ``at`` outside the stable phase, or ``steps`` too few after it or beyond that phase.
     """
     if len(config.expansion) != 1:
         raise ConfigError(
@@ -83,24 +86,49 @@ def plan_pilot(config: RunConfig, steps: float | None = None) -> Pilot:
             f"train.stop_after: got {config.train.stop_after}; accepted: none (--steps says where "
             f"the pilot stops)"
         )
-    tau = max(1, warmup_steps(config))
     # Closer validations change no weights and say more exactly when the losses meet. They must
     # not depend on where the pilot stops, or it could not go on.
     every = min(config.train.eval_every, max(1, round(_EVERY * config.train.steps)))
     least = max(_LEAST, (CONSECUTIVE + 1) * every)
+    tau = _expansion_step(at, least, config)
     stop = _stop(SHARE if steps is None else steps, tau, least, config)
     train = replace(config.train, stop_after=stop, eval_every=every)
     name = config.run.name + "_pilot"
+    # the fixed-size run serves any τ
+    grown = name if at is None else f"{name}_at{tau}"
     expansion = [replace(config.expansion[0], at=float(tau))]
     fixed = fixed_size(config)
     return Pilot(
         replace(fixed, run=replace(config.run, name=f"{name}_fixed"), train=train),
         replace(
-            config, run=replace(config.run, name=f"{name}_progressive"), train=train,
+            config, run=replace(config.run, name=f"{grown}_progressive"), train=train,
             expansion=expansion,
         ),
-        Path(config.run.dir) / name,
+        Path(config.run.dir) / grown,
     )  # fmt: skip
+
+
+def _step_of(share_or_step: float, total: int) -> float:
+    return round(share_or_step * total) if 0 < share_or_step < 1 else share_or_step
+
+
+def _got(share_or_step: float, total: int) -> str:
+    step = f" (step {_step_of(share_or_step, total)} of {total})" if 0 < share_or_step < 1 else ""
+    return f"{share_or_step:g}{step}"
+
+
+def _expansion_step(at: float | None, least: int, config: RunConfig) -> int:
+    first = max(1, warmup_steps(config))
+    if at is None:
+        return first
+    total = config.train.steps
+    step, last = _step_of(at, total), total - decay_steps(config) - least
+    if not (math.isfinite(step) and step == int(step) and first <= step <= last):
+        raise ConfigError(
+            f"--at: got {_got(at, total)}; accepted: a fraction below 1, or a step, from {first} "
+            f"(the end of the warmup) to {last} ({least} before the decay)"
+        )
+    return int(step)
 
 
 def _stop(steps: float, tau: int, least: int, config: RunConfig) -> int:
@@ -110,12 +138,12 @@ def _stop(steps: float, tau: int, least: int, config: RunConfig) -> int:
             f"train.steps: got {total}, whose stable phase has {max(0, last_stable - tau)} steps; "
             f"accepted: enough for {least} of them"
         )
-    stop = round(steps * total) if 0 < steps < 1 else steps
+    stop = _step_of(steps, total)
     if not (math.isfinite(stop) and stop == int(stop) and tau + least <= stop <= last_stable):
-        got = f"{steps:g}" + (f" (step {stop} of {total})" if 0 < steps < 1 else "")
         raise ConfigError(
-            f"--steps: got {got}; accepted: a fraction below 1, or a step, from {tau + least} "
-            f"({least} after the expansion at step {tau}) to {last_stable} (before the decay)"
+            f"--steps: got {_got(steps, total)}; accepted: a fraction below 1, or a step, from "
+            f"{tau + least} ({least} after the expansion at step {tau}) to {last_stable} (before "
+            f"the decay)"
         )
     return int(stop)
 
@@ -190,6 +218,17 @@ def headline(mixing: MixingTime) -> str:
     return f"Mixed {_tokens(mixing.steps, mixing)} after the expansion"
 
 
+def reservation(mixing: MixingTime) -> str:
+    """Why the finding says little of a later expansion; empty where nothing speaks against it."""
+    if mixing.steps is None or not mixing.level_before:
+        return ""
+    return (
+        f"the source had not fallen behind fixed-size when it was expanded "
+        f"({mixing.gap_before_percent:+.2f} % at step {mixing.tau:,}), so this is the recovery "
+        f"from the expansion, not catching up"
+    )
+
+
 def render(
     config: RunConfig, pilot: Pilot, mixing: MixingTime, proposal: Proposal | None
 ) -> list[str]:
@@ -219,6 +258,9 @@ def render(
             )
             lines.append("            or had learnt too little at the expansion to differ")
         lines += _tau_lines(proposal)
+    if doubt := reservation(mixing):
+        lines.append(f"  but       {doubt};")
+        lines.append("            a later τ needs longer, and --at measures how long")
     lines.append(f"  written   {pilot.folder}: pilot.json, mixing.png")
     return lines
 

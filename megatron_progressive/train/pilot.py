@@ -10,14 +10,16 @@ from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.job import run_job
 
 
-def run_pilot(config: RunConfig, nproc: int | None, steps: float | None = None) -> int:
+def run_pilot(
+    config: RunConfig, nproc: int | None, steps: float | None = None, at: float | None = None
+) -> int:
     """Run what is not finished of the pilot, then measure, print and write; the exit code.
 
     Raises:
         ConfigError: see :func:`.study.pilot.plan_pilot`; a run that cannot start; a job of several
             ranks.
     """
-    pilot = plan_pilot(config, steps)
+    pilot = plan_pilot(config, steps, at)
     place = place_from_environment()
     for arm, _ in pilot.files:
         check_run(arm, nproc or 1 if place is None else place.world)

@@ -57,6 +57,8 @@ class WandbTracker:
         import wandb
 
         place = str(config.folder.resolve())
+        for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # else in the user's home
+            os.environ.setdefault(variable, f"{place}/wandb")
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "megatron_progressive"),
             name=config.run.name,

@@ -12,6 +12,7 @@ import pytest
 from megatron_progressive.config import ConfigError, RunConfig, from_dict
 from megatron_progressive.study.controls import fixed_size
 from megatron_progressive.study.mixing import averaged, mixing_time, propose
+from megatron_progressive.study.pilot import reservation
 from megatron_progressive.study.runs import Curve, Run
 
 STEPS, TAU, EVERY = 1000, 20, 20
@@ -21,11 +22,12 @@ CROSSING = SCALE * math.log(START / 0.5)  # steps after τ at which it is 0.5 %:
 
 def pair(
     noise: float = 0.0, shared: float = 0.02, floor: float = 0.0, seed: int = 0,
-    train_only: float = 0.0, scale: float = SCALE,
+    train_only: float = 0.0, scale: float = SCALE, before: float = 60.0,
 ) -> tuple[Run, Run]:  # fmt: skip
     """A progressive and a fixed-size run, whose gap falls exponentially to ``floor`` %.
 
-    ``shared`` is the noise of a batch, which both see; ``noise`` that of each run alone.
+    ``shared`` is the noise of a batch, which both see; ``noise`` that of each run alone;
+    ``before`` the gap up to the expansion, in %.
     """
     config = from_dict(
         {
@@ -37,7 +39,7 @@ def pair(
     random = np.random.default_rng(seed)
     steps = np.arange(1, STEPS + 1, dtype=float)
     base = 2.5 + 6 * (steps + 10) ** -0.4
-    gap = np.where(steps > TAU, START * np.exp(-(steps - TAU) / scale), 60.0) + floor
+    gap = np.where(steps > TAU, START * np.exp(-(steps - TAU) / scale), before) + floor
     batches = shared * random.standard_normal(STEPS)
     own = noise * random.standard_normal((4, STEPS))
 
@@ -95,6 +97,19 @@ def test_curves_that_never_meet_did_not_mix() -> None:
         assert found.train.steps is None
         assert found.gap_left_percent == pytest.approx(2.0, abs=0.3)
         assert propose(pair()[0].config, found, 2048) is None
+
+
+def test_a_source_that_was_not_behind_is_told_apart() -> None:
+    behind, ahead = mixing_time(*pair()), mixing_time(*pair(before=-1.6))
+    assert behind.gap_before_percent == pytest.approx(60)
+    assert (behind.level_before, reservation(behind)) == (False, "")
+    assert ahead.gap_before_percent == pytest.approx(-1.6)
+    assert ahead.steps == behind.steps  # of the steps after the expansion alone
+    assert ahead.train == behind.train
+    assert "had not fallen behind fixed-size" in reservation(ahead)
+    assert "(-1.60 % at step 20)" in reservation(ahead)
+    assert mixing_time(*pair(before=0.6)).level_before is False
+    assert mixing_time(*pair(before=0.4)).level_before is True
 
 
 def test_one_lucky_validation_is_no_mixing() -> None:

@@ -54,6 +54,17 @@ def test_both_runs_have_the_schedule_of_the_whole_run(tmp_path: Path) -> None:
     assert replace(longer.train, stop_after=250) == pilot.progressive.train
 
 
+def test_a_later_expansion_is_a_run_of_its_own(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    early, late = plan_pilot(config), plan_pilot(config, at=0.15)
+    assert late.fixed == early.fixed  # which is not trained again
+    assert late.progressive.expansion_steps() == [150]
+    assert late.progressive.folder == tmp_path / "run_pilot_at150_progressive"
+    assert late.folder == tmp_path / "run_pilot_at150"
+    assert plan_pilot(config, 500, 150).progressive.expansion == late.progressive.expansion
+    check_run(late.progressive, 2)
+
+
 def test_flops_of_a_run_that_stops_early_are_those_of_its_steps(tmp_path: Path) -> None:
     from megatron_progressive.models import model_shape
 
@@ -85,6 +96,23 @@ def test_refused(tmp_path: Path, words: list[str], steps: float | None, message:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (19, r"^--at: got 19; accepted: a fraction below 1, or a step, from 20 \(the end of the "
+             r"warmup\) to 880 \(20 before the decay\)"),
+        (0.9, r"^--at: got 0\.9 \(step 900 of 1000\); accepted"),
+        (30.5, r"^--at: got 30\.5; "),
+        (float("inf"), r"^--at: got inf; "),
+        (240, r"^--steps: got 0\.25 \(step 250 of 1000\); .* from 260 \(20 after the expansion at"),
+    ],
+)  # fmt: skip
+def test_an_expansion_too_early_or_late_is_refused(tmp_path: Path, at: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_pilot(config_of(tmp_path), None, None, at)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_expansions_and_impossible_stops_are_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     twice = replace(config, expansion=[replace(config.expansion[0], at=0.5), *config.expansion])
@@ -99,7 +127,8 @@ def test_two_expansions_and_impossible_stops_are_refused(tmp_path: Path) -> None
 def test_it_says_when_the_runs_met_and_what_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ends = {"run_pilot_fixed": 3.0, "run_pilot_progressive": 3.0}
+    names = ("fixed", "progressive", "at100_progressive")
+    ends = {f"run_pilot_{name}": 3.0 for name in names}
 
     def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: bool) -> int:
         assert arguments[0] == "train"
@@ -131,7 +160,13 @@ def test_it_says_when_the_runs_met_and_what_follows(
     found = json.loads((tmp_path / "run_pilot" / "pilot.json").read_text())
     assert (found["words"], found["tokens"], found["proposal"]) == ([], None, None)
     assert 5 < found["mixing"]["gap_left_percent"] < 15
-    assert capsys.readouterr().out.startswith("Not mixed within")
+    said = capsys.readouterr().out
+    assert said.startswith("Not mixed within")
+    assert "had not fallen behind" not in said  # it had, by what made-up runs have before τ
+
+    assert cli.main(["pilot", str(path), "expansion.0.parallel.tensor=1", "--at", "0.1"]) == 0
+    found = json.loads((tmp_path / "run_pilot_at100" / "pilot.json").read_text())
+    assert found["mixing"]["tau"] == 100
 
 
 def test_in_a_job_it_names_the_files_to_train(
