@@ -159,10 +159,10 @@ def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path
     step_axis(axes, float(steps[-1]), 0.02)
     axes.text(
         0.99, 0.98, "dots: validation\nthin: training, averaged"
-        + "\nshaded: where it mixed, 95 %" * (found.low is not None),
+        f"\ngrey: fixed-size, ± {threshold:g} %"
+        + "\nblue: where it mixed, 95 %" * (found.low is not None),
         transform=axes.transAxes, ha="right", va="top", fontsize=9.5, color="#666666",
     )  # fmt: skip
-    axes.text(0, 0, f" fixed-size, ± {threshold:g} %", va="bottom", fontsize=10, color=INK)
     save(figure, path)
 
 
