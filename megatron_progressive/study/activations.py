@@ -8,7 +8,7 @@ parallelism only for models with experts (``megatron_model.py``), and grouped qu
 attention, experts and prediction modules, which that paper does not have.
 
 Two sets of constants. ``fused=False`` is the local layer spec, on CPU: what its operators save was
-counted there, and a test compares the whole with real steps. It writes RMSNorm and SwiGLU out (a
+counted there, in fp32 and bf16, and a test compares the whole with real steps. It writes RMSNorm and SwiGLU out (a
 copy more each of their input), and for heads of two widths (latent attention) torch's attention
 falls back to one that keeps the scores. ``fused=True`` is Transformer Engine's layers and fused
 kernels as these are known to work (Megatron-core 0.19.2, Transformer Engine 2.11); **it has not
@@ -79,6 +79,11 @@ class _Step:
         return self.samples * self.shape.sequence_length
 
     @property
+    def rms_written_out(self) -> bool:
+        """Whether norms are torch's RMSNorm, which is several operators."""
+        return TRANSFORMERS[self.shape.family].norm == "RMSNorm" and not self.fused
+
+    @property
     def sequence_ranks(self) -> int:
         """Ranks that divide what tensor parallelism alone leaves whole."""
         return self.layout.tensor if MOE in self.shape.layer_kinds() else 1
@@ -89,20 +94,22 @@ class _Step:
 
     def norm(self, width: int | None = None) -> float:
         """What a norm keeps beside its input: its output, which the linear behind it needs, its
-        statistics in fp32, and unfused RMSNorm the output before the gain as well."""
+        statistics, and unfused RMSNorm the output before the gain as well. That one computes in
+        fp32 and in bf16 keeps its input so, in place of the one that it was given."""
         rms = TRANSFORMERS[self.shape.family].norm == "RMSNorm"
-        elements = (width or self.shape.hidden_size) * (2 if rms and not self.fused else 1)
-        statistics = _FP32 * (1 if rms else 2)
-        return self.tokens * (elements * self.width + statistics) / self.sequence_ranks
+        each = 2 * _FP32 if self.rms_written_out else self.width
+        statistics = _FP32 if rms else 2 * (_FP32 if self.fused else self.width)
+        elements = width or self.shape.hidden_size
+        return self.tokens * (elements * each + statistics) / self.sequence_ranks
 
 
 def _scores(step: _Step) -> float:
-    """Of the S x S scores of one self-attention, where it keeps them."""
+    """Of the S x S scores of one self-attention, where it keeps them: in fp32."""
     shape, mla = step.shape, step.shape.mla
     if step.fused or mla is None or mla.qk_head_dim == mla.v_head_dim:
         return 0.0
     elements = step.tokens * shape.num_attention_heads * shape.sequence_length
-    return elements * step.width / step.layout.tensor
+    return elements * _FP32 / step.layout.tensor
 
 
 def _attention(step: _Step) -> float:
@@ -121,7 +128,9 @@ def _attention(step: _Step) -> float:
         rotary = mla.qk_rope_head_dim
         if scores := _scores(step):
             fixed += scores
-            cut -= _FP32 * heads  # no statistics
+            # no statistics; in bf16 queries, keys and values as they were copied to fp32
+            cut -= _FP32 * heads
+            cut += (_FP32 - w) * (2 * queries + heads * mla.v_head_dim)
     else:
         queries, keys = heads * shape.head_dim, shape.num_query_groups * shape.head_dim
         cut += w * (queries + 2 * keys) + w * queries + _FP32 * heads
@@ -129,9 +138,9 @@ def _attention(step: _Step) -> float:
         if rotary:  # rotated copies; the values stay where the projection wrote them
             cut += w * (queries + keys)
         if TRANSFORMERS[shape.family].qk_norm:
-            cut += (0 if step.fused else w) * (queries + keys)
-            cut += _FP32 * (heads + shape.num_query_groups)
-            cut += w * (queries + keys) if step.fused else 0
+            # unfused the output before the gain, and in bf16 the input in fp32; fused the output
+            each = w if step.fused or w == _FP32 else 2 * _FP32
+            cut += each * (queries + keys) + _FP32 * (heads + shape.num_query_groups)
     if not step.fused:  # cosines and sines, of queries and of keys, for each position
         fixed += 4 * shape.sequence_length * rotary * w
     return fixed + step.tokens * (whole / step.sequence_ranks + cut / step.layout.tensor)
@@ -156,7 +165,8 @@ def _experts(step: _Step) -> tuple[float, float]:
     kept += tokens * 4 * _FP32 * moe.num_experts  # logits, scores, probabilities, choice
     shared = moe.shared_experts * moe.ffn_hidden_size
     kept += step.tokens * w * _mlp_elements(step, shared) / layout.tensor
-    return kept, 3 * rows * w * step.shape.hidden_size
+    # what came from the experts, twice in their order and once in the tokens'; in fp32 when unfused
+    return kept, 3 * rows * (w if step.fused else _FP32) * step.shape.hidden_size
 
 
 def layer_bytes(step: _Step, kind: str) -> tuple[float, float]:
@@ -177,15 +187,15 @@ def layer_bytes(step: _Step, kind: str) -> tuple[float, float]:
 def _head(step: _Step) -> tuple[float, float]:
     """Of the final norm, the head and the cross-entropy: bytes kept and temporary.
 
-    The vocabulary-parallel cross-entropy keeps exponentials in fp32. In bf16 the logits'
-    gradient is beside them; where there is padding, its mask makes another copy.
+    The vocabulary-parallel cross-entropy keeps exponentials in fp32. In bf16 the logits, and then
+    their gradient, are beside them; where there is padding, its mask makes a copy.
     """
     shape, t = step.shape, step.layout.tensor
     logits = step.tokens * shape.padded_vocab_size / t
     weight = shape.padded_vocab_size * shape.hidden_size / t
-    copies = int(step.width < _FP32) + int(shape.vocab_size < shape.padded_vocab_size)
+    beside = step.width < _FP32 or shape.vocab_size < shape.padded_vocab_size
     kept = step.hidden() + step.norm() + logits * _FP32
-    return kept, max(copies * logits * step.width, weight * step.width + step.hidden())
+    return kept, max(beside * logits * step.width, weight * step.width + step.hidden())
 
 
 def _prediction(step: _Step, kind: str) -> float:
@@ -278,18 +288,25 @@ def stage_activations(
             for count, numbers in zip(counts, chunks, strict=True)
             for number in numbers
         )
+        if stage == 0 and step.rms_written_out and step.width < _FP32:
+            kept += step.hidden()  # the embedding's output, of which norms keep a copy
         if not last and not fused:  # outputs that were sent on; on CUDA they are released
             kept += sum(counts) * step.hidden()
         # sequence parallelism gathers the whole input of each linear into one buffer, which stays,
         # and has that input's whole gradient for a moment
         gathered = 2 * step.hidden(step.sequence_ranks) if step.sequence_ranks > 1 else 0.0
-        inside = max((layers[kinds[n]][1] for numbers in chunks for n in numbers), default=0.0)
-        temporary = inside
+        # the backward pass: what it has gone through is gone
+        temporary = gone = 0.0
         if last:
-            predictions = shape.mtp_depth * _prediction(step, kinds[-1]) if kinds else 0.0
-            # the head's part is gone again before the gradients of a layer are there
-            temporary = max(loss, inside - head)
-            kept += head + predictions
+            temporary, gone = loss, head
+            if shape.mtp_depth and kinds:
+                temporary = max(temporary, layers[kinds[-1]][1] - gone)
+                gone += shape.mtp_depth * _prediction(step, kinds[-1])
+            kept += gone
+        for number in reversed([number for numbers in chunks for number in numbers]):
+            layer, inside = layers[kinds[number]]
+            temporary = max(temporary, inside - gone)
+            gone += layer
         temporary += gathered
         if kept + temporary < newton_schulz:
             found.append(Activations(int(kept), int(newton_schulz - kept)))

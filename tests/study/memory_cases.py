@@ -14,7 +14,8 @@ from tests.study.live_bytes import LiveBytes
 
 
 def peak_bytes(config: RunConfig) -> int:
-    """Most bytes of live tensors of this rank during its second train step."""
+    """Most bytes of live tensors of this rank during a train step after the first: of two, that
+    which held less, for what was sent and not yet let go of at the peak is a matter of luck."""
     engine = start(config)
     sequence, vocab = engine.shape.sequence_length, engine.shape.vocab_size
 
@@ -24,11 +25,13 @@ def peak_bytes(config: RunConfig) -> int:
 
     size = config.train.global_batch
     engine.train_step(GlobalBatch(tokens, 0, size), 0.01)
-    before = _tensors(engine)
-    with LiveBytes(before) as live:
-        engine.train_step(GlobalBatch(tokens, size, size), 0.01)
+    peaks = []
+    for number in (1, 2):
+        with LiveBytes(_tensors(engine)) as live:
+            engine.train_step(GlobalBatch(tokens, number * size, size), 0.01)
+        peaks.append(live.peak)
     engine.close()
-    return live.peak
+    return min(peaks)
 
 
 def _tensors(engine: Any) -> list[torch.Tensor]:
