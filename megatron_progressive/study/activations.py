@@ -10,9 +10,9 @@ attention, experts and prediction modules, which that paper does not have.
 Two sets of constants. ``fused=False`` is the local layer spec, on CPU: what its operators save was
 counted there, in fp32 and bf16, and a test compares the whole with real steps. It writes RMSNorm
 and SwiGLU out (a copy more each of their input), and for heads of two widths (latent attention)
-torch's attention falls back to one that keeps the scores. ``fused=True`` is Transformer Engine's layers and fused
-kernels as these are known to work (Megatron-core 0.19.2, Transformer Engine 2.11); **it has not
-been measured**. Nothing is recomputed in either: the engine has no such setting.
+torch's attention falls back to one that keeps the scores. ``fused=True`` is Transformer Engine's
+layers and fused kernels as these are known to work (Megatron-core 0.19.2, Transformer Engine 2.11);
+**it has not been measured**. Nothing is recomputed in either: the engine has no such setting.
 
 Routed tokens are taken as equally many for each expert-parallel rank.
 """
