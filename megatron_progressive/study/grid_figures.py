@@ -34,6 +34,8 @@ MANY = 8
 _TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
 _POINTS = 80
 _FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)  # that an axis names
+_WIDE = 0.5
+"""Share of the picture's height from which a law's band would only hide the others."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,22 @@ def laws(
     axes = figure.subplots()
     labels: list[tuple[float, float, str, str]] = []
     fits = {law.family: law.fit for law in fitted}
+    losses = np.array([r.loss for r in done], dtype=float)
+    margin = 0.12 * (losses.max() - losses.min()) or 0.1
+    bottom, top = losses.min() - margin, losses.max() + margin
+    bands = []
     for family, members in of_families(done).items():
         x, y = _points(members)
         look, fit = styles[family], fits.get(family)
         axes.plot(x, y, look.marker, color=look.colour, markersize=7, markeredgecolor="w")
         last = int(np.argmax(x))
-        end, text = (x[last], y[last]), look.name
+        # of many controls one is named; they look alike
+        end, text = (x[last], y[last]), look.name if is_control(family) else family
         if fit is not None:
             x_law, low, middle, high = _band(fit)
-            axes.fill_between(x_law, low, high, color=look.colour, alpha=0.13, linewidth=0)
+            bands.append(bool(np.median(high - low) < _WIDE * (top - bottom)))
+            if bands[-1]:
+                axes.fill_between(x_law, low, high, color=look.colour, alpha=0.13, linewidth=0)
             axes.plot(x_law, middle, color=look.colour, linewidth=2)
             end = (x_law[-1], middle[-1])
             if look.name == family:
@@ -103,12 +112,13 @@ def laws(
     per = per_unit(r.run.unit for r in done if r.run is not None)
     dress(axes, f"Final validation loss against total FLOPs, nats per {per}", "training FLOPs")
     _log_flops(axes, [r.flops or 0 for r in done], labels)
-    losses = np.array([r.loss for r in done], dtype=float)
-    margin = 0.12 * (losses.max() - losses.min()) or 0.1
-    axes.set_ylim(losses.min() - margin, losses.max() + margin)  # bands may leave the picture
-    if any(fits.values()):
+    axes.set_ylim(bottom, top)  # bands may leave the picture
+    if bands:
+        said = ["lines: L = E + A / C^α"]
+        said += ["bands: 95 % of bootstrap samples"] * any(bands)
+        said += [f"no band: higher than {100 * _WIDE:.0f} % of the picture"] * (not all(bands))
         axes.text(
-            0.99, 0.98, "lines: L = E + A / C^α\nbands: 95 % of bootstrap samples",
+            0.99, 0.98, "\n".join(said),
             transform=axes.transAxes, ha="right", va="top", fontsize=10, color="#666666",
         )  # fmt: skip
     label_ends(axes, labels)
@@ -201,13 +211,30 @@ def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, p
     for axes, (name, found) in zip(
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
     ):
-        _efficiency_panel(axes, found, styles)
+        values = [s.efficiency.factor.value for s in savings if s.efficiency.factor.value]
+        least, most = min([*values, 0.8]), max([*values, 1.2])
+        _efficiency_panel(axes, found, styles, (0.45 * _on_axis(least), 2.2 * _on_axis(most)))
         dress(axes, f"FLOPs of {name} over its own, at equal loss", "parameters at full depth")
     save(figure, path)
     return True
 
 
-def _efficiency_panel(axes: Axes, found: Sequence[Saving], styles: dict[str, Look]) -> None:
+def factor_text(factor: float) -> str:
+    """A compute-efficiency factor, as exactly as an axis shows it."""
+    if factor < _FACTORS[0]:
+        return f"<{_FACTORS[0]:g}x"
+    return f">{_FACTORS[-1]:g}x" if factor > _FACTORS[-1] else f"{factor:.2f}x"
+
+
+def _on_axis(factor: float) -> float:
+    """A factor, or the end of the axis beyond which it lies: laws that hardly come down to a loss
+    give any power of ten."""
+    return min(max(factor, _FACTORS[0]), _FACTORS[-1])
+
+
+def _efficiency_panel(
+    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float]
+) -> None:
     labels, families = [], list(dict.fromkeys(s.family for s in found))
     sizes = sorted({s.params for s in found})
     for number, family in enumerate(families):
@@ -220,7 +247,8 @@ def _efficiency_panel(axes: Axes, found: Sequence[Saving], styles: dict[str, Loo
             if saving.family != family or not factor.value:
                 continue
             x.append(saving.params * nudge)
-            y.append(factor.value)
+            y.append(_on_axis(factor.value))
+            last = factor_text(factor.value)
             low, high = factor.low or 1e-3, factor.high if factor.high is not None else 1e3
             axes.plot([x[-1]] * 2, [low, high], color=look.colour, linewidth=1.5, alpha=0.7)
             axes.plot(
@@ -229,13 +257,11 @@ def _efficiency_panel(axes: Axes, found: Sequence[Saving], styles: dict[str, Loo
             )  # fmt: skip
         axes.plot(x, y, color=look.colour, linewidth=1, alpha=0.5)
         if x:
-            labels.append((x[-1], y[-1], f"{family} {y[-1]:.2f}x", look.colour))
+            labels.append((x[-1], y[-1], f"{family} {last}", look.colour))
     axes.axhline(1, color=INK, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    values = [s.efficiency.factor.value for s in found if s.efficiency.factor.value]
-    if values:
-        axes.set_ylim(0.45 * min([*values, 0.8]), 2.2 * max([*values, 1.2]))
+    axes.set_ylim(*limits)
     room = 0.017 * max((len(text) for _, _, text, _ in labels), default=0)
     decades = max(0.2, np.log10(sizes[-1] / sizes[0]))
     axes.set_xlim(

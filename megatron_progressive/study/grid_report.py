@@ -151,7 +151,7 @@ def _frontier_title(results: list[Result]) -> str:
 def _savings_title(found: list[Saving]) -> str:
     largest = max((s.params for s in found), default=0)
     parts = [
-        f"{s.efficiency.factor.value:.2f}x the FLOPs of {s.family}"
+        f"{grid_figures.factor_text(s.efficiency.factor.value)} the FLOPs of {s.family}"
         for s in found
         if s.params == largest and not is_control(s.reference) and s.efficiency.factor.value
     ]

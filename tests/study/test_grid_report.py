@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from megatron_progressive import cli
-from megatron_progressive.study import fits, grid_report, mixing
+from megatron_progressive.study import fits, grid_figures, grid_report, mixing
+from megatron_progressive.study.efficiency import Efficiency
+from megatron_progressive.study.fits import Interval
 from megatron_progressive.study.grid import load_grid
+from megatron_progressive.study.grid_laws import Saving
 from megatron_progressive.study.grid_report import GridReport, make_grid_report
 from megatron_progressive.study.grid_state import Study
 from tests.study.synthetic import PLANTED, planted_loss, write_study
@@ -316,3 +321,25 @@ def test_an_unreadable_run_is_named_and_does_not_stop_the_report(tmp_path: Path)
     text = (study.folder / "report.html").read_text()
     assert f"{broken.name} (failures: 0): RUN: " in text
     assert [one.family for one in report.findings] == ["zero-layer"]
+
+
+def test_a_law_that_hardly_comes_down_to_a_loss_leaves_the_picture_whole(tmp_path: Path) -> None:
+    """Its factor can be any power of ten."""
+    family = "zero-layer τ=0.5"
+    savings = [
+        Saving(family, "fixed-size", f"w{size}", size,
+               Efficiency(2.5, 1e13, Interval(factor, 0.0, None), extrapolated=True))
+        for size, factor in ((10_000, 0.8), (20_000, 1e30), (40_000, 1e-30))
+    ]  # fmt: skip
+    control = [replace(s, reference=f"short control of {family}",
+                       efficiency=replace(s.efficiency, factor=Interval(0.9, 0.5, 1.5)))
+               for s in savings]  # fmt: skip
+    styles = {family: grid_figures.Look("#0072b2", "o", family)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that leaves the axes no room
+        assert grid_figures.efficiency(
+            savings + control, styles, "title", tmp_path / "efficiency.png"
+        )
+    assert [grid_figures.factor_text(s.efficiency.factor.value or 0) for s in savings] == [
+        "0.80x", ">50x", "<0.1x",
+    ]  # fmt: skip
