@@ -143,14 +143,15 @@ def _sizes(results: list[Result]) -> str:
 
 
 def _pilot(report: GridReport) -> str:
-    if not report.pilot:
+    if not report.pilot or report.grid.pilot is None:
         return ""
+    (tau,) = report.grid.pilot.plan.progressive.expansion_steps()
     parts = [f"<h2>Pilot</h2><p>{escape(report.pilot)}.</p>"]
     if "pilot" in report.pictures:
         parts.append(picture(report.pictures["pilot"]))
     parts.append(
         "<p>Two short runs at one size measured it, under the schedule of the whole run: "
-        "fixed-size, and one that expands at the end of the warmup. The mixing time in "
+        f"fixed-size, and one that expands after step {tau:,}. The mixing time in "
         f"{_unit(report)} is carried over to every size and to a late τ, as the paper does; cells "
         "with τ = pilot expand that long before the decay. Where they end above fixed-size, it "
         "does not hold that late: try an earlier τ.</p>"
