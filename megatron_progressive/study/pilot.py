@@ -118,11 +118,11 @@ def _got(share_or_step: float, total: int) -> str:
 
 
 def _expansion_step(at: float | None, least: int, config: RunConfig) -> int:
-    first = max(1, warmup_steps(config))
-    if at is None:
+    first, total = max(1, warmup_steps(config)), config.train.steps
+    last = total - decay_steps(config) - least
+    if at is None or last < first:  # no room for any: _stop says so
         return first
-    total = config.train.steps
-    step, last = _step_of(at, total), total - decay_steps(config) - least
+    step = _step_of(at, total)
     if not (math.isfinite(step) and step == int(step) and first <= step <= last):
         raise ConfigError(
             f"--at: got {_got(at, total)}; accepted: a fraction below 1, or a step, from {first} "

@@ -113,6 +113,13 @@ def test_an_expansion_too_early_or_late_is_refused(tmp_path: Path, at: float, me
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_too_short_for_any_expansion_is_refused_as_such(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^train\.steps: got 21, whose stable phase has 18 steps"
+    ):
+        plan_pilot(config_of(tmp_path, steps=21), at=5)
+
+
 def test_two_expansions_and_impossible_stops_are_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     twice = replace(config, expansion=[replace(config.expansion[0], at=0.5), *config.expansion])
