@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -107,7 +106,7 @@ def _wrapper(
     bf16: bool,
     experts: bool,
 ) -> MegatronOptimizer:
-    sharded = groups.layout.zero_stage >= 1
+    sharded = groups.layout.distributed_optimizer
     data_group = groups.expert_data_group if experts else groups.data_group
     tensor_group = groups.expert_tensor_group if experts else groups.tensor_group
     config = OptimizerConfig(
@@ -153,9 +152,7 @@ def _wrapper(
             ),
             distributed_optimizer_instance_id=0,
         )
-        wrapper.grad_stats_parallel_group = (
-            parallel_state.get_intra_distributed_optimizer_instance_group()
-        )
+        wrapper.grad_stats_parallel_group = groups.optimizer_group
     else:
         if bf16:
             wrapper = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
@@ -167,7 +164,7 @@ def _wrapper(
     wrapper.tp_group = groups.tensor_group
     wrapper.expert_tp_group = groups.expert_tensor_group
     if isinstance(inner, OwnerOptimizer):
-        inner.attach_shards(wrapper, parameters, table, tensor_group.size(), groups.first_stage)
+        inner.attach_shards(wrapper, parameters, table, tensor_group.size(), groups)
     elif isinstance(inner, MuonNSGD):
         inner.init_state()
     elif inner is not None:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -107,16 +106,17 @@ class OwnerOptimizer(FlatOptimizer):
         parameters: dict[str, torch.nn.Parameter],
         table: dict[str, TensorSpec],
         tensor_ranks: int,
-        first_stage: bool,
+        groups: ProcessGroups,
     ) -> None:
         """Allocate the state (zero) of what this rank owns of the buffers of ``wrapper``.
 
         Args:
             parameters: by canonical name.
             tensor_ranks: that cut them.
-            first_stage: whether this is the first pipeline stage.
+            groups: of the engine, for the stages that share an embedding.
         """
         names = {parameter: name for name, parameter in parameters.items()}
+        self._stages = groups.embedding_group
         self._all: list[Fragment] = []
         self._sent: set[str] = set()
         self._received: set[str] = set()
@@ -139,7 +139,7 @@ class OwnerOptimizer(FlatOptimizer):
                     self.state[shard] = fragment.slots
                 self._all.append(fragment)
                 if _shared_by_stages(parameter):
-                    (self._sent if first_stage else self._received).add(name)
+                    (self._sent if groups.first_stage else self._received).add(name)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -151,11 +151,11 @@ class OwnerOptimizer(FlatOptimizer):
         for fragment in fragments:
             if fragment.cut.name in self._received and fragment.slots:
                 update = torch.empty_like(self._update(fragment))
-                dist.broadcast(update, group=parallel_state.get_embedding_group(), group_src=0)
+                dist.broadcast(update, group=self._stages, group_src=0)
                 self._apply(fragment, update, lr)
 
     def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
         if fragment.cut.name in self._sent and fragment.slots:
             update = update.contiguous()
-            dist.broadcast(update, group=parallel_state.get_embedding_group(), group_src=0)
+            dist.broadcast(update, group=self._stages, group_src=0)
         super()._apply(fragment, update, lr)
