@@ -56,7 +56,8 @@ class _Run:
         self.eval_loss = float("nan")
         self.history: DepthHistory = ((0, depths[0]),)
         self.engine = self._first_engine()
-        self.monitor.note(kernels_line(config, self.engine.shape, self.engine.layout))
+        self.kernels = ""
+        self._name_kernels()
         if self.resumed:
             self.recorder.event(
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
@@ -89,6 +90,13 @@ class _Run:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()
         return engine
+
+    def _name_kernels(self) -> None:
+        """Say which kernels the engine uses, where that is not what was said last."""
+        line = kernels_line(self.config, self.engine.shape, self.engine.layout)
+        if line != self.kernels:
+            self.kernels = line
+            self.monitor.note(line)
 
     def warn(self, step: int, cause: str) -> None:
         self.recorder.event("warning", step=step, message=cause)
@@ -164,6 +172,7 @@ class _Run:
             f"({event.layout_before} → {event.layout_after}) in {event.seconds:.2f} s, loss "
             f"{event.loss_before:.4f} → {event.loss_after:.4f}"
         )
+        self._name_kernels()
         warning = signatures.after_expansion(config, step, event)
         if warning:
             self.warn(step, warning)
