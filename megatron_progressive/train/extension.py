@@ -44,7 +44,8 @@ def resolved(config: RunConfig) -> RunConfig:
         )
     # The file that is given may still be the one that the run began with.
     earlier = [load(path) for path in sorted(folder.glob(f"{_until('*')}/{CONFIG_FILE}"))]
-    if not any(_same_but_for_steps(config, one) for one in (present, *earlier)):
+    known = extends(config, present)  # resolved already
+    if not known and not any(_same_but_for_steps(config, one) for one in (present, *earlier)):
         key, was, got = _difference(config, present)
         raise ConfigError(
             f"run.name: {folder} holds a run with {key}={was!r}, got {got!r}; accepted: with "
