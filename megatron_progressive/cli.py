@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 def _config(args: argparse.Namespace) -> RunConfig:
     from megatron_progressive.state.initial import with_initial_model
+    from megatron_progressive.train.extension import resolved
 
-    return with_initial_model(load(args.config, args.overrides))
+    return resolved(with_initial_model(load(args.config, args.overrides)))
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_progressive.config import RunConfig
+from megatron_progressive.config import CONFIG_FILE, RunConfig
 from megatron_progressive.models.decisive import decisive
 from megatron_progressive.study import controls
 from megatron_progressive.study.flops import step_flops
-from megatron_progressive.study.runs import CONFIG_FILE, Run
+from megatron_progressive.study.runs import Run
 
 PROGRESSIVE, FIXED, SHORT, OTHER = "progressive", "fixed-size", "short control", "other"
 

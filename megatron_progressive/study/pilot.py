@@ -174,6 +174,8 @@ def recorded(pilot: Pilot) -> MixingTime | None:
     if not same or values["stop_after"] < pilot.fixed.last_step:
         return None
     mixing = values["mixing"]
+    if mixing["gap_left_percent"] is None:  # not a number: a run had diverged
+        mixing["gap_left_percent"] = math.nan
     return MixingTime(**{**mixing, "train": TrainReading(**mixing["train"])})
 
 

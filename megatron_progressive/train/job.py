@@ -16,9 +16,9 @@ from megatron_progressive.runtime.distributed import (
     world_group,
 )
 from megatron_progressive.runtime.launch import run_workers
-from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.study.preflight import check_run
-from megatron_progressive.train.run_folder import check_folder, is_finished
+from megatron_progressive.train.run_folder import look
+from megatron_progressive.train.sole_job import check_free, sole_job
 from megatron_progressive.train.trackers import check_trackers
 
 
@@ -43,16 +43,12 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     warnings = check_run(config, world)
     check_kernels(config)
     check_trackers(config)
-    progress = check_folder(config)
-    if is_finished(config):
-        if place is None or place.rank == 0:
-            print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
+    progress, finished = look(config)
+    if finished:
+        _say_finished(config, place)
         return 0
-    if progress is not None and progress.step > config.last_step:
-        raise ConfigError(
-            f"train.stop_after: got {config.train.stop_after}; accepted: from "
-            f"{progress.step}, where {config.folder} is"
-        )
+    if place is None:  # in a job rank 0 finds out, with its lock
+        check_free(config)
     data.check(config)
     if place is None or place.rank == 0:
         for warning in warnings if progress is None else ():
@@ -61,10 +57,15 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         data.prepare(config)
     if place is None and (world > 1 or apart):
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
-    return _rank(config, place or Place(0, 0, 1), progress, warnings)
+    return _rank(config, place or Place(0, 0, 1), warnings)
 
 
-def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: list[str]) -> int:
+def _say_finished(config: RunConfig, place: Place | None) -> None:
+    if place is None or place.rank == 0:
+        print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
+
+
+def _rank(config: RunConfig, place: Place, warnings: list[str]) -> int:
     import torch
 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
@@ -73,8 +74,11 @@ def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: 
         with world_group(place):
             from megatron_progressive.train.loop import train
 
-            # The folder was read before joining, when no rank could have begun to write it.
-            return train(config, progress, warnings)
+            with sole_job(config) as start:
+                if start.finished:
+                    _say_finished(config, place)
+                    return 0
+                return train(config, start.progress, warnings, start.lock)
     except ConfigError:
         raise
     except Exception as error:  # the last line names the rank and the cause
