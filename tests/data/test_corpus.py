@@ -12,7 +12,9 @@ import pytest
 
 from megatron_progressive import data as data_room
 from megatron_progressive.config import DataSection
-from megatron_progressive.data.corpus import PIECE_BYTES, open_corpus, split_documents
+from megatron_progressive.data.corpus import open_corpus
+from megatron_progressive.data.reading import PIECE_BYTES
+from megatron_progressive.data.split import split_documents
 from tests.data.helpers import config_error, listing, make_config, make_documents, write_json_lines
 
 
@@ -73,7 +75,7 @@ def test_rows(tmp_path: Path, ending: str) -> None:
 
 def test_half_a_surrogate_pair_does_not_stop_it(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "bad \\ud83d end"}\n')
-    assert read(tmp_path / "c.jsonl") == ["bad ? end"]
+    assert read(tmp_path / "c.jsonl") == ["bad \ufffd end"]
 
 
 def test_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
