@@ -66,23 +66,23 @@ def is_json(stream: Stream, field: str) -> bool:
     head = stream.head.lstrip()
     if not head.startswith((b"{", b"[")):
         return False
+    values: list[Any] = []
     try:
-        first = next(_json_values(io.BytesIO(head)), None)
+        for value in itertools.islice(_json_values(io.BytesIO(head)), 2):
+            values.append(value)
     except _NotJson:
-        # a document that is longer than the head, perhaps
-        begins = not stream.is_whole and re.match(rb'\[?\s*\{\s*"', head)
-        return bool(begins and re.search(rb'"%b"\s*:\s*"' % re.escape(field.encode()), head))
-    if not isinstance(first, dict):
+        if stream.is_whole:
+            return False  # a program that begins as JSON does
+        if not values:  # a document that is longer than the head, perhaps
+            begins = re.match(rb'\[?\s*\{\s*"', head)
+            return bool(begins and re.search(rb'"%b"\s*:\s*"' % re.escape(field.encode()), head))
+    if not values or not all(isinstance(value, dict) for value in values):
         return False
-    if isinstance(first.get(field), str):
+    if isinstance(values[0].get(field), str):
         return True
-    lines = [line for line in head.split(b"\n") if line.strip()]
-    try:
-        second = json.loads(decoded(lines[1])) if json.loads(decoded(lines[0])) else None
-    except (IndexError, ValueError):
-        return False
-    if isinstance(second, dict):
-        raise NotText(NO_RECORDS, field_error(field, stream.path, first, "which is not there"))
+    if len(values) > 1 and head.startswith(b"{"):
+        error = field_error(field, stream.path, values[0], "which is not there")
+        raise NotText(NO_RECORDS, error)
     return False
 
 
@@ -111,8 +111,8 @@ def json_documents(stream: Stream, field: str) -> Iterator[str]:
         if not (begun or is_lines):
             raise NotText(NO_RECORDS) from None
         raise ConfigError(
-            f"data.corpus: got {path}, whose {error} is not JSON; accepted: one JSON object a "
-            "line, or an array of objects"
+            f"data.corpus: got {path}, whose {error} is not JSON or cut short; accepted: one "
+            "JSON object a line, or an array of objects"
         ) from None
 
 
