@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, DataSection
-from megatron_progressive.data.corpus import Corpus, one_line, split_documents
+from megatron_progressive.data.corpus import Corpus
+from megatron_progressive.data.decoding import one_line
+from megatron_progressive.data.split import split_documents
 
 if TYPE_CHECKING:
     import numpy as np

@@ -267,7 +267,7 @@ def damage(folder: Path, what: str) -> None:
         case "manifest.json is damaged":
             manifest.write_text(manifest.read_text()[:-30])
         case "of format 0":
-            manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+            manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
         case "lacks train.idx":
             (folder / "train.idx").unlink()
         case "validation.bin has 10 bytes":
@@ -322,7 +322,13 @@ def test_plain_progress_lines(config: RunConfig, capsys: pytest.CaptureFixture[s
     data_room.prepare(config)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["data: training a tokenizer on c", "data: tokenizing c"]
+    lines = captured.err.splitlines()
+    assert lines[:2] == ["data: training a tokenizer on c", "data: tokenizing c"]
+    splits = read_manifest(data_room.prepared_folder(config)).splits
+    for name, split in splits.items():
+        assert f"{name}: {split.documents} documents, " in lines[2]
+        assert f"{split.tokens:,} tokens" in lines[2]
+    assert lines[3:] == ["data: read 1 file (1 JSON)"]
 
 
 def test_import_is_light() -> None:
