@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.data import open_data
+from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.engines.kernels import kernels_line
@@ -17,12 +17,14 @@ from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.optim.schedule import learning_rate
+from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
 from megatron_progressive.state import checkpoint
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
 from megatron_progressive.state.record import DepthHistory, record_of_run
+from megatron_progressive.state.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.study.flops import step_flops
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
@@ -39,15 +41,23 @@ class TrainingFailed(RuntimeError):
 class _Run:
     """One run on this rank: what the loop needs behind names."""
 
-    def __init__(self, config: RunConfig, resumed: Progress | None, warnings: list[str]) -> None:
-        self.config, self.resumed = config, resumed is not None
+    def __init__(
+        self,
+        config: RunConfig,
+        resumed: Progress | None,
+        warnings: list[str],
+        trained_on: DataIdentity,
+    ) -> None:
+        self.config, self.resumed, self.trained_on = config, resumed is not None, trained_on
         self.world, first = dist.get_world_size(), dist.get_rank() == 0
         self.taus = config.expansion_steps()
         depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
-        self.data = open_data(config)
+        self.data = open_data(as_settled(config, trained_on))
         self.recorder = Recorder(config, resumed, writes=first)
+        if first:
+            write_json(config.folder / DATA_FILE, trained_on.to_values())
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         unit = model_shape(config).unit
         self.monitor = Monitor(config, plan, self.progress.step, shows=first, unit=unit)
@@ -62,9 +72,8 @@ class _Run:
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
             )
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
-        else:
-            for warning in warnings:
-                self.warn(0, warning)
+        for warning in warnings:
+            self.warn(self.progress.step, warning)
 
     def shape(self, expansions: int) -> ModelShape:
         if expansions == 0:
@@ -199,7 +208,10 @@ class _Run:
         self.recorder.sync()
         wall = time.perf_counter() - self.started
         self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
-        model = record_of_run(self.config, self.engine.shape, self.engine.layout, self.history)
+        model = record_of_run(
+            self.config, self.engine.shape, self.engine.layout, self.history, self.trained_on
+        )
+        prepared = self.trained_on.prepared
         start = time.perf_counter()
         path = checkpoint.save(
             self.engine.state(),
@@ -208,6 +220,7 @@ class _Run:
             model,
             train.keep_checkpoints,
             protected=self.taus,
+            tokenizer=None if prepared is None else Path(prepared) / TOKENIZER_FOLDER,
         )
         seconds = time.perf_counter() - start
         self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
@@ -233,17 +246,21 @@ class _Run:
         self.recorder.close()
 
 
-def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> int:
+def train(
+    config: RunConfig, resumed: Progress | None, warnings: list[str], trained_on: DataIdentity
+) -> int:
     """Run or continue a run, inside the world process group; returns the exit code.
 
     Args:
         resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
-        warnings: what preflight found, recorded at the start of a fresh run.
+        warnings: recorded first: what preflight found of a fresh run, what has changed of one
+            that goes on.
+        trained_on: its data, prepared (:func:`.data.settle`).
 
     Raises:
         TrainingFailed: the loss is not finite.
     """
-    run = _Run(config, resumed, warnings)
+    run = _Run(config, resumed, warnings, trained_on)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.progress.step):  # saved right before it
