@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,10 @@ _LAYOUTS = (
 )
 
 
+# Of tokenizer.json: what does not decide the tokens of a document.
+_NOT_TOKENS = ("decoder", "padding", "post_processor", "truncation", "version")
+
+
 @dataclass(frozen=True)
 class DocumentTokenizer:
     """Turns documents into tokens that end with the end-of-document token."""
@@ -48,11 +52,20 @@ class DocumentTokenizer:
     end_of_document: int
     settings: dict[str, Any] = field(default_factory=dict)
     """``tokenizer_config.json``, for those who load the stored tokenizer."""
+    revision: str | None = None
+    """Commit of a Hugging Face tokenizer; None of others, or where it is unknown."""
 
     @property
     def entries(self) -> int:
         """Size a vocabulary needs: one more than the greatest token (numbers can have gaps)."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def tokens_as(self, other: DocumentTokenizer) -> bool:
+        """Whether both give the same tokens for every text (the end of a document aside)."""
+        mine, theirs = (
+            json.loads(one.backend.to_str()) | dict.fromkeys(_NOT_TOKENS) for one in (self, other)
+        )
+        return bool(mine == theirs)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Tokens of each document, int64 [length + 1], the last one the end of the document.
@@ -169,6 +182,11 @@ def training_sample(corpus: Corpus, fraction: float) -> list[str]:
     return chosen
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer in a layout that is read here."""
+    return any(all((folder / part).is_file() for part in layout) for layout in _LAYOUTS)
+
+
 def _local_files(name: str) -> list[Path]:
     """Files of a local tokenizer; none where ``name`` is not a path that exists.
 
@@ -234,7 +252,15 @@ def _load_hub(name: str) -> DocumentTokenizer:
             f"data.tokenizer: got {name!r}, which has no tokenizer.json; accepted: {ACCEPTED}"
         )
     settings = {k: str(v) for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
-    return _with_end(name, backend, settings)
+    return replace(_with_end(name, backend, settings), revision=_revision(name))
+
+
+def _revision(name: str) -> str | None:
+    """The commit of a Hugging Face tokenizer that was just loaded: the cache is sorted by it."""
+    import huggingface_hub
+
+    file = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _with_end(name: str, backend: Any, settings: dict[str, Any]) -> DocumentTokenizer:

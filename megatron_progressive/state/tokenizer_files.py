@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import CONFIG_FILE, ConfigError, load
-from megatron_progressive.data import prepared_folder
+from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.files import fsync_path
 
 FOLDER = "tokenizer"
@@ -41,26 +38,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def tokenizer_of(checkpoint: Path) -> Path | None:
-    """The folder of the tokenizer that a checkpoint's model was trained with, where it is known:
-    in the checkpoint, or in the prepared corpus of its run."""
-    for folder in _candidates(checkpoint):
-        if tokenizer_files(folder):
-            return folder
-    return None
-
-
-def _candidates(checkpoint: Path) -> Iterator[Path]:
-    yield checkpoint / FOLDER
-    run = checkpoint.resolve().parent.parent
-    try:
-        config = load(run / CONFIG_FILE)
-        # the run may have been started from another working directory
-        yield (
-            prepared_folder(replace(config, run=replace(config.run, dir=str(run.parent)))) / FOLDER
-        )
-        yield prepared_folder(config) / FOLDER
-    except ConfigError:
-        return  # no run folder, or its corpus is gone
+    """The folder of the tokenizer that a checkpoint's model was trained with: in the checkpoint.
+    None where it keeps none; what its run's corpus has now may be another one."""
+    folder = checkpoint / FOLDER
+    return folder if tokenizer_files(folder) else None
 
 
 def special_tokens(folder: Path) -> dict[str, int | None]:

@@ -81,7 +81,7 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
             rows=rows,
             verdicts=found,
             missing=[missing for comparison in comparisons for missing in comparison.missing],
-            notes=list(dict.fromkeys([*notes, *_flops_notes(runs)])),
+            notes=list(dict.fromkeys([*notes, *_data_notes(comparisons), *_flops_notes(runs)])),
         ),
         comparisons,
     )
@@ -97,6 +97,25 @@ def _title(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
     if not judged:
         return f"{len(found)} progressive runs, none with its short control"
     return f"{wins} of {len(judged)} progressive runs beat their short control at equal FLOPs"
+
+
+def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """Where it is not known what runs that are compared were trained on."""
+    compared = [
+        run
+        for one in comparisons
+        if one.fixed or one.short
+        for run in (one.progressive, one.fixed, one.short)
+    ]
+    unknown = dict.fromkeys(
+        run.name for run in compared if run is not None and run.trained_on is None
+    )
+    if not unknown:
+        return []
+    return [
+        f"What {', '.join(unknown)} had for data was not recorded: their corpora are compared by "
+        "name alone"
+    ]
 
 
 def _flops_notes(runs: Sequence[Run]) -> list[str]:

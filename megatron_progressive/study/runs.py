@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
+from megatron_progressive.data import DATA_FILE, DataIdentity, read_identity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.state.run_files import (
@@ -57,6 +58,8 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     summary: dict[str, Any] | None = None
     """``summary.json``; None where the run has not finished."""
+    trained_on: DataIdentity | None = None
+    """The content of its data; None where a version that did not record it ran it."""
 
     @property
     def name(self) -> str:
@@ -160,6 +163,7 @@ def read_run(folder: Path) -> Run:
         expansions=[e for e in events if e["event"] == "expansion"],
         warnings=[*said, *filter(None, (metrics.describe_damage(), problem))],
         summary=summary,
+        trained_on=read_identity(folder / DATA_FILE),
     )
 
 

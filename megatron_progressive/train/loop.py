@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.data import open_data
+from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.engines.kernels import kernels_line
@@ -18,6 +18,7 @@ from megatron_progressive.models import model_shape, parameter_count, tensor_tab
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.runtime.agreement import all_succeed
+from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.folder_lock import FolderLock
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
@@ -25,6 +26,7 @@ from megatron_progressive.state import checkpoint
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
 from megatron_progressive.state.record import DepthHistory, record_of_run
+from megatron_progressive.state.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.study.flops import step_flops
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
@@ -47,15 +49,17 @@ class _Run:
         config: RunConfig,
         resumed: Progress | None,
         warnings: list[str],
+        trained_on: DataIdentity,
         lock: FolderLock | None,
     ) -> None:
         self.config, self.resumed, self.lock = config, resumed is not None, lock
+        self.trained_on = trained_on
         self.world, first = dist.get_world_size(), dist.get_rank() == 0
         self.taus = config.expansion_steps()
         depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
-        self.data = open_data(config)
+        self.data = open_data(as_settled(config, trained_on))
         self.started = time.perf_counter() - self.progress.wall_s
         self.train_wall = self.progress.train_wall_s
         self.eval_loss, self.evaluated = float("nan"), 0  # after that step
@@ -63,6 +67,8 @@ class _Run:
         with all_succeed("start"):  # nothing of the folder changes before all ranks have loaded
             self.engine = self._first_engine()
         self.recorder = Recorder(config, resumed, writes=first)
+        if first:
+            write_json(config.folder / DATA_FILE, trained_on.to_values())
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         unit = model_shape(config).unit
         self.monitor = Monitor(config, plan, self.progress.step, shows=first, unit=unit)
@@ -75,7 +81,7 @@ class _Run:
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
         for note in self.recorder.notes:
             self.monitor.note(note)
-        for warning in [*([] if self.resumed else warnings), *self.recorder.warnings]:
+        for warning in [*warnings, *self.recorder.warnings]:
             self.warn(self.progress.step, warning)
 
     def shape(self, expansions: int) -> ModelShape:
@@ -249,7 +255,10 @@ class _Run:
         self.recorder.sync()
         wall = time.perf_counter() - self.started
         self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
-        model = record_of_run(self.config, self.engine.shape, self.engine.layout, self.history)
+        model = record_of_run(
+            self.config, self.engine.shape, self.engine.layout, self.history, self.trained_on
+        )
+        prepared = self.trained_on.prepared
         start = time.perf_counter()
         path = checkpoint.save(
             self.engine.state(),
@@ -258,6 +267,7 @@ class _Run:
             model,
             train.keep_checkpoints,
             protected=[*self.taus, *kept_for_extension(self.config, step)],
+            tokenizer=None if prepared is None else Path(prepared) / TOKENIZER_FOLDER,
         )
         seconds = time.perf_counter() - start
         self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
@@ -292,20 +302,23 @@ def train(
     config: RunConfig,
     resumed: Progress | None,
     warnings: list[str],
+    trained_on: DataIdentity,
     lock: FolderLock | None = None,
 ) -> int:
     """Run or continue a run, inside the world process group; returns the exit code.
 
     Args:
         resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
-        warnings: what preflight found, recorded at the start of a fresh run.
+        warnings: recorded first: what preflight found of a fresh run, what has changed of one
+            that goes on.
+        trained_on: its data, prepared (:func:`.data.settle`).
         lock: of the run folder, on rank 0; looked at before each save.
 
     Raises:
         TrainingFailed: a training loss, or the last validation's, is not finite; or the folder is
             no longer this job's.
     """
-    run = _Run(config, resumed, warnings, lock)
+    run = _Run(config, resumed, warnings, trained_on, lock)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.progress.step):  # saved right before it
