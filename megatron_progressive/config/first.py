@@ -26,7 +26,7 @@ _ON_GPU = {
     "gpt2": Size("124m", 12, 50304, 1024, 5000, 256, 16, "bf16"),
     "llama3": Size("0.25b", 12, 32000, 2048, 5000, 256, 8, "bf16"),
 }
-"""Families that have a preset which one GPU of 24 GiB can train; for others the tiny one is taken."""
+"""Presets that one GPU of 24 GiB can train; families without one start with the tiny one."""
 
 _GPU_GIB = 24.0
 

@@ -1,14 +1,15 @@
 """Every command that README and docs show runs, page by page, as a reader would type it.
 
-What a page shows is run in one folder, from top to bottom, by bash. ``mprog`` is the real one, made
-short by words that the page's comments give. Jobs are run on the spot by small stand-ins for Slurm's
-commands (tests/launch has the real ones). Dated experiments are records and not run again.
+What a page shows is run in one folder, from top to bottom, by bash. ``mprog`` is the real one,
+made short by words that the page's comments give. Jobs are run on the spot by small stand-ins for
+Slurm's commands (tests/launch has the real ones). Dated experiments are records and not run again.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ PROGRAMS = {
     # a job's script at once, as the only task of its only node
     "sbatch": """
 while [ $# -gt 0 ] && [ "${1#-}" != "$1" ]; do shift; done
-export SLURM_JOB_ID=1 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_SUBMIT_DIR=$PWD SLURM_JOB_NODELIST=localhost
+export SLURM_JOB_ID=1 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_SUBMIT_DIR=$PWD
+export SLURM_JOB_NODELIST=localhost
 exec bash "$@"
 """,
     "srun": """
@@ -35,7 +37,7 @@ exec "$@"
 """,
     "scontrol": "echo localhost",
     # not again inside of itself: the target is there
-    "make": 'exec /usr/bin/env -u MAKEFLAGS make-itself --dry-run "$@" > /dev/null',
+    "make": f'exec {shutil.which("make")} --dry-run "$@" > /dev/null',
 }
 TAKES_WORDS = ("train", "pilot", "coordcheck", "data prepare", "grid run", "grid pilot",
                "grid report", "grid status", "grid collect")  # fmt: skip
