@@ -164,8 +164,8 @@ def test_tensors(theirs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
                                         f"{k} [3, 5] instead of"])  # fmt: skip
     folder({n: t for n, t in tensors.items() if "norm" not in n and "proj" not in n})
     refused(capsys, tmp_path, command, ["missing model.", "more; accepted"])
-    folder({**tensors, q: tensors[q].half()})
-    refused(capsys, tmp_path, command, [f"a type other than F32 and BF16 {q} F16"])
+    folder({**tensors, q: tensors[q].double()})
+    refused(capsys, tmp_path, command, [f"a type other than F32, BF16, F16 {q} F64"])
     folder({**tensors, q: tensors[q].to(torch.float8_e4m3fn)})
     refused(capsys, tmp_path, command, [f"{q} F8_E4M3"])
     path = tmp_path / "folder" / "model.safetensors"
