@@ -187,9 +187,9 @@ def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 
     tokenizer = Path(args.tokenizer) if args.tokenizer else None
     plan = plan_export(Path(args.checkpoint), Path(args.out), args.dtype, tokenizer)
+    export_checkpoint(plan)
     for note in plan.notes:
         print(note, file=sys.stderr)
-    export_checkpoint(plan)
     print(f"{args.out}: {plan.config['architectures'][0]}, {plan.config['dtype']}")
     return 0
 
@@ -198,9 +198,9 @@ def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.huggingface.importing import import_folder, plan_import
 
     plan = plan_import(Path(args.folder), Path(args.out), args.allow)
+    import_folder(plan)
     for note in plan.notes:
         print(note, file=sys.stderr)
-    import_folder(plan)
     print(f"{args.out}: {plan.shape.family}, {plan.shape.num_layers} layers, {plan.dtype}")
     return 0
 

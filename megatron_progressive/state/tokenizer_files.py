@@ -21,7 +21,7 @@ from megatron_progressive.runtime.files import fsync_path
 FOLDER = "tokenizer"
 """In a checkpoint and in a prepared corpus."""
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_tokenizer(source: Path, target: Path, *, usage: bool = True) -> None:
@@ -41,15 +41,18 @@ def copy_tokenizer(source: Path, target: Path, *, usage: bool = True) -> None:
 def usage_of(checkpoint: Path) -> Path | None:
     """The folder that says how a checkpoint's model is used, where one does: that of its
     tokenizer, or of the checkpoint that its run started from, if that has no other tokenizer."""
-    for folder in _candidates(checkpoint):
-        if usage_files(folder):
+    own = tokenizer_of(checkpoint)
+    for folder in (checkpoint / FOLDER, own):
+        if folder is not None and usage_files(folder):
             return folder
     try:
         start = load(checkpoint.resolve().parent.parent / CONFIG_FILE).run.init_from
     except ConfigError:
         return None
-    folder = Path(start or "").expanduser() / FOLDER
-    return folder if start and usage_files(folder) and not tokenizer_files(folder) else None
+    if start is None or not usage_files(first := Path(start).expanduser() / FOLDER):
+        return None
+    other = own is not None and tokenizer_files(first) and _vocabulary(first) != _vocabulary(own)
+    return None if other else first
 
 
 def tokenizer_of(checkpoint: Path) -> Path | None:
@@ -80,9 +83,9 @@ def special_tokens(folder: Path) -> dict[str, int | None]:
     settings = token_settings(folder)
     vocabulary = _vocabulary(folder)
     ids: dict[str, int | None] = {}
-    for name in _SPECIAL:
-        token = declared(settings, name)
-        ids[f"{name}_id"] = None if token is None else vocabulary.get(token)
+    for name in TOKENS:
+        token = declared(settings, name.removesuffix("_id"))
+        ids[name] = None if token is None else vocabulary.get(token)
     return ids
 
 

@@ -34,6 +34,7 @@ from megatron_progressive.state.huggingface.safetensors import (
 from megatron_progressive.state.new_folder import check_new_folder, new_folder
 from megatron_progressive.state.stored import Slots, stored_tensors
 from megatron_progressive.state.tokenizer_files import (
+    TOKENS,
     copy_tokenizer,
     entries,
     special_tokens,
@@ -125,15 +126,20 @@ def plan_export(
         if lost:
             notes.append(f"--tokenizer: {listed('left behind', lost)} of {usage}")
         usage = tokenizer
-    tokenizer = tokenizer or tokenizer_of(checkpoint)
+    own = tokenizer_of(checkpoint) if tokenizer is None else None
+    if tokenizer is not None and (size := entries(tokenizer)) > shape.vocab_size:
+        raise ConfigError(
+            f"--tokenizer: got {tokenizer} with {size} entries; accepted: at most the model's "
+            f"vocab_size {shape.vocab_size}"
+        )
+    if own is not None and (size := entries(own)) > shape.vocab_size:  # as it was imported
+        notes.append(
+            f"the tokenizer has {size} entries, the model {shape.vocab_size}: it has no weights "
+            "for the last ones"
+        )
+    tokenizer = tokenizer or own
     if tokenizer is None:
         notes.append("no tokenizer found: exported without one (--tokenizer FOLDER)")
-    else:
-        if (size := entries(tokenizer)) > shape.vocab_size:
-            raise ConfigError(
-                f"--tokenizer: got {tokenizer} with {size} entries; accepted: at most the "
-                f"model's vocab_size {shape.vocab_size}"
-            )
     more, generation = _usage(usage, tokenizer, HUGGING_FACE[shape.family].model_type)
     # both names of the type: transformers 5 reads either, other readers know one
     config = {**config, **more, "dtype": kept, "torch_dtype": kept}
@@ -148,18 +154,23 @@ def _usage(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``config.json`` has beside the model itself, and ``generation_config.json``.
 
-    An imported model's are its own; tokens that neither names are the tokenizer's.
+    An imported model's are its own; tokens that neither names are the tokenizer's, or without
+    one those of transformers' class.
     """
     found = None if usage is None else read_object(usage / GENERATION)
     kept = (None if usage is None else read_object(usage / KEPT_CONFIG)) or {}
-    if kept.pop("model_type", None) != model_type:  # its tokens go for any model
+    own = kept.pop("model_type", None) == model_type
+    if not own:  # its tokens go for any model
         kept = {key: value for key, value in kept.items() if key.endswith("_token_id")}
-    tokens: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    tokens: dict[str, Any] = {}
     if tokenizer is not None:
         tokens = special_tokens(tokenizer)
-    tokens |= {key: found[key] for key in tokens if found and found.get(key) is not None}
+    elif not own:  # not the class's, which mean nothing here
+        tokens = dict.fromkeys(TOKENS)
+    tokens |= {key: found[key] for key in TOKENS if found and found.get(key) is not None}
     kept = {**tokens, **kept}
-    return kept, found or {"_from_model_config": True, **{key: kept[key] for key in tokens}}
+    ids = {key: kept[key] for key in TOKENS if key in kept}
+    return kept, {"_from_model_config": True, **ids} if found is None else found
 
 
 def _check_stored(

@@ -39,7 +39,5 @@ class FiniteWeights:
             what: field and folder of the model.
         """
         if self._found:
-            raise ConfigError(
-                f"{what} has {listed('NaN or infinite values in', [*self._found.values()])}; accepted: finite "
-                "weights"
-            )
+            names = listed("NaN or infinite values in", [*self._found.values()])
+            raise ConfigError(f"{what} has {names}; accepted: finite weights")

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, OptimSection, RunSection
-from megatron_progressive.data.tokenizer_folder import GENERATION, KEPT_CONFIG, read_object
+from megatron_progressive.data.tokenizer_folder import (
+    GENERATION,
+    KEPT_CONFIG,
+    read_object,
+    token_settings,
+)
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface import read_description
 from megatron_progressive.models.huggingface.tensors import Entry, NameMap
@@ -103,7 +108,8 @@ def plan_import(folder: Path, out: Path, allowed: Sequence[str] = ()) -> Import:
     values = read_config(folder)
     described = read_description(values, allowed)
     known, shape = described.known, described.shape
-    read_object(folder / GENERATION)  # which is copied, if it is one
+    read_object(folder / GENERATION)  # which are copied, if they are readable
+    token_settings(folder)
     found = read_tensors(folder, known)
     without = 0
     modules = tuple(
