@@ -32,6 +32,7 @@ SMALLEST_BPE = 257
 SAMPLE_BYTES = 8_000_000
 """Training text that BPE is trained on, at most."""
 
+FIELD = "data.tokenizer"
 ACCEPTED = (
     "bpe, a tokenizer.json, a folder with tokenizer.json or with vocab.json and merges.txt, "
     "or a Hugging Face name"
@@ -103,8 +104,8 @@ def identity(data: DataSection, vocab_size: int) -> list[Any]:
         folder = local[0].parent
         files = [*local, folder / SETTINGS]
         hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
-        end = declared(token_settings(folder), "eos_token")
-        own = declared(read_object(folder / SETTINGS) or {}, "eos_token")
+        end = declared(token_settings(folder, FIELD), "eos_token")
+        own = declared(read_object(folder / SETTINGS, FIELD) or {}, "eos_token")
         return hashes if end == own else [*hashes, end]  # of another file
     return ["hf", data.tokenizer]
 
@@ -216,7 +217,7 @@ def _local_files(name: str) -> list[Path]:
 def _load_local(name: str, files: list[Path]) -> DocumentTokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    settings: dict[str, Any] = {}
+    settings = token_settings(files[0].parent, FIELD)
     try:
         if len(files) == 1:
             backend = Tokenizer.from_file(str(files[0]))
@@ -226,7 +227,6 @@ def _load_local(name: str, files: list[Path]) -> DocumentTokenizer:
             backend.decoder = decoders.ByteLevel()
             if backend.token_to_id(END_OF_TEXT) is not None:
                 backend.add_special_tokens([END_OF_TEXT])
-        settings = token_settings(files[0].parent)
     except Exception as error:  # the library raises bare Exception for a bad file
         raise ConfigError(
             f"data.tokenizer: got {name!r}, which cannot be read ({one_line(error)}); "

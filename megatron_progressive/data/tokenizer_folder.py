@@ -41,8 +41,12 @@ def usage_files(folder: Path) -> list[Path]:
     return [folder / name for name in (GENERATION, KEPT_CONFIG) if (folder / name).is_file()]
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path, field: str = "folder") -> dict[str, Any] | None:
     """The JSON object of a file; None where there is no file.
+
+    Args:
+        path: of the file.
+        field: that named its folder, for the error.
 
     Raises:
         ConfigError: it is not a JSON object, or cannot be read.
@@ -52,25 +56,25 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(
-            f"folder: {path} cannot be read ({error.strerror}); accepted: a JSON object"
-        ) from None
-    except ValueError:
-        raise ConfigError(f"folder: {path} is not JSON; accepted: a JSON object") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"folder: {path} holds no JSON object; accepted: one")
-    return values
+        wrong = f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        wrong = "is not JSON"
+    else:
+        if isinstance(values, dict):
+            return values
+        wrong = "holds no JSON object"
+    raise ConfigError(f"{field}: got {path}, which {wrong}; accepted: a JSON object")
 
 
-def token_settings(folder: Path) -> dict[str, Any]:
+def token_settings(folder: Path, field: str = "folder") -> dict[str, Any]:
     """``tokenizer_config.json`` with the special tokens that ``special_tokens_map.json`` names,
     which go before its own as transformers has it: unless it lists its added tokens.
 
     Raises:
         ConfigError: one of the files is not a JSON object.
     """
-    settings = read_object(folder / SETTINGS) or {}
-    tokens = read_object(folder / _TOKENS) or {}
+    settings = read_object(folder / SETTINGS, field) or {}
+    tokens = read_object(folder / _TOKENS, field) or {}
     listed = "added_tokens_decoder" in settings
     first, last = (tokens, settings) if listed else (settings, tokens)
     return {**first, **{key: value for key, value in last.items() if value is not None}}
