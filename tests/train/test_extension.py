@@ -32,10 +32,8 @@ EXPANSION = {"at": 0.4, "to_layers": 2, "init": "copying"}
 
 def values_of(folder: Path, corpus: Path, name: str = "run", **train: Any) -> dict[str, Any]:
     values = run_values(folder, corpus, name, expansion=[dict(EXPANSION)])
-    values["train"] = {
-        "steps": OLD, "global_batch": 8, "micro_batch": 8, "eval_every": 4, "eval_samples": 8,
-        "save_every": 4, "keep_checkpoints": 1, **train,
-    }  # fmt: skip
+    values["train"].update(micro_batch=8, eval_every=4, eval_samples=8, save_every=4,
+                           keep_checkpoints=1, **{"steps": OLD, **train})  # fmt: skip
     values["schedule"] = {"warmup": 0.2, "decay": DECAY}
     return values
 
