@@ -122,6 +122,8 @@ def test_what_may_not_be_read_is_an_error(for_anyone: Path, closed: str, mode: i
     os.seteuid(mine)
     with config_error("data.corpus", str(path), "may not read"):
         data_room.check(make_config(for_anyone.parent, for_anyone))
+    with config_error("data.corpus", str(path), "may not read"):  # hours before it is its turn
+        open_corpus(DataSection(corpus=str(for_anyone))).files()
     os.seteuid(os.getuid())
     path.chmod(before)
     (for_anyone / f".{Path(closed).name}").mkdir(mode=0)  # hidden: nobody looks
