@@ -11,14 +11,15 @@ import contextlib
 import functools
 import hashlib
 import re
+import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError, DataSection
-from megatron_progressive.data.decoding import NotText, one_line, open_stream
+from megatron_progressive.data.decoding import NotText, not_allowed, one_line, open_stream
 from megatron_progressive.data.listing import Listing, list_files
 from megatron_progressive.data.reading import open_documents
 from megatron_progressive.data.records import text_of
@@ -128,14 +129,14 @@ class Corpus:
         read, limit = 0, self.data.max_bytes
         source = _from_hub(self.data, self.revision) if self.is_hub else self._from_files(tally)
         with contextlib.closing(source):
-            for where, text in source:
+            for path, text in source:
                 text = text.removeprefix("\ufeff")
                 try:
                     encoded = text.encode()
                 except UnicodeEncodeError:  # of a bad byte, or JSON's half of a surrogate pair
                     text = _HALVES.sub("\ufffd", text)
                     encoded = text.encode()
-                    tally.replace(where)
+                    tally.replace(path, self.root)
                 if limit and read + len(encoded) > limit:
                     encoded = encoded[: limit - read]
                     text = encoded.decode(errors="ignore")
@@ -151,8 +152,8 @@ class Corpus:
                 f"{ACCEPTED}"
             )
 
-    def _from_files(self, tally: Tally) -> Iterator[tuple[str, str]]:
-        """Where each document is, for messages, and its text."""
+    def _from_files(self, tally: Tally) -> Generator[tuple[Path | None, str]]:
+        """The file and the text of each document."""
         listing, field = self.listing(), self.data.text_field
         root = self.root
         assert root is not None
@@ -161,7 +162,6 @@ class Corpus:
         tally.files_not_reached = len(listing.files)
         refused: list[NotText] = []
         for path in listing.files:
-            where = path.name if path == root else path.relative_to(root).as_posix()
             tally.files_not_reached -= 1
             try:
                 with open_stream(path) as stream:
@@ -171,7 +171,7 @@ class Corpus:
                         if not has_text and text and not text.isspace():
                             has_text = True
                             tally.read(kind)
-                        yield where, text
+                        yield path, text
                 if not has_text:
                     raise NotText(WITHOUT_TEXT)
             except NotText as why:
@@ -200,7 +200,7 @@ def open_corpus(data: DataSection) -> Corpus:
     """The corpus that ``data.corpus`` names.
 
     Raises:
-        ConfigError: there is no such file or folder.
+        ConfigError: there is no such file or folder, or it may not be read.
     """
     spec = data.corpus
     if spec == "stdlib":
@@ -211,8 +211,15 @@ def open_corpus(data: DataSection) -> Corpus:
         local = Path(_hub_name(spec)[0])
         return Corpus(data, local if local.is_dir() else None)
     root = Path(spec).expanduser()
-    if not spec or not root.exists():
-        raise ConfigError(f"data.corpus: got {spec!r}, which does not exist; accepted: {ACCEPTED}")
+    try:
+        mode = root.stat().st_mode if spec else 0
+    except PermissionError:
+        raise not_allowed(root) from None
+    except OSError:  # also of a name that no file can have
+        mode = 0
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        why = "is no file or folder" if mode else "does not exist"
+        raise ConfigError(f"data.corpus: got {spec!r}, which {why}; accepted: {ACCEPTED}")
     return Corpus(data, root)
 
 
@@ -232,7 +239,9 @@ def _hub_name(spec: str) -> tuple[str, str | None]:
     return name, configuration or None
 
 
-def _from_hub(data: DataSection, revision: str | None) -> Iterator[tuple[str, str]]:
+def _from_hub(
+    data: DataSection, revision: str | None
+) -> Generator[tuple[Path | None, str]]:
     import datasets
 
     name, configuration = _hub_name(data.corpus)
@@ -248,6 +257,6 @@ def _from_hub(data: DataSection, revision: str | None) -> Iterator[tuple[str, st
             "accepted: the name of a data set with a train split, reachable from here"
         ) from None
     if first is not None:
-        yield data.corpus, text_of(first, data.text_field, data.corpus)
+        yield None, text_of(first, data.text_field, data.corpus)
     for row in rows:
-        yield data.corpus, text_of(row, data.text_field, data.corpus)
+        yield None, text_of(row, data.text_field, data.corpus)

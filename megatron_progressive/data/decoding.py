@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -160,14 +161,13 @@ def open_stream(path: Path) -> Iterator[Stream]:
             )
             if mark:
                 blocks = _as_utf8(blocks, mark)
-                head = next(blocks, b"")
+                head = b"".join(blocks) if is_whole else next(blocks)
                 blocks = itertools.chain((head,), blocks)
-                head = head[:HEAD_BYTES]
             elif head.startswith(codecs.BOM_UTF8):
                 next(blocks)
                 head = head[len(codecs.BOM_UTF8) :]
                 blocks = itertools.chain((head,), blocks)
-            file = io.BufferedReader(_Blocks(blocks), _BLOCK_BYTES)
+            file = io.BufferedReader(_Blocks(blocks), HEAD_BYTES)
             yield Stream(path, _inner_suffix(path), head, file, is_whole, bool(compression))
     except PermissionError:
         raise not_allowed(path) from None
@@ -204,7 +204,7 @@ def _decompressed(path: Path, compression: str) -> Any:
         return bz2.open(path, "rb")
     import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(os.fsencode(path)), "zstd")
 
 
 def _as_utf8(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:

@@ -81,7 +81,7 @@ def list_files(root: Path, skipped: Collection[str] = ()) -> Listing:
                 (linked if entry.is_symlink() else inside).append(path)
             elif not stat.S_ISREG(mode):
                 left_out.append((NO_REGULAR_FILE, path))
-            elif not os.access(path, os.R_OK):
+            elif not os.access(path, os.R_OK, effective_ids=True):
                 raise not_allowed(path)
             else:
                 files.append(path)

@@ -6,7 +6,6 @@ import itertools
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO
 
 from megatron_progressive.data.decoding import NotText, Stream, decoded
 from megatron_progressive.data.records import JSON_LINES, is_json, json_documents
@@ -54,12 +53,14 @@ def open_documents(stream: Stream, field: str, cut: bool) -> tuple[str, Iterator
         return "JSON", json_documents(stream, field)
     if is_json(stream, field):
         return "JSON", json_documents(stream, field)
-    return "plain text", _plain(stream.file, cut)
+    return "plain text", _plain(stream, cut)
 
 
-def _plain(file: IO[bytes], cut: bool) -> Iterator[str]:
+def _plain(stream: Stream, cut: bool) -> Iterator[str]:
     """One document, or pieces of it where ``cut`` or it is large."""
-    start = file.read(LARGE_FILE_BYTES + 1)
+    file = stream.file
+    # most files are all head: reading them again would double what they cost
+    start = stream.head if stream.is_whole and not cut else file.read(LARGE_FILE_BYTES + 1)
     if not cut and len(start) <= LARGE_FILE_BYTES:
         yield decoded(start)
         return

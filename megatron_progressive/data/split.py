@@ -21,9 +21,8 @@ def normalised(text: str) -> bytes:
     trained on, so nothing is lost where different documents share it.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).casefold()
-        if not text.isascii():
-            text = _UNSEEN.sub("", "".join(unicodedata.normalize("NFKC", text).split()))
+        text = unicodedata.normalize("NFC", text.casefold())
+        text = _UNSEEN.sub("", "".join(text.split()))
     return text.encode().translate(_LOWER, _SPACE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +102,7 @@ def _seekable(stream: Stream) -> Any:
 
     if stream.is_compressed:
         return pyarrow.BufferReader(stream.file.read())
-    return pyarrow.OSFile(str(stream.path))
+    return pyarrow.OSFile(os.fsencode(stream.path))
 
 
 def _check_column(field: str, path: Path, columns: list[str]) -> None:

@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ARCHIVE = "an archive"
+# Reasons to leave a file out, as they follow its number ("2 binary")
+ARCHIVE = "archived or packed"
 BINARY = "binary"
 EMPTY = "empty"
 HIDDEN = "hidden"
-LINK_ABOVE = "a link to a folder that holds the corpus"
-LINKED_AGAIN = "a link to a folder that is read anyway"
-LINK_TO_NOTHING = "a link to nothing"
-NO_COLUMN = "a table without the column data.text_field"
-NO_RECORDS = "JSON without objects with data.text_field"
-NO_REGULAR_FILE = "no regular file"
+LINK_ABOVE = "linked to a folder that holds the corpus"
+LINKED_AGAIN = "linked to a folder that is read anyway"
+LINK_TO_NOTHING = "linked to nothing"
+NO_COLUMN = "without the column data.text_field"
+NO_RECORDS = "JSON without data.text_field"
+NO_REGULAR_FILE = "not regular"
 NOT_UTF8 = "not UTF-8"
-OFFICE = "an office or PDF document"
+OFFICE = "in an office or PDF format"
 WITHOUT_TEXT = "without text"
 
 HINTS: Mapping[str, str] = {
@@ -55,7 +56,7 @@ class Tally:
     replaced_documents: int = 0
     """Documents in which bytes that are no UTF-8 became U+FFFD."""
     replaced_example: str | None = None
-    """Where the first of them was."""
+    """The file of the first of them; None in a corpus that is not of files."""
 
     def read(self, kind: str) -> None:
         """Count a file with text."""
@@ -71,10 +72,11 @@ class Tally:
         entry.files += 1
         entry.bytes += size
 
-    def replace(self, where: str) -> None:
-        """Count a document with bytes that are no UTF-8."""
+    def replace(self, path: Path | None, root: Path | None) -> None:
+        """Count a document with bytes that are no UTF-8, in ``path`` of the corpus ``root``."""
         self.replaced_documents += 1
-        self.replaced_example = self.replaced_example or where
+        if self.replaced_example is None and path and root:
+            self.replaced_example = _inside(path, root)
 
     def left_out_line(self) -> str:
         """One line on all that was left out; empty where nothing was."""
@@ -104,10 +106,9 @@ class Tally:
         if left_out := self.left_out_line():
             lines.append(left_out)
         if self.replaced_documents:
-            lines.append(
-                f"replaced what is not UTF-8 by U+FFFD in "
-                f"{counted(self.replaced_documents, 'document')} ({self.replaced_example})"
-            )
+            example = f" ({self.replaced_example})" if self.replaced_example else ""
+            number = counted(self.replaced_documents, "document")
+            lines.append(f"replaced what is not UTF-8 by U+FFFD in {number}{example}")
         return lines
 
     def to_json(self) -> dict[str, Any]:

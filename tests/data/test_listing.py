@@ -14,6 +14,7 @@ import pytest
 from megatron_progressive import data as data_room
 from megatron_progressive.config import DataSection
 from megatron_progressive.data.corpus import open_corpus
+from megatron_progressive.data.manifest import read_manifest
 from megatron_progressive.data.tally import Tally
 from tests.data.helpers import config_error, listing, make_config
 
@@ -59,9 +60,9 @@ def test_circles_end(folder: Path) -> None:
     texts, left_out = read(folder)
     assert texts == ["text of a", "text of b", "text of c"]
     assert left_out == {
-        "a link to a folder that is read anyway": (3, "self"),
-        "a link to a folder that holds the corpus": (1, "above"),
-        "a link to nothing": (1, "loop"),
+        "linked to a folder that is read anyway": (3, "self"),
+        "linked to a folder that holds the corpus": (1, "above"),
+        "linked to nothing": (1, "loop"),
     }
 
 
@@ -71,7 +72,7 @@ def test_folder_that_is_linked_twice_is_read_once(folder: Path) -> None:
     (folder / "3").symlink_to("../other/deep")
     texts, left_out = read(folder)
     assert texts == ["text of b", "text of c", "text of a"]
-    assert left_out == {"a link to a folder that is read anyway": (2, "2")}
+    assert left_out == {"linked to a folder that is read anyway": (2, "2")}
 
 
 def test_what_is_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,35 @@ def test_what_is_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         server.bind("socket")
         texts, left_out = read(folder)
     assert texts == ["text of a"]
-    assert left_out == {"a link to nothing": (1, "nowhere"), "no regular file": (2, "pipe")}
+    assert left_out == {"linked to nothing": (1, "nowhere"), "not regular": (2, "pipe")}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "dangling", "long", "circle"])
+def test_corpus_that_is_no_file_and_no_folder(tmp_path: Path, kind: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("no/such")
+    (tmp_path / "circle").symlink_to("circle")
+    path = {"device": Path("/dev/null"), "long": tmp_path / ("x" * 300)}.get(kind, tmp_path / kind)
+    with config_error("data.corpus", path.name, "stdlib, a file or folder"):
+        data_room.check(make_config(tmp_path / "out", path))
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    name = os.fsdecode(b"\xff")
+    pa.parquet.write_table(pa.table({"text": ["from Parquet"]}), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / f"a{name}.parquet")
+    (tmp_path / f"b{name}.txt").write_bytes(b"words\xff")
+    packed = pa.compress(b"packed words", "zstd", asbytes=True)
+    (tmp_path / f"c{name}.txt.zst").write_bytes(packed)
+    (tmp_path / f"d{name}").write_bytes(bytes(range(256)))
+    config = make_config(tmp_path.parent / f"{tmp_path.name}-out", tmp_path)
+    manifest = read_manifest(data_room.prepare(config))  # type: ignore[arg-type]
+    assert manifest.reading is not None
+    assert manifest.reading.files_read == {"Parquet": 1, "plain text": 2}
+    assert manifest.reading.left_out["binary"].example == f"d{name}"
 
 
 def test_run_folder_in_a_linked_folder(folder: Path) -> None:
@@ -122,6 +151,8 @@ def test_what_may_not_be_read_is_an_error(for_anyone: Path, closed: str, mode: i
     os.seteuid(mine)
     with config_error("data.corpus", str(path), "may not read"):
         data_room.check(make_config(for_anyone.parent, for_anyone))
+    with config_error("data.corpus", str(path), "may not read"):  # hours before it is its turn
+        open_corpus(DataSection(corpus=str(for_anyone))).files()
     os.seteuid(os.getuid())
     path.chmod(before)
     (for_anyone / f".{Path(closed).name}").mkdir(mode=0)  # hidden: nobody looks
@@ -136,3 +167,16 @@ def test_single_file_that_may_not_be_read(for_anyone: Path) -> None:
     os.seteuid(mine)
     with config_error("data.corpus", "a.txt", "may not read"):
         read(for_anyone / "a.txt")
+
+
+def test_corpus_behind_a_folder_that_may_not_be_read(for_anyone: Path) -> None:
+    mine = os.geteuid()
+    os.seteuid(os.getuid())
+    for_anyone.chmod(0)
+    os.seteuid(mine)
+    for corpus in (for_anyone, for_anyone / "a.txt"):
+        with config_error("data.corpus", str(corpus), "may not read"):
+            read(corpus)
+    os.seteuid(os.getuid())
+    for_anyone.chmod(0o755)
+    os.seteuid(mine)
