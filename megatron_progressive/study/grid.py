@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_progressive.config import ConfigError, split_word
+from megatron_progressive.study.cell_runs import share_runs
 from megatron_progressive.study.cells import (
     ARMS,
     DEEPER_SOURCE,
@@ -27,6 +28,7 @@ from megatron_progressive.study.cells import (
 )
 from megatron_progressive.study.grid_pilot import KEYS as PILOT_KEYS
 from megatron_progressive.study.grid_pilot import GridPilot, grid_pilot
+from megatron_progressive.study.kinds import kind_keys
 from megatron_progressive.study.preflight import check_run, smallest_world
 
 _KEYS = ("study", "run", "sizes", "arms", "tau", "init", "expansion", "schedule", "seeds", "pilot")
@@ -103,10 +105,11 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
             raise ConfigError(f"arms: got {arm!r}; accepted: {', '.join(ARMS)}, N_layers")
     taus = _taus(values)
     inits, seeds = _listed(values, "init", ["copying"]), _seeds(values)
-    axes = _axes(values)
+    axes, sizes = _axes(values), _sizes(values)
+    kinds, runs = kind_keys(sizes), folder / "cells"
     bases = [
-        SizeCells(values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words)
-        for size in _listed(values, "sizes", [])
+        SizeCells(values.get("run") or {}, size, seed, runs, schedule, axes, words, kinds)
+        for size in sizes
         for schedule in _listed(values, "schedule", [None])
         for seed in seeds
     ]
@@ -121,8 +124,13 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     for base in bases:
         tau_of = pilot.tau_of if pilot is not None else lambda config: (1, "")
         for cell in base.cells(arms, taus, inits, tau_of):
-            cells[cell.name] = cell
-    return Grid(name, folder, list(cells.values()), _retries(study), _warnings(cells), pilot, path,
+            if cells.setdefault(cell.name, cell).config != cell.config:
+                raise ConfigError(
+                    f"cell {cell.name}: got two of this name (τ {cell.tau}); accepted: τ that "
+                    f"differ in their first six digits"
+                )
+    shared = share_runs(list(cells.values()), runs)
+    return Grid(name, folder, shared, _retries(study), _warnings(cells), pilot, path,
                 tuple(overrides))  # fmt: skip
 
 
@@ -187,6 +195,18 @@ def _taus(values: dict[str, Any]) -> list[Any]:
         if tau != PILOT and (isinstance(tau, bool) or not isinstance(tau, int | float)):
             raise ConfigError(f"tau: got {tau!r}; accepted: fractions, steps, or {PILOT}")
     return taus
+
+
+def _sizes(values: dict[str, Any]) -> list[Any]:
+    sizes = _listed(values, "sizes", [])
+    names = [str(size["name"]) for size in sizes if isinstance(size, dict) and "name" in size]
+    for name in names:
+        if names.count(name) > 1 or "/" in name or not name.strip():
+            raise ConfigError(
+                f"sizes: got {names.count(name)} named {name!r}; accepted: a name for each, "
+                f"without /"
+            )
+    return sizes
 
 
 def _seeds(values: dict[str, Any]) -> list[int]:

@@ -1,0 +1,45 @@
+"""One run a fingerprint: cells that are the same run under several names share its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.study.cells import Cell
+
+
+def one_a_run(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell of each run."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.run_name, cell)
+    return list(first.values())
+
+
+def share_runs(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """The cells, those of one fingerprint with one run: the first one's, or the one that is there.
+
+    Args:
+        folder: of the study's run folders, where a run may be under a name that the grid had for
+            it before (of a size that was renamed, say): finished before unfinished.
+    """
+    there: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*-*")):
+        there.setdefault(path.name.rpartition("-")[2], []).append(path.name)
+    runs: dict[str, RunConfig] = {}
+    for cell in cells:
+        known = there.get(cell.fingerprint, []) if cell.fingerprint else []
+        if cell.fingerprint and cell.fingerprint not in runs:
+            own = cell.run_name
+            ranked = sorted(
+                {*known, own},
+                key=lambda name: (
+                    not (folder / name / "summary.json").is_file(), name not in known, name != own,
+                    name,
+                ),
+            )  # fmt: skip
+            run = replace(cell.config.run, name=ranked[0])
+            runs[cell.fingerprint] = replace(cell.config, run=run)
+    return [replace(c, config=runs[c.fingerprint]) if c.fingerprint else c for c in cells]
