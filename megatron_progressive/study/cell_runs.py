@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.study.cells import Cell
+from megatron_progressive.study.runs import SUMMARY_FILE
 
 
 def one_a_run(cells: Sequence[Cell]) -> list[Cell]:
@@ -33,13 +34,13 @@ def share_runs(cells: Sequence[Cell], folder: Path) -> list[Cell]:
         known = there.get(cell.fingerprint, []) if cell.fingerprint else []
         if cell.fingerprint and cell.fingerprint not in runs:
             own = cell.run_name
-            ranked = sorted(
-                {*known, own},
-                key=lambda name: (
-                    not (folder / name / "summary.json").is_file(), name not in known, name != own,
-                    name,
-                ),
-            )  # fmt: skip
-            run = replace(cell.config.run, name=ranked[0])
+            found = sorted({*known, own}, key=lambda name: _rank(folder / name, own))
+            run = replace(cell.config.run, name=found[0])
             runs[cell.fingerprint] = replace(cell.config, run=run)
     return [replace(c, config=runs[c.fingerprint]) if c.fingerprint else c for c in cells]
+
+
+def _rank(run: Path, own: str) -> tuple[bool, bool, bool, str]:
+    """Finished runs first, then those that have begun, the one of the cell's own name before
+    others."""
+    return not (run / SUMMARY_FILE).is_file(), not run.is_dir(), run.name != own, run.name

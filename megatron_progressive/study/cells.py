@@ -126,7 +126,6 @@ class SizeCells:
     def __init__(
         self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
         axes: dict[str, list[str]] | None = None, overrides: Sequence[str] = (),
-        kinds: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """
         Args:
@@ -136,7 +135,6 @@ class SizeCells:
             schedule: instead of the configured ``schedule.name``.
             axes: values of :data:`EXPANSION_KEYS` that expansions span.
             overrides: ``key=value`` words, which come before ``run`` and ``size``.
-            kinds: keys that make another kind of run (:func:`.kinds.kind_keys`).
 
         Raises:
             ConfigError: no such size, or a configuration that does not hold.
@@ -161,10 +159,12 @@ class SizeCells:
         if schedule is not None and schedule != self.config.schedule.name:
             self._mark = f"-{schedule}"
             self.config = from_dict(run, [*words, f"schedule.name={schedule}"])
-        # of keys that do not decide a result (layouts) cells of another value are the same cells
+        self._setting = {SCHEDULE: self.config.schedule.name}
+
+    def distinguish(self, kinds: Sequence[str]) -> None:
+        """Make axes of keys that make another kind of run (:func:`.kinds.kind_keys`)."""
         decides = decisive(self.config)
-        found = {key: str(decides[key]) for key in kinds if key in decides}
-        self._setting = {SCHEDULE: self.config.schedule.name, **found}
+        self._setting |= {key: str(decides.get(key, "")) for key in kinds}
 
     def cells(
         self, arms: list[str], taus: list[Any], inits: list[str], tau_of: TauOf

@@ -67,8 +67,8 @@ class Grid:
             index = names.index(word) if word in names else int(word) if word.isdecimal() else -1
             if not 0 <= index < len(names):
                 raise ConfigError(
-                    f"--cell: got {word!r}; accepted: an index from 0 to {len(names) - 1} or a "
-                    f"name, as mprog grid plan prints them"
+                    f"--cell: got {word!r}, which {self.file} does not have; accepted: a name, or "
+                    f"an index from 0 to {len(names) - 1}, as mprog grid plan prints them"
                 )
             found.append(self.cells[index])
         return list({cell.name: cell for cell in found}.values())
@@ -105,14 +105,16 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
             raise ConfigError(f"arms: got {arm!r}; accepted: {', '.join(ARMS)}, N_layers")
     taus = _taus(values)
     inits, seeds = _listed(values, "init", ["copying"]), _seeds(values)
-    axes, sizes = _axes(values), _sizes(values)
-    kinds, runs = kind_keys(sizes), folder / "cells"
+    axes = _axes(values)
     bases = [
-        SizeCells(values.get("run") or {}, size, seed, runs, schedule, axes, words, kinds)
-        for size in sizes
+        SizeCells(values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words)
+        for size in _sizes(values)
         for schedule in _listed(values, "schedule", [None])
         for seed in seeds
     ]
+    kinds = kind_keys(bases)
+    for base in bases:
+        base.distinguish(kinds)
     if not bases:
         raise ConfigError(f"sizes: got none in {path}; accepted: a list of sizes")
     pilot, asked = None, values.get("pilot")
@@ -129,7 +131,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
                     f"cell {cell.name}: got two of this name (τ {cell.tau}); accepted: τ that "
                     f"differ in their first six digits"
                 )
-    shared = share_runs(list(cells.values()), runs)
+    shared = share_runs(list(cells.values()), folder / "cells")
     return Grid(name, folder, shared, _retries(study), _warnings(cells), pilot, path,
                 tuple(overrides))  # fmt: skip
 
@@ -201,11 +203,9 @@ def _sizes(values: dict[str, Any]) -> list[Any]:
     sizes = _listed(values, "sizes", [])
     names = [str(size["name"]) for size in sizes if isinstance(size, dict) and "name" in size]
     for name in names:
-        if names.count(name) > 1 or "/" in name or not name.strip():
-            raise ConfigError(
-                f"sizes: got {names.count(name)} named {name!r}; accepted: a name for each, "
-                f"without /"
-            )
+        if names.count(name) > 1:
+            got = f"{names.count(name)} named {name}"
+            raise ConfigError(f"sizes: got {got}; accepted: a name of its own for each")
     return sizes
 
 
