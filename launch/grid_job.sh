@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One step of a study as a job; `mprog grid submit` submits it:
 #
-#   grid_job.sh pilot|cell|report GRID [key=value …]     (cell: the task of an array)
+#   grid_job.sh pilot|report GRID [key=value …]
+#   grid_job.sh cell CELLS GRID [key=value …]      a task of an array: its line of the file CELLS
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -11,7 +12,14 @@ source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
 mprog_rendezvous
 case $1 in
     pilot) mprog_grid_pilot "${@:2}" || [ $? -eq 3 ] ;;  # 3: no τ, and others do not need it
-    cell) mprog_grid_cell "$SLURM_ARRAY_TASK_ID" "${@:2}" ;;
+    cell)
+        mapfile -t cells < "$2"  # as they were when the job was submitted
+        if [ -z "${cells[SLURM_ARRAY_TASK_ID]:-}" ]; then
+            echo "grid_job.sh: $2 has no line for task $SLURM_ARRAY_TASK_ID" >&2
+            exit 2
+        fi
+        mprog_grid_cell "${cells[SLURM_ARRAY_TASK_ID]}" "${@:3}"
+        ;;
     report) mprog_grid_report "${@:2}" ;;
     *) echo "grid_job.sh: got $1; accepted: pilot, cell, report" >&2; exit 2 ;;
 esac

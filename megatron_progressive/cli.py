@@ -80,12 +80,13 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
 def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study import grid_run, grid_text
     from megatron_progressive.study.grid import load_grid
+    from megatron_progressive.study.grid_launch import Launch
     from megatron_progressive.study.grid_state import Study
 
     path, verb = Path(args.grid), args.grid_command
     study = Study(load_grid(path, args.overrides))
     if verb in ("pilot", "run"):
-        launch = grid_run.Launch(args.nproc, args.srun)
+        launch = Launch(args.nproc, args.srun)
 
         def say(line: str) -> None:
             print(line, flush=True)

@@ -171,12 +171,25 @@ class FolderLock:
         self.path = path
         self._token = ""
         self._pid = 0
+        self._lent: list[Path] = []
         self._over = threading.Event()
 
     @property
     def held(self) -> bool:
         """Whether this process has it, as far as this process knows."""
         return bool(self._token) and self._pid == os.getpid()
+
+    def lend(self, pid: int) -> None:
+        """Let the lock last as long as the process ``pid`` of this machine, too, should this one be
+        killed: a child that goes on alone. :meth:`release` ends both.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        lent = self.path / f"{self._token}.{pid}"
+        values = {**asdict(_this_process()), "pid": pid, "started": _started(pid)}
+        lent.write_text(json.dumps(values))
+        self._lent.append(lent)
 
     def still_there(self) -> bool:
         """Whether it is held and, looked at on disk, nobody has broken it: the folder was removed,
@@ -274,8 +287,9 @@ class FolderLock:
         if not self.held:
             return
         self._over.set()
-        (self.path / self._token).unlink(missing_ok=True)
-        self._token = ""
+        for file in (*self._lent, self.path / self._token):
+            file.unlink(missing_ok=True)
+        self._token, self._lent = "", []
         with suppress(OSError):  # somebody else has taken it already
             os.rmdir(self.path)
 

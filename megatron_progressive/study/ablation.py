@@ -11,13 +11,14 @@ from megatron_progressive.study.cells import FIXED, SHORT
 from megatron_progressive.study.gaps import gap_percent
 from megatron_progressive.study.grid_laws import usable
 from megatron_progressive.study.grid_results import Result, sizes_of
+from megatron_progressive.study.labels import arm_words
 
-HEAD = ("source", "τ", "init", "order", "new layers", "optimizer state", "schedule")
+HEAD = ("run that grows", "τ", "init", "order", "new layers", "optimizer state", "schedule")
 _Key = tuple[str, ...]
 
 
 def ablation(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | None:
-    """Head and rows: final loss (seeds averaged) and its gap to fixed-size at each size, of sources
+    """Head and rows: final loss (seeds averaged) and its gap to fixed-size at each size, of arms
     whose expansion or schedule the grid varies; None where it varies neither."""
     grown = [r for r in results if r.cell.arm not in (FIXED, SHORT)]
     keys = {result.cell.name: _key(result) for result in grown}
@@ -43,10 +44,9 @@ def _key(result: Result) -> _Key:
     config = result.cell.config
     last = config.expansion[-1]
     taus = "+".join(f"{step / config.train.steps:.3g}" for step in config.expansion_steps())
-    source = config.model.num_layers
     copied = last.init != "random"
     return (
-        f"{source} layer{'s' * (source != 1)}", result.cell.tau or taus, last.init,
+        arm_words(result.cell.arm), result.cell.tau or taus, last.init,
         last.order if copied else "–", last.insert, last.optimizer_state, config.schedule.name,
     )  # fmt: skip
 
@@ -55,11 +55,10 @@ def _cell(mine: Sequence[Result], done: Sequence[Result], size: str) -> str:
     if not mine:
         return "–"
     loss = float(np.mean([r.loss or 0 for r in mine]))
-    schedule = mine[0].cell.config.schedule.name
     fixed = [
         r.loss or 0
         for r in done
-        if r.cell.arm == FIXED and r.cell.size == size and r.cell.config.schedule.name == schedule
+        if (r.cell.arm, r.cell.size, r.cell.setting) == (FIXED, size, mine[0].cell.setting)
     ]
     if not fixed:
         return f"{loss:.4f}"

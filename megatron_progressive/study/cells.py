@@ -10,8 +10,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ _AFTER = "expansion.parallel."
 """Keys of a size with this prefix are the layout of the full depth."""
 EXPANSION_KEYS = ("order", "insert", "optimizer_state")
 """Fields of an expansion that a grid spans by lists of its own."""
+TAU, INIT, SCHEDULE = "tau", "init", "schedule"
+EXPANSION_AXES = (TAU, INIT, *EXPANSION_KEYS)
+"""Axes of a cell that runs from scratch have no value of."""
 
 TauOf = Callable[[RunConfig], tuple[int, str]]
 """The pilot's τ, in steps, of a configuration, and why it is not known (then it is assumed)."""
@@ -62,8 +65,11 @@ class Cell:
     """``run.dir`` is the study's folder of cells, ``run.name`` the cell's folder in it."""
     control_of: str | None = None
     """Of a short control: the name of the cell whose FLOPs it has."""
-    tau: str = ""
-    """As the grid has it, of an arm that spans several; of a short control its cell's."""
+    axes: Mapping[str, str] = field(default_factory=dict)
+    """Where the cell lies among those of its size, arm and seed: a value for each axis that the
+    grid can span (:data:`EXPANSION_AXES`, the schedule, and what :func:`.kinds.kind_keys` says of
+    the sizes). Two cells that differ in any are never two seeds of one run. Of a short control:
+    those of the cell that it controls."""
     unknown: str = ""
     """Why τ is not known. Such a cell is not run; its configuration has an assumed τ."""
     trained_on: DataIdentity | None = None
@@ -72,6 +78,21 @@ class Cell:
     @property
     def fingerprint(self) -> str:
         return "" if self.unknown else fingerprint(self.config, self.trained_on)
+
+    @property
+    def tau(self) -> str:
+        """As the grid has it, of an arm that spans several; of a short control its cell's."""
+        return self.axes.get(TAU, "")
+
+    @property
+    def setting(self) -> tuple[tuple[str, str], ...]:
+        """What a run that grows has in common with its fixed-size run, beside size and seed."""
+        return tuple((key, value) for key, value in self.axes.items() if key not in EXPANSION_AXES)
+
+    @property
+    def run_name(self) -> str:
+        """Of its run, which other cells with its fingerprint share."""
+        return self.config.run.name
 
     @property
     def folder(self) -> Path:
@@ -149,6 +170,12 @@ class SizeCells:
         if schedule is not None and schedule != self.config.schedule.name:
             self._mark = f"-{schedule}"
             self.config = from_dict(run, [*words, f"schedule.name={schedule}"])
+        self._setting = {SCHEDULE: self.config.schedule.name}
+
+    def distinguish(self, kinds: Sequence[str]) -> None:
+        """Make axes of keys that make another kind of run (:func:`.kinds.kind_keys`)."""
+        decides = decisive(self.config)
+        self._setting |= {key: str(decides.get(key, "")) for key in kinds}
 
     def cells(
         self, arms: list[str], taus: list[Any], inits: list[str], tau_of: TauOf
@@ -178,7 +205,7 @@ class SizeCells:
                 f"{self._mark}-s{self.seed}"
             )
             control = controls.short_control(cell.config)
-            short = self._named(f"{SHORT}_of_{what}", SHORT, control, cell.tau, cell.unknown)
+            short = self._named(f"{SHORT}_of_{what}", SHORT, control, cell.axes, cell.unknown)
             yield replace(short, control_of=cell.name)
 
     def grown(self, arm: str, at: float, init: str) -> RunConfig:
@@ -196,14 +223,16 @@ class SizeCells:
         return from_dict(values)
 
     def _named(
-        self, what: str, arm: str, config: RunConfig, tau: str = "", unknown: str = ""
-    ) -> Cell:
+        self, what: str, arm: str, config: RunConfig, axes: Mapping[str, str] | None = None,
+        unknown: str = "",
+    ) -> Cell:  # fmt: skip
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
         trained_on = self.trained_on(config)
         folder = name if unknown else self.choose_name(name, config, [""])
         placed = replace(config, run=replace(config.run, name=folder))
+        axes = {**self._setting, **(axes or {})}
         return Cell(
-            name, self.name, arm, self.seed, placed, tau=tau, unknown=unknown,
+            name, self.name, arm, self.seed, placed, axes=axes, unknown=unknown,
             trained_on=trained_on,
         )  # fmt: skip
 
@@ -242,7 +271,8 @@ class SizeCells:
                     expansions.insert(0, {"at": half, "to_layers": source, "init": "random"})
                 config = self._config_of(0 if arm == MULTI_STAGE else source, expansions)
                 what = "-".join([f"{arm}-tau{text}-{init}", *choice.values()])
-                yield self._named(what, arm, config, text, unknown)
+                axes = {TAU: text, INIT: init, **choice}
+                yield self._named(what, arm, config, axes, unknown)
 
     def _choices(self, source: int, init: str) -> list[dict[str, str]]:
         """Combinations of the axes, without what makes no difference: the order in which fewer

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_progressive.config import ConfigError, split_word
+from megatron_progressive.study.cell_runs import share_runs
 from megatron_progressive.study.cells import (
     ARMS,
     DEEPER_SOURCE,
@@ -28,6 +29,7 @@ from megatron_progressive.study.cells import (
 from megatron_progressive.study.grid_data import StudyData
 from megatron_progressive.study.grid_pilot import KEYS as PILOT_KEYS
 from megatron_progressive.study.grid_pilot import GridPilot, grid_pilot
+from megatron_progressive.study.kinds import kind_keys
 from megatron_progressive.study.preflight import check_run, smallest_world
 
 _KEYS = ("study", "run", "sizes", "arms", "tau", "init", "expansion", "schedule", "seeds", "pilot")
@@ -66,8 +68,8 @@ class Grid:
             index = names.index(word) if word in names else int(word) if word.isdecimal() else -1
             if not 0 <= index < len(names):
                 raise ConfigError(
-                    f"--cell: got {word!r}; accepted: an index from 0 to {len(names) - 1} or a "
-                    f"name, as mprog grid plan prints them"
+                    f"--cell: got {word!r}, which {self.file} does not have; accepted: a name, or "
+                    f"an index from 0 to {len(names) - 1}, as mprog grid plan prints them"
                 )
             found.append(self.cells[index])
         return list({cell.name: cell for cell in found}.values())
@@ -110,10 +112,13 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         SizeCells(
             values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words, settled
         )
-        for size in _listed(values, "sizes", [])
+        for size in _sizes(values)
         for schedule in _listed(values, "schedule", [None])
         for seed in seeds
     ]
+    kinds = kind_keys(bases)
+    for base in bases:
+        base.distinguish(kinds)
     if not bases:
         raise ConfigError(f"sizes: got none in {path}; accepted: a list of sizes")
     pilot, asked = None, values.get("pilot")
@@ -125,8 +130,13 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     for base in bases:
         tau_of = pilot.tau_of if pilot is not None else lambda config: (1, "")
         for cell in base.cells(arms, taus, inits, tau_of):
-            cells[cell.name] = cell
-    return Grid(name, folder, list(cells.values()), _retries(study), _warnings(cells), pilot, path,
+            if cells.setdefault(cell.name, cell).config != cell.config:
+                raise ConfigError(
+                    f"cell {cell.name}: got two of this name (τ {cell.tau}); accepted: τ that "
+                    f"differ in their first six digits"
+                )
+    shared = share_runs(list(cells.values()), folder / "cells")
+    return Grid(name, folder, shared, _retries(study), _warnings(cells), pilot, path,
                 tuple(overrides))  # fmt: skip
 
 
@@ -191,6 +201,16 @@ def _taus(values: dict[str, Any]) -> list[Any]:
         if tau != PILOT and (isinstance(tau, bool) or not isinstance(tau, int | float)):
             raise ConfigError(f"tau: got {tau!r}; accepted: fractions, steps, or {PILOT}")
     return taus
+
+
+def _sizes(values: dict[str, Any]) -> list[Any]:
+    sizes = _listed(values, "sizes", [])
+    names = [str(size["name"]) for size in sizes if isinstance(size, dict) and "name" in size]
+    for name in names:
+        if names.count(name) > 1:
+            got = f"{names.count(name)} named {name}"
+            raise ConfigError(f"sizes: got {got}; accepted: a name of its own for each")
+    return sizes
 
 
 def _seeds(values: dict[str, Any]) -> list[int]:

@@ -24,8 +24,9 @@ from megatron_progressive.study.drawing import (
     save,
 )
 from megatron_progressive.study.fits import Fit, losses_of, rows_of
-from megatron_progressive.study.grid_laws import Law, Saving, frontier, is_control, usable
-from megatron_progressive.study.grid_results import WORDS, Result, of_families
+from megatron_progressive.study.grid_laws import Law, Saving, frontier, usable
+from megatron_progressive.study.grid_results import Result, of_families
+from megatron_progressive.study.labels import arm_words, is_control
 from megatron_progressive.study.wording import per_unit
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -57,7 +58,7 @@ def looks(results: Sequence[Result]) -> dict[str, Look]:
     known: dict[str, Look] = {}
     found = {}
     for family, cells in members.items():
-        name = WORDS[cells[0].cell.arm] if many else family
+        name = arm_words(cells[0].cell.arm) if many else family
         if name not in known:
             palette = SHORT_COLOURS if is_control(family) else GROWN_COLOURS
             palette = FIXED_COLOURS if cells[0].cell.arm == FIXED else palette

@@ -11,7 +11,7 @@ from megatron_progressive.config import ConfigError
 from megatron_progressive.study.cells import FIXED, SHORT
 from megatron_progressive.study.efficiency import Efficiency, efficiency_at_compute, pareto
 from megatron_progressive.study.fits import Fit, fit_compute, fit_size_tokens
-from megatron_progressive.study.grid_results import WORDS, Result, of_families, sizes_of
+from megatron_progressive.study.grid_results import Result, of_families, once, sizes_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def compute_laws(results: Sequence[Result]) -> list[Law]:
     """``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
     laws = []
     for family, members in of_families(results).items():
-        done = usable(members)
+        done = once(usable(members))
         names = [result.cell.name for result in done]
         try:
             fit = fit_compute([r.flops or 0 for r in done], [r.loss or 0 for r in done])
@@ -70,7 +70,7 @@ def size_token_laws(results: Sequence[Result]) -> list[Law]:
     }
     laws = []
     for family, members in groups.items():
-        done = usable(members)
+        done = once(usable(members))
         names = [result.cell.name for result in done]
         tokens = [r.run.last_step * r.run.step_tokens for r in done if r.run is not None]
         try:
@@ -84,7 +84,7 @@ def size_token_laws(results: Sequence[Result]) -> list[Law]:
 
 def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
     """Compute-efficiency factors of every family that grows, against fixed-size (of its own
-    schedule) and against its own short control, at each size that the reference has finished."""
+    setting) and against its own short control, at each size that the reference has finished."""
     fits = {law.family: law.fit for law in laws}
     by_family = of_families(results)
     found = []
@@ -107,9 +107,7 @@ def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
 def references(grown: Result, results: Sequence[Result]) -> list[str]:
     """Families that one that grows is compared with: fixed-size, then its short control."""
     fixed = [
-        r.family
-        for r in results
-        if r.cell.arm == FIXED and r.cell.config.schedule.name == grown.cell.config.schedule.name
+        r.family for r in results if r.cell.arm == FIXED and r.cell.setting == grown.cell.setting
     ]
     short = [r.family for r in results if r.cell.control_of == grown.cell.name]
     return [*fixed[:1], *short[:1]]
@@ -119,8 +117,3 @@ def frontier(results: Sequence[Result]) -> list[Result]:
     """Finished cells that no other beats in both FLOPs and loss, by FLOPs."""
     done = usable(results)
     return [done[i] for i in pareto([r.flops or 0 for r in done], [r.loss or 0 for r in done])]
-
-
-def is_control(family: str) -> bool:
-    """Whether a family is one of short controls."""
-    return family.startswith(WORDS[SHORT])

@@ -12,9 +12,10 @@ from megatron_progressive.study.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.study.fits import Interval
 from megatron_progressive.study.flops import step_tokens
 from megatron_progressive.study.grid_laws import Law
-from megatron_progressive.study.grid_results import MEANING, WORDS, Result, sizes_of
+from megatron_progressive.study.grid_results import Result, sizes_of
 from megatron_progressive.study.grid_state import FINISHED
 from megatron_progressive.study.grid_verdict import gap_text
+from megatron_progressive.study.labels import arm_meaning, arm_words
 from megatron_progressive.study.page import document, items, picture, table
 from megatron_progressive.study.plan_text import flops_text, short_counts
 from megatron_progressive.study.rows import time_text
@@ -99,7 +100,10 @@ def _what_was_run(report: GridReport) -> str:
     config = results[0].cell.config
     seeds = sorted({result.cell.seed for result in results})
     schedules = list(dict.fromkeys(r.cell.config.schedule.name for r in results))
-    arms = [f"{WORDS[arm]}: {MEANING[arm]}" for arm in dict.fromkeys(r.cell.arm for r in results)]
+    arms = [
+        f"{arm_words(arm)}: {arm_meaning(arm)}"
+        for arm in dict.fromkeys(r.cell.arm for r in results)
+    ]
     versions = ", ".join(f"{version}: {count} cells" for version, count in report.versions.items())
     warn = " Cells of several versions are compared here." if len(report.versions) > 1 else ""
     optim = config.optim
@@ -273,7 +277,8 @@ def _cells(report: GridReport) -> str:
         )  # fmt: skip
     return (
         f"<h2>All cells</h2>{table(head, rows)}<p>FLOPs in brackets are planned. A fingerprint is "
-        "of everything that decides a run's result.</p>"
+        "of everything that decides a run's result: cells of one fingerprint are one run, which "
+        "counts once.</p>"
     )
 
 
@@ -301,7 +306,7 @@ def _unit(report: GridReport) -> str:
 
 def _reading(report: GridReport) -> str:
     arms = {result.cell.arm for result in report.results}
-    grown = " or ".join(WORDS[arm] for arm in (ZERO_LAYER, ONE_LAYER) if arm in arms)
+    grown = " or ".join(arm_words(arm) for arm in (ZERO_LAYER, ONE_LAYER) if arm in arms)
     subject, unit = grown or "run that grows", _unit(report)
     return (
         "<h2>How to read this</h2>"

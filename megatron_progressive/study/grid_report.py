@@ -20,13 +20,13 @@ from megatron_progressive.study.grid_laws import (
     Saving,
     compute_laws,
     frontier,
-    is_control,
     savings,
     size_token_laws,
 )
-from megatron_progressive.study.grid_results import WORDS, Result, gather
+from megatron_progressive.study.grid_results import Result, gather
 from megatron_progressive.study.grid_state import FINISHED, Study
-from megatron_progressive.study.grid_verdict import Finding, comparisons, findings
+from megatron_progressive.study.grid_verdict import Finding, comparisons, distinct, findings
+from megatron_progressive.study.labels import arm_words, is_control
 from megatron_progressive.study.pilot import headline as pilot_headline
 from megatron_progressive.study.runs import read_run
 
@@ -140,7 +140,7 @@ def _frontier_title(results: list[Result]) -> str:
     best = frontier(results)
     counts: dict[str, int] = {}
     for result in best:
-        arm = WORDS[result.cell.arm]
+        arm = arm_words(result.cell.arm)
         counts[arm] = counts.get(arm, 0) + 1
     listed = ", ".join(f"{count} {arm}" for arm, count in counts.items())
     return f"On the frontier of loss and FLOPs: {listed}"
@@ -159,7 +159,7 @@ def _savings_title(found: list[Saving]) -> str:
 
 
 def _mixing_title(found: list[Finding]) -> str:
-    measured = [mixed for one in found for mixed in one.mixed]
+    measured = [mixed for one in distinct(found) for mixed in one.mixed]
     if not measured:
         return "The gap to fixed-size after τ; too few validations to tell whether runs mixed"
     return f"{sum(measured)} of {len(measured)} runs mixed with fixed-size after τ"
@@ -172,7 +172,8 @@ def _pilot_text(grid: Grid, results: list[Result], found: list[Finding]) -> str:
     if not finding:
         return "it has not run yet"
     names = {result.cell.folder.name for result in results if result.cell.tau == PILOT}
-    verdicts = (verdict for one in found for verdict in one.verdicts if verdict.run in names)
+    own = distinct(found)
+    verdicts = (verdict for one in own for verdict in one.verdicts if verdict.run in names)
     gaps = [v.loss_gap_percent for v in verdicts if v.loss_gap_percent is not None]
     if not gaps:
         return finding

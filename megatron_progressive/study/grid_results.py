@@ -1,5 +1,4 @@
-"""The cells of a study with their runs, sorted into *families*: what cells of several sizes and
-seeds have in common (an arm, and what of τ, initialisation and schedule the grid varies)."""
+"""The cells of a study with their runs, sorted into families (:mod:`.labels`)."""
 
 from __future__ import annotations
 
@@ -8,43 +7,11 @@ from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.data import DataIdentity, differ
-from megatron_progressive.study.cells import (
-    FIXED,
-    FUNCTION_PRESERVING,
-    G_STACK,
-    GRADUAL_STACK,
-    ONE_LAYER,
-    SHORT,
-    ZERO_LAYER,
-    Cell,
-    params_of,
-)
+from megatron_progressive.study.cells import FIXED, SHORT, Cell, params_of
 from megatron_progressive.study.grid_data import data_key
 from megatron_progressive.study.grid_state import CellStatus, Study
+from megatron_progressive.study.labels import families
 from megatron_progressive.study.runs import Run, read_run
-
-WORDS = {
-    FIXED: "fixed-size", SHORT: "short control", ZERO_LAYER: "zero-layer", ONE_LAYER: "one-layer",
-    G_STACK: "G_stack", GRADUAL_STACK: "gradual stacking",
-    FUNCTION_PRESERVING: "function-preserving",
-}  # fmt: skip
-"""The arms, as a reader meets them."""
-
-MEANING = {
-    FIXED: "the full depth from the first step",
-    SHORT: "the full depth from scratch with its own complete schedule, for as many steps as give "
-    "it the total FLOPs of the run that it controls",
-    ZERO_LAYER: "starts with no layers, only what is before and behind them, and grows to the full "
-    "depth at τ",
-    ONE_LAYER: "starts with one layer (of a ResNet: one block in each stage) and grows to the full "
-    "depth at τ",
-    G_STACK: "starts with a quarter of the layers and stacks four copies of them at 10 % of the "
-    "steps (Du et al. 2024)",
-    GRADUAL_STACK: "a quarter, half and all of the layers for a third of the steps each (Gong et "
-    "al. 2019)",
-    FUNCTION_PRESERVING: "one layer grown at τ so that the loss does not change: copies whose last "
-    "linear layers are zero",
-}
 
 
 @dataclass(frozen=True)
@@ -98,33 +65,12 @@ def gather(study: Study) -> list[Result]:
     return found
 
 
-def families(cells: Sequence[Cell]) -> dict[str, str]:
-    """The family of each cell, by the cell's name."""
-    axes = {cell.name: _axes(cell) for cell in cells}
-    labels: dict[str, str] = {}
-    for cell in cells:
-        if cell.control_of is not None:
-            continue
-        same = [axes[other.name] for other in cells if other.arm == cell.arm]
-        varied = [
-            text
-            for index, text in enumerate(axes[cell.name])
-            if len({other[index] for other in same}) > 1
-        ]
-        labels[cell.name] = " ".join([WORDS[cell.arm], *varied])
-    for cell in cells:
-        if cell.control_of is not None:
-            labels[cell.name] = f"{WORDS[SHORT]} of {labels[cell.control_of]}"
-    return labels
-
-
-def _axes(cell: Cell) -> tuple[str, str, str]:
-    expansion = cell.config.expansion
-    return (
-        f"τ={cell.tau}" if cell.tau else "",
-        expansion[-1].init if expansion else "",
-        cell.config.schedule.name,
-    )
+def once(results: Sequence[Result]) -> list[Result]:
+    """The first result of each run: cells that share one are shown apart, and count once."""
+    first: dict[str, Result] = {}
+    for result in results:
+        first.setdefault(result.cell.run_name, result)
+    return list(first.values())
 
 
 def of_families(results: Sequence[Result]) -> dict[str, list[Result]]:

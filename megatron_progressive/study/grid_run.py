@@ -6,144 +6,34 @@ cells in that, too.
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.files import write_atomically
-from megatron_progressive.runtime.launch import free_port
+from megatron_progressive.study.cell_runs import one_a_run
 from megatron_progressive.study.cells import Cell
-from megatron_progressive.study.grid_data import cell_file, settled
+from megatron_progressive.study.grid_cell import (
+    PATIENCE_SECONDS,
+    POLL_SECONDS,
+    STOPPED,
+    NotStarted,
+    run_cell,
+)
+from megatron_progressive.study.grid_data import settled
+from megatron_progressive.study.grid_launch import Launch, Signals
 from megatron_progressive.study.grid_pilot import WAITS
-from megatron_progressive.study.grid_state import RUNNING, Attempts, Study, code_version
+from megatron_progressive.study.grid_state import FAILED, RUNNING, Study
 
 FAILED_CODE = 1
-STOPPED = 75
-"""Exit code of a run, and of a grid, that a signal stopped."""
-_STOP = signal.SIGUSR1
-"""Asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks at once."""
 NO_TAU_CODE = 3
 """Exit code of a grid whose pilot gives no τ to some cell; all others are finished."""
 
-_POLL_SECONDS = 2.0  # until a pilot that another job runs is looked at again
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the processes of a run start."""
-
-    nproc: int = 1
-    """Local workers."""
-    srun: str = ""
-    """Inside a Slurm job instead: ``srun`` and its options, over all of the job's tasks."""
-
-    def environment(self) -> dict[str, str]:
-        """For a try. Under ``srun`` the ranks meet on this host, the job's first, at a port that
-        is free now: one that another job took is not tried again."""
-        return {**os.environ, **({"MASTER_PORT": str(free_port())} if self.srun else {})}
-
-    def command(self, config: Path) -> list[str]:
-        train = [sys.executable, "-m", "megatron_progressive", "train", str(config)]
-        if self.srun:
-            return [*shlex.split(self.srun), *train]
-        return [*train, "--nproc", str(self.nproc)]
-
-
-class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 go to the running cells, which save and stop."""
-
-    def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._running: set[Any] = set()
-
-    @property
-    def came(self) -> bool:
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        """As if a signal had come: a run was told to stop by someone else."""
-        self._stop.set()
-
-    def started(self, process: Any) -> None:
-        """Pass signals on to ``process``, too."""
-        self._running.add(process)
-        if self.came:  # the signal came while it began
-            process.send_signal(_STOP)
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        self._stop.set()
-        for process in list(self._running):
-            if process.poll() is None:
-                process.send_signal(_STOP)
-
-    @contextmanager
-    def caught(self) -> Iterator[Signals]:
-        """Take the signals meanwhile."""
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def run_cell(
-    study: Study, cell: Cell, launch: Launch, signals: Signals | None = None
-) -> int | None:
-    """Run or continue a cell until it is finished, has failed too often or was stopped.
-
-    Args:
-        launch: how a run's processes start.
-        signals: get the process of each try; what ends after one came has not failed.
-
-    Returns: the last exit code; None where another worker has the cell, or it is finished or has
-        failed as often as it is tried.
-    """
-    signals = Signals() if signals is None else signals
-    with study.lock(cell) as lock:
-        if lock is None or study.finished(cell) or study.exhausted(cell):
-            return None
-        path, log = study.file("configs", cell, ".yaml"), study.file("logs", cell, ".log")
-        for file in (path, log):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, cell_file(cell))
-        while True:
-            with open(log, "ab") as out:
-                process = subprocess.Popen(
-                    launch.command(path), stdout=out, stderr=out, env=launch.environment(),
-                    start_new_session=True, pass_fds=(lock,),
-                )  # fmt: skip
-                signals.started(process)
-                code = process.wait()
-            if code and signals.came:  # perhaps before it could take the signal
-                return STOPPED
-            failures = study.attempts(cell).failures
-            if code in (0, STOPPED):
-                study.remember(cell, Attempts(failures, "", code_version()))
-                return code
-            # a configuration does not become good by trying again
-            failures = study.grid.retries + 1 if code == 2 else failures + 1
-            study.remember(cell, Attempts(failures, _last_line(log), code_version()))
-            if failures > study.grid.retries:
-                return code
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def run_grid(
@@ -156,30 +46,67 @@ def run_grid(
         chosen: names or indices of the cells to run (default: all of them).
 
     Returns: 0 when these cells are finished, 75 where a signal stopped it, 3 where the pilot gives
-        some of them no τ and the others are finished, else 1.
+        some of them no τ and the others are finished, else 1; the last line says why.
 
     Raises:
-        ConfigError: a cell that is not there, or data that cannot be read.
+        ConfigError: a cell that is not there, data that cannot be read, or a place where no run
+            can be started.
     """
+    _check(workers, launch)
     cells = study.grid.chosen(list(chosen)) if chosen else study.grid.cells
+    measured = chosen or study.grid.pilot is None or study.grid.pilot.mixing() is not None
+    if measured and all(not cell.unknown and study.finished(cell) for cell in cells):
+        say(f"{study.grid.name}: nothing to do, {_count(cells)} finished")
+        return 0
     with Signals().caught() as signals:
         pilot = study.grid.pilot if not chosen or any(c.unknown == WAITS for c in cells) else None
         study = _settled(study, [*cells, *(pilot.cells if pilot is not None else [])], say)
         cells = study.grid.chosen([cell.name for cell in cells])
         if pilot is not None:
-            _run_pilot(study, workers, launch, say, signals)
+            code = _run_pilot(study, workers, launch, say, signals)
             study = Study(study.grid.reloaded())  # whose cells now know their τ
             cells = study.grid.chosen([cell.name for cell in cells])
+            if code == FAILED_CODE:
+                say(f"{study.grid.name}: cells whose τ the pilot gives are not run")
         if not signals.came:
             _run_all(study, [c for c in cells if not c.unknown], workers, launch, say, signals)
         if signals.came:
+            say(f"{study.grid.name}: stopped by a signal; the same command goes on from there")
             return STOPPED
     for cell in cells:
         if cell.unknown:
             say(f"{cell.name}: not run: {cell.unknown}")
-    if any(c.unknown == WAITS or not (c.unknown or study.finished(c)) for c in cells):
+    left = [c for c in one_a_run(cells) if not c.unknown and not study.finished(c)]
+    if left:
+        say(f"{study.grid.name}: {_unfinished(study, left, cells)}")
+    if left or any(cell.unknown == WAITS for cell in cells):
         return FAILED_CODE
     return NO_TAU_CODE if any(cell.unknown for cell in cells) else 0
+
+
+def _check(workers: int, launch: Launch) -> None:
+    if workers < 1:
+        raise ConfigError(f"--workers: got {workers}; accepted: from 1")
+    launch.check()
+
+
+def _count(cells: Sequence[Cell]) -> str:
+    return f"all {len(cells)} cells are" if len(cells) > 1 else f"{cells[0].name} is"
+
+
+def _unfinished(study: Study, left: Sequence[Cell], cells: Sequence[Cell]) -> str:
+    """How many of ``cells`` are not finished, and why."""
+    states = [study.status_of(cell).state for cell in left]
+    running, failed = states.count(RUNNING), states.count(FAILED)
+    reasons = [
+        f"{count} {what}"
+        for count, what in (
+            (running, "run by other workers"), (failed, "failed"),
+            (len(left) - running - failed, "not run here"),
+        )
+        if count
+    ]  # fmt: skip
+    return f"{len(left)} of {len(cells)} cells not finished ({', '.join(reasons)})"
 
 
 def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
@@ -191,6 +118,7 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
     Raises:
         ConfigError: the grid has none.
     """
+    _check(workers, launch)
     pilot = study.grid.pilot
     if pilot is None:
         raise ConfigError(
@@ -226,13 +154,16 @@ def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Si
     waiting = False
     while pilot.mixing() is None:
         free = [cell for cell in pilot.cells if study.status_of(cell).state != RUNNING]
-        _run_all(study, free, workers, launch, say, signals)
+        started = _run_all(study, free, workers, launch, say, signals)
         if signals.came:
             return STOPPED
         for cell in pilot.cells:
             if study.exhausted(cell) and not study.finished(cell):
                 say(f"the pilot failed: {cell.name}: {study.attempts(cell).error}")
                 return FAILED_CODE
+        if not started:
+            say("the pilot was not run")
+            return FAILED_CODE
         with study.lock(Cell("pilot", "", "", 0, pilot.config)) as lock:
             if lock is not None and all(study.finished(cell) for cell in pilot.cells):
                 if pilot.mixing() is None:
@@ -241,15 +172,21 @@ def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Si
         if not waiting:
             say("the pilot runs elsewhere: waiting for it")
             waiting = True
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
     say(f"pilot: {pilot.finding()}")
     return 0
 
 
 def _run_all(
     study: Study, cells: Sequence[Cell], workers: int, launch: Launch, say: Say, signals: Signals
-) -> None:
-    waiting = sorted((cell for cell in cells if not study.finished(cell)), key=lambda c: c.flops)
+) -> bool:
+    """Run what is not finished of ``cells``, one a run; False where some could not be started.
+
+    Raises:
+        ConfigError: data that cannot be read, or a place where no run can be started.
+    """
+    waiting = [cell for cell in one_a_run(cells) if not study.finished(cell)]
+    waiting.sort(key=lambda cell: cell.flops)
     for cell in [cell for cell in waiting if study.exhausted(cell)]:
         waiting.remove(cell)
         say(
@@ -257,28 +194,98 @@ def _run_all(
             f"{study.attempts(cell).error} (delete {study.file('attempts', cell, '.json')} to try "
             f"again)"
         )
-    guard = threading.Lock()
+    found = _Round(study, waiting, launch, say, signals)
+    found.run(workers)
+    if again := _left_by_others(study, found.taken, say, signals):
+        found = _Round(study, again, launch, say, signals, not_started=found.not_started)
+        found.run(workers)
+    for error in found.not_started:
+        if error.everywhere:
+            raise ConfigError(
+                f"no cell can be started here: {error}; accepted: where this trains: "
+                f"{' '.join(launch.command(Path('CONFIG')))}"
+            )
+    return not found.not_started
 
-    def work() -> None:
-        while not signals.came:
-            with guard:
-                if not waiting:
-                    return
-                cell = waiting.pop(0)
-            say(f"{cell.name}: starts ({len(waiting)} after it)")
-            code = run_cell(study, cell, launch, signals)
-            if code is None:
-                say(f"{cell.name}: another worker has it")
-            elif code == STOPPED:
-                signals.stop()  # Slurm tells the ranks of a preempted job, and not this process
-                say(f"{cell.name}: stopped after saving")
-            else:
-                found = study.status_of(cell)
-                say(f"{cell.name}: {found.attempts.error or f'validation loss {found.loss}'}")
 
-    threads = [threading.Thread(target=work) for _ in range(min(workers, len(waiting)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)  # so that signals are taken
+@dataclass
+class _Round:
+    """Cells that workers, which are threads, take one after another."""
+
+    study: Study
+    waiting: list[Cell]
+    launch: Launch
+    say: Say
+    signals: Signals
+    taken: list[Cell] = field(default_factory=list)
+    """Which other workers have."""
+    not_started: list[NotStarted] = field(default_factory=list)
+    broken: list[BaseException] = field(default_factory=list)
+    """What ended a thread."""
+
+    def run(self, workers: int) -> None:
+        """Until no cell waits, or none can be run any more."""
+        guard = threading.Lock()
+        count = min(workers, len(self.waiting))
+        threads = [threading.Thread(target=self._work, args=(guard,)) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # so that signals are taken
+        if self.broken:
+            raise self.broken[0]
+
+    def _work(self, guard: threading.Lock) -> None:
+        try:
+            while not (
+                self.signals.came or self.broken or any(e.everywhere for e in self.not_started)
+            ):
+                with guard:
+                    if not self.waiting:
+                        return
+                    cell = self.waiting.pop(0)
+                    self.say(f"{cell.name}: starts ({len(self.waiting)} after it)")
+                self._one(cell)
+        except BaseException as error:  # not lost with its thread
+            self.broken.append(error)
+
+    def _one(self, cell: Cell) -> None:
+        try:
+            code = run_cell(self.study, cell, self.launch, self.signals)
+        except NotStarted as error:
+            self.say(f"{cell.name}: not started, which is no failure of its own: {error}")
+            self.not_started.append(error)
+            return
+        found = self.study.status_of(cell)
+        if code == STOPPED:
+            self.signals.stop()  # Slurm tells the ranks of a preempted job, and not this process
+            self.say(f"{cell.name}: stopped after saving")
+        elif code is None and found.loss is None and not self.study.exhausted(cell):
+            owner = self.study.owner(cell)
+            self.say(f"{cell.name}: another worker has it: {owner or 'it has ended by now'}")
+            self.taken.append(cell)
+        elif found.loss is not None:
+            self.say(f"{cell.name}: validation loss {found.loss}")
+        else:
+            self.say(f"{cell.name}: {found.attempts.error}")
+
+
+def _left_by_others(study: Study, taken: Sequence[Cell], say: Say, signals: Signals) -> list[Cell]:
+    """Which of the cells that others have had nobody has any more. Those of other hosts may still
+    look taken where their node has failed: they are waited for until that would show."""
+
+    def far() -> list[Cell]:
+        owners = [(cell, study.owner(cell)) for cell in taken]
+        here = socket.gethostname()
+        return [cell for cell, owner in owners if owner is not None and owner.host != here]
+
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    if others := far():
+        say(
+            f"{len(others)} cells are run on other hosts: waiting {PATIENCE_SECONDS:.0f} s at "
+            f"most, in case those have failed"
+        )
+    while far() and time.monotonic() < deadline and not signals.came:
+        time.sleep(POLL_SECONDS)
+    return [cell for cell in taken if study.owner(cell) is None and not study.finished(cell)]

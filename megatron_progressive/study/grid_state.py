@@ -8,7 +8,6 @@ nothing else makes it so, and only deleting that folder makes it run again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -20,6 +19,13 @@ from typing import Any
 
 from megatron_progressive import __version__
 from megatron_progressive.runtime.files import write_json
+from megatron_progressive.runtime.folder_lock import (
+    LOCK_NAME,
+    FolderInUse,
+    FolderLock,
+    Owner,
+    owner_of,
+)
 from megatron_progressive.state.run_files import is_finished, read_summary
 from megatron_progressive.study.cells import Cell, params_of
 from megatron_progressive.study.grid import Grid
@@ -36,8 +42,10 @@ class Attempts:
     """What is known of a cell's tries."""
 
     failures: int = 0
+    """Of its own."""
     error: str = ""
-    """Last line of the last failure."""
+    """Why the last try ended, of a cell that is not finished; it need not have been the cell's own
+    fault (:mod:`.grid_failures`)."""
     version: str = ""
     """Of the code that finished it, or tried last."""
 
@@ -83,7 +91,7 @@ class Study:
 
     def file(self, kind: str, cell: Cell, ending: str = "") -> Path:
         """A cell's file in the study's folder ``kind``."""
-        return self.folder / kind / f"{cell.config.run.name}{ending}"
+        return self.folder / kind / f"{cell.run_name}{ending}"
 
     def attempts(self, cell: Cell) -> Attempts:
         path = self.file("attempts", cell, ".json")
@@ -118,7 +126,7 @@ class Study:
             # of a resumed run the wall time may be of its last part alone
             seconds = max(summary.get(key) or 0.0 for key in ("wall_s", "train_wall_s"))
             rate = summary["total_flops"] / seconds if seconds else None
-        elif self._locked(cell):
+        elif self.owner(cell) is not None:
             state = RUNNING
         elif self.exhausted(cell):
             state = FAILED
@@ -126,30 +134,25 @@ class Study:
             state = STARTED if cell.folder.is_dir() else WAITING
         return CellStatus(cell, state, attempts, step, flops, rate, loss)
 
-    def _locked(self, cell: Cell) -> bool:
-        path = self.file("locks", cell)
-        if not path.is_file():
-            return False
-        with open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+    def owner(self, cell: Cell) -> Owner | None:
+        """Who runs a cell: a worker of a grid, or a run that its worker has left alone or that was
+        started without one. Only looks: it keeps nobody from taking the cell."""
+        return owner_of(self.file("locks", cell)) or owner_of(cell.folder / LOCK_NAME)
 
     @contextmanager
-    def lock(self, cell: Cell) -> Iterator[int | None]:
-        """The lock's file, or None where another worker has the cell. The run inherits it, so that
-        the lock lasts as long as either lives."""
-        path = self.file("locks", cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            yield file.fileno()
+    def lock(self, cell: Cell) -> Iterator[FolderLock | None]:
+        """The cell's lock, held meanwhile, or None where another worker has it. To be lent to the
+        run, so that it lasts as long as either lives."""
+        lock = FolderLock(self.file("locks", cell))
+        try:
+            lock.acquire()
+        except FolderInUse:
+            yield None
+            return
+        try:
+            yield lock
+        finally:
+            lock.release()
 
     def collect(self) -> list[dict[str, Any]]:
         """Results of the finished cells; also written to ``results.json``."""

@@ -8,6 +8,7 @@ the queue by itself and on from its last save (``launch/common.sh``).
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import os
 import shlex
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.files import write_json
+from megatron_progressive.runtime.files import write_atomically, write_json
+from megatron_progressive.study.cell_runs import one_a_run
 from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.grid_state import Study
 
@@ -58,8 +60,15 @@ class Job:
     """The script and its words."""
     after: tuple[str, str] | None = None
     """What it waits for: kind of the dependency and name of the job."""
-    cells: dict[int, str] = field(default_factory=dict)
-    """Of the array: the cell of each task."""
+    cells: list[str] = field(default_factory=list)
+    """Of the array: the name of each task's cell, which :attr:`cells_file` tells the task. Not its
+    index in the grid, which another cell may have by the time the task runs."""
+    cells_file: Path = Path()
+    """Of the array: one name a line."""
+
+    @property
+    def cells_text(self) -> str:
+        return "".join(f"{name}\n" for name in self.cells)
 
     def command(self, numbers: Mapping[str, str]) -> list[str]:
         """``sbatch`` and its words, where the jobs before it have ``numbers``."""
@@ -107,17 +116,17 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
             f"repository (pip install --editable)"
         )
     grid = study.grid
-    pending = {i: c for i, c in enumerate(grid.cells) if not _ended(study, c)}
+    pending = [cell.name for cell in one_a_run(grid.cells) if not _ended(study, cell)]
     if not pending:
         return []
     site = site_options()
 
     script = str(CLONE / "launch" / "grid_job.sh")
 
-    def job(name: str, *own: str, **more_fields: Any) -> Job:
+    def job(name: str, *own: str, first: Sequence[str] = (), **more_fields: Any) -> Job:
         log = f"{name}_%A_%a.log" if name == CELLS_JOB else f"{name}_%j.log"
         named = [f"--job-name={grid.name}-{name}", f"--output={study.folder / 'jobs' / log}"]
-        words = [script, _STEPS[name], str(grid.file), *grid.overrides]
+        words = [script, _STEPS[name], *first, str(grid.file), *grid.overrides]
         return Job(name, [*named, *site, *more, *own], words, **more_fields)
 
     nodes, jobs, after = f"--nodes={options.nodes}", [], None
@@ -125,9 +134,12 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
         jobs.append(job(PILOT_JOB, nodes))
         after = ("afterok", PILOT_JOB)
     limit = "" if options.array_limit is None else f"%{options.array_limit}"
-    array = f"--array={ranges(list(pending))}{limit}"
-    names = {index: cell.name for index, cell in pending.items()}
-    jobs.append(job(CELLS_JOB, nodes, array, after=after, cells=names))
+    array = f"--array=0-{len(pending) - 1}{limit}"
+    digits = hashlib.blake2b("\n".join(pending).encode(), digest_size=6).hexdigest()
+    listed = study.folder / "jobs" / f"cells-{digits}.txt"
+    cells = job(CELLS_JOB, nodes, array, first=[str(listed)], after=after, cells=pending,
+                cells_file=listed)  # fmt: skip
+    jobs.append(cells)
     # one task: the site's options may ask for one a GPU
     one = ("--nodes=1", "--ntasks-per-node=1")
     jobs.append(job(REPORT_JOB, *one, after=("afterany", CELLS_JOB)))
@@ -138,22 +150,16 @@ def _ended(study: Study, cell: Cell) -> bool:
     return not cell.unknown and (study.finished(cell) or study.exhausted(cell))
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Increasing numbers as Slurm's lists: ``0-3,7``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
 def as_script(study: Study, jobs: Sequence[Job]) -> list[str]:
     """Lines of shell that do what :func:`submit` does."""
     before = [f"export MPROG_HOME={shlex.quote(str(CLONE))}",
               f"mkdir -p {shlex.quote(str(study.folder / 'jobs'))}"]  # fmt: skip
-    return [*before, *(job.text() for job in jobs)]
+    lists = [
+        f"printf '%s\\n' {shlex.join(job.cells)} > {shlex.quote(str(job.cells_file))}"
+        for job in jobs
+        if job.cells
+    ]
+    return [*before, *lists, *(job.text() for job in jobs)]
 
 
 class SubmissionFailed(RuntimeError):
@@ -181,6 +187,8 @@ def submit(study: Study, jobs: Sequence[Job]) -> dict[str, str]:
     (study.folder / "jobs").mkdir(parents=True, exist_ok=True)
     numbers: dict[str, str] = {}
     for job in jobs:
+        if job.cells:
+            write_atomically(job.cells_file, job.cells_text)
         done = _run(job.command(numbers))
         if done.returncode:
             if numbers:
@@ -189,7 +197,7 @@ def submit(study: Study, jobs: Sequence[Job]) -> dict[str, str]:
             raise SubmissionFailed(f"{job.name}: {said}")
         # with --parsable: the number, and after a semicolon the cluster where there are several
         numbers[job.name] = done.stdout.strip().splitlines()[-1].split(";")[0]
-    cells = {str(i): name for job in jobs for i, name in job.cells.items()}
+    cells = {str(task): name for job in jobs for task, name in enumerate(job.cells)}
     record = {"submitted": [*_submitted(study), {"jobs": numbers, "cells": cells}]}
     write_json(study.folder / JOBS_FILE, record)
     return numbers

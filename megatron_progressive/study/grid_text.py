@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from megatron_progressive.study.cell_runs import one_a_run
 from megatron_progressive.study.cells import params_of
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.grid import Grid
@@ -36,7 +37,9 @@ def plan(grid: Grid) -> str:
     """The cells and what they cost."""
     rows = [["Cell", "index", "parameters", "steps", "layers", "τ", "FLOPs", "share"]]
     pilot = sum(total_flops(arm) for arm, _ in grid.pilot.plan.files) if grid.pilot else 0
-    total = sum(cell.flops for cell in grid.cells) + pilot
+    once = one_a_run(grid.cells)
+    total = sum(cell.flops for cell in once) + pilot
+    first = {cell.run_name: cell.name for cell in once}
     for index, cell in enumerate(grid.cells):
         depths = [cell.config.model.num_layers, *(e.to_layers for e in cell.config.expansion)]
         taus = "→".join(f"{step:,}" for step in cell.config.expansion_steps())
@@ -44,9 +47,14 @@ def plan(grid: Grid) -> str:
             [cell.name, str(index), short_counts([params_of(cell)])[0],
              f"{cell.config.train.steps:,}", "→".join(map(str, depths)),
              "pilot" if cell.unknown and taus else taus or "-", flops_text(cell.flops),
-             f"{100 * cell.flops / total:.1f} %"]
+             f"{100 * cell.flops / total:.1f} %" if first[cell.run_name] == cell.name else "-"]
         )  # fmt: skip
     lines = [f"Grid {grid.name}: {len(grid.cells)} cells in {grid.folder}", "", *aligned(rows), ""]
+    lines += [
+        f"{cell.name} is the run of {first[cell.run_name]}, which is trained once"
+        for cell in grid.cells
+        if first[cell.run_name] != cell.name
+    ]
     lines += _pilot_lines(grid, pilot, total)
     lines.append(f"{flops_text(total)} FLOPs in all")
     if grid.warnings:
@@ -74,6 +82,14 @@ def _pilot_lines(grid: Grid, flops: int, total: int) -> list[str]:
     return lines
 
 
+def _once(found: list[CellStatus]) -> list[CellStatus]:
+    """The first cell of each run."""
+    first: dict[str, CellStatus] = {}
+    for one in found:
+        first.setdefault(one.cell.run_name, one)
+    return list(first.values())
+
+
 def time_left(found: list[CellStatus]) -> tuple[float, int] | None:
     """Seconds until all cells that can run are finished, and how many at a time that assumes.
 
@@ -90,20 +106,21 @@ def time_left(found: list[CellStatus]) -> tuple[float, int] | None:
         return None
     everywhere = [rate for same in rates.values() for rate in same]
     seconds = 0.0
-    for one in found:
+    for one in _once(found):
         if one.state in (FINISHED, FAILED, NO_TAU):
             continue
         same = rates.get(one.cell.size, everywhere)
         seconds += max(0.0, one.cell.flops - one.flops) * len(same) / sum(same)
-    workers = max(1, sum(one.state == RUNNING for one in found))
+    workers = max(1, sum(one.state == RUNNING for one in _once(found)))
     return seconds / workers, workers
 
 
 def _summary(found: list[CellStatus]) -> str:
     states = [one.state for one in found]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    done = sum(one.cell.flops if one.state == FINISHED else one.flops for one in found)
-    total = sum(one.cell.flops for one in found)
+    once = _once(found)
+    done = sum(one.cell.flops if one.state == FINISHED else one.flops for one in once)
+    total = sum(one.cell.flops for one in once)
     parts = [counts, f"{100 * done / total:.0f} % of the FLOPs"]
     left = time_left(found)
     if left is not None and left[0] > 0:

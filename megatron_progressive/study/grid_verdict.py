@@ -90,8 +90,8 @@ def _counterpart(grown: Result, results: Sequence[Result], arm: str) -> Result |
         if arm == SHORT_ARM and other.cell.control_of == cell.name:
             return other
         same = (other.cell.size, other.cell.seed) == (cell.size, cell.seed)
-        schedule = other.cell.config.schedule == cell.config.schedule
-        if arm == FIXED_ARM and other.cell.arm == FIXED and same and schedule:
+        setting = other.cell.setting == cell.setting
+        if arm == FIXED_ARM and other.cell.arm == FIXED and same and setting:
             return other
     return None
 
@@ -205,8 +205,18 @@ def _sentence(
     return "; ".join(parts)
 
 
+def distinct(found: Sequence[Finding]) -> list[Finding]:
+    """Findings of different runs: those that cells share under several names count once."""
+    first: dict[tuple[str, ...], Finding] = {}
+    for one in found:
+        runs = tuple(verdict.run for verdict in one.verdicts)
+        first.setdefault(runs or (one.size, one.family), one)
+    return list(first.values())
+
+
 def title(name: str, found: Sequence[Finding]) -> str:
     """The answer in one line."""
+    found = distinct(found)
     judged = [one for one in found if one.to_short.mean is not None]
     if not judged:
         return (

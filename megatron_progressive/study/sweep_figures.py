@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from megatron_progressive.study.arms import Comparison
-from megatron_progressive.study.cells import FIXED, SHORT
+from megatron_progressive.study.cells import FIXED, SHORT, TAU
 from megatron_progressive.study.drawing import (
     FAINT,
     GROWN_COLOURS,
@@ -26,10 +26,12 @@ from megatron_progressive.study.drawing import (
 from megatron_progressive.study.gaps import MIXED_PERCENT, gap_curve, gap_percent
 from megatron_progressive.study.grid_figures import MANY, Look
 from megatron_progressive.study.grid_laws import usable
-from megatron_progressive.study.grid_results import WORDS, Result, sizes_of
+from megatron_progressive.study.grid_results import Result, sizes_of
+from megatron_progressive.study.labels import arm_words, families
 
 _COLUMNS = 2
 _SIZE_COLOURS = (*GROWN_COLOURS, *SHORT_COLOURS)
+_Setting = tuple[tuple[str, str], ...]  # of cells: what a run shares with its fixed-size run
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
@@ -50,7 +52,7 @@ def mixing(
         tau = run.config.expansion_steps()[-1]
         kept = (steps > tau) & np.isfinite(gap)
         if kept.any():
-            arm = WORDS[result.cell.arm] if many else ""
+            arm = arm_words(result.cell.arm) if many else ""
             label = result.family.removeprefix(arm).strip() or result.family
             tokens = (steps[kept] - tau) * run.step_tokens
             curve = _Curve(result.family, label, tokens, gap[kept], run.unit)
@@ -114,40 +116,31 @@ def _mixing_panel(
     label_ends(axes, labels)
 
 
-def spans_taus(results: Sequence[Result]) -> bool:
-    """Whether some arm of the grid has several τ."""
-    taus: dict[str, set[str]] = {}
-    for result in results:
-        if result.cell.tau and result.cell.arm != SHORT:
-            taus.setdefault(result.cell.arm, set()).add(result.cell.tau)
-    return any(len(found) > 1 for found in taus.values())
-
-
 def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
-    """Final loss and gap to fixed-size against τ, a line for each size, arm, initialisation and
-    schedule (seeds averaged); False where fewer than two τ of any line are finished."""
-    fixed: dict[tuple[str, str], list[float]] = {}
-    points: dict[tuple[str, str, str, str], dict[float, list[float]]] = {}
+    """Final loss and gap to fixed-size against τ, a line for each size and family but for τ (seeds
+    averaged); False where fewer than two τ of any line are finished."""
+    names = families([result.cell for result in results], without=[TAU])
+    fixed: dict[tuple[str, _Setting], list[float]] = {}
+    points: dict[tuple[str, str, _Setting], dict[float, list[float]]] = {}
     for result in usable(results):
         cell, loss = result.cell, result.loss or 0.0
-        schedule = cell.config.schedule.name
         if cell.arm == FIXED:
-            fixed.setdefault((cell.size, schedule), []).append(loss)
+            fixed.setdefault((cell.size, cell.setting), []).append(loss)
         elif cell.tau and cell.arm != SHORT:
             tau = cell.config.expansion_steps()[-1] / cell.config.train.steps
-            key = (cell.size, cell.arm, cell.config.expansion[-1].init, schedule)
+            key = (cell.size, names[cell.name], cell.setting)
             points.setdefault(key, {}).setdefault(tau, []).append(loss)
     points = {key: found for key, found in points.items() if len(found) > 1}
     if not points:
         return False
     sizes = [size for size in sizes_of(results) if any(key[0] == size for key in points)]
-    kinds = list(dict.fromkeys(key[1:] for key in points))
+    kinds = list(dict.fromkeys(key[1] for key in points))
     figure = new_figure(title, 6.4, w_pad=0.12)
     loss_axes, gap_axes = figure.subplots(1, 2)
     for axes, relative in ((loss_axes, False), (gap_axes, True)):
         labels = []
         for key, found in points.items():
-            known = fixed.get((key[0], key[3]))
+            known = fixed.get((key[0], key[2]))
             if relative and known is None:
                 continue
             taus = sorted(found)
@@ -155,9 +148,10 @@ def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
             if relative and known is not None:
                 y = [gap_percent(value, float(np.mean(known))) for value in y]
             colour = _SIZE_COLOURS[sizes.index(key[0]) % len(_SIZE_COLOURS)]
-            style = _LINES[kinds.index(key[1:]) % len(_LINES)]
+            style = _LINES[kinds.index(key[1]) % len(_LINES)]
             axes.plot(taus, y, color=colour, linestyle=style, linewidth=2, marker="o", markersize=5)
-            labels.append((taus[-1], y[-1], _label(key, kinds), colour))
+            label = f"{key[0]} {key[1]}" if len(kinds) > 1 else key[0]
+            labels.append((taus[-1], y[-1], label, colour))
         room = 0.019 * max((len(text) for _, _, text, _ in labels), default=0)
         every = [tau for found in points.values() for tau in found]
         low, high = min(every), max(every)
@@ -172,9 +166,3 @@ def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
         label_ends(axes, labels)
     save(figure, path)
     return True
-
-
-def _label(key: tuple[str, str, str, str], kinds: Sequence[tuple[str, str, str]]) -> str:
-    """The size, and of arm, initialisation and schedule what is not the same in all lines."""
-    varied = [key[1 + index] for index in range(3) if len({kind[index] for kind in kinds}) > 1]
-    return " ".join([key[0], *varied]).replace("_", "-")

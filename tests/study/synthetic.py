@@ -14,6 +14,7 @@ from megatron_progressive.config import RunConfig, from_dict, to_yaml
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.runtime.files import write_json
+from megatron_progressive.study.cell_runs import one_a_run
 from megatron_progressive.study.controls import fixed_size, short_control
 from megatron_progressive.study.flops import step_flops, step_tokens
 from megatron_progressive.study.grid import Grid
@@ -129,8 +130,8 @@ MEETING, MEETING_LOSS = 1e11, 4.0
 
 
 def planted_loss(arm: str, flops: float) -> float:
-    """``E + A / C^alpha`` of an arm."""
-    floor, alpha = PLANTED[arm]
+    """``E + A / C^alpha`` of an arm, of others than those planted as of fixed-size."""
+    floor, alpha = PLANTED.get(arm, PLANTED["fixed"])
     return floor + (MEETING_LOSS - floor) * (MEETING / flops) ** alpha
 
 
@@ -142,7 +143,7 @@ def write_study(grid: Grid, noise: float = 0.0, skip: Sequence[str] = (), **more
         noise: standard deviation of the log loss between cells.
     """
     random_ = random.Random(1)
-    for cell in grid.cells:
+    for cell in one_a_run(grid.cells):
         loss = planted_loss(cell.arm, cell.flops) * math.exp(random_.gauss(0, noise))
         if cell.unknown or any(word in cell.name for word in skip):
             continue

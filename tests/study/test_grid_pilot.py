@@ -17,9 +17,10 @@ import yaml
 from megatron_progressive import cli
 from megatron_progressive.study import grid_run
 from megatron_progressive.study.grid import Grid, load_grid
+from megatron_progressive.study.grid_launch import Launch
 from megatron_progressive.study.grid_pilot import WAITS
 from megatron_progressive.study.grid_report import make_grid_report
-from megatron_progressive.study.grid_run import Launch, run_grid, run_pilot
+from megatron_progressive.study.grid_run import run_grid, run_pilot
 from megatron_progressive.study.grid_state import NO_TAU, PENDING, Study
 from megatron_progressive.study.grid_text import plan
 from megatron_progressive.train.run_folder import read_metrics
@@ -161,7 +162,9 @@ def test_its_runs_start_as_cells_do_and_the_rest_goes_on_without_them(
     path = grid_file(tmp_path, corpus, study={"name": "study", "dir": str(tmp_path / "studies"),
                                              "retries": 1})  # fmt: skip
     script = tmp_path / "srun.py"
-    script.write_text("import sys; open(sys.argv[1], 'a').write(sys.argv[-1] + '\\n'); sys.exit(1)")
+    script.write_text(
+        "import sys; open(sys.argv[1], 'a').write(sys.argv[-1] + '\\n'); sys.exit('rank 0: X: no')"
+    )
     launch = Launch(srun=f"{sys.executable} {script} {tmp_path / 'started'}")
     said: list[str] = []
     assert run_grid(Study(load_grid(path)), 1, launch, said.append) == 1
@@ -189,7 +192,7 @@ def test_its_runs_start_as_cells_do_and_the_rest_goes_on_without_them(
 def test_a_pilot_that_runs_elsewhere_is_waited_for(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid_run, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(grid_run, "POLL_SECONDS", 0.05)
     study = Study(load_grid(grid_file(tmp_path, corpus)))
     assert study.grid.pilot is not None
     held, waits = threading.Event(), threading.Event()
@@ -286,4 +289,4 @@ def test_a_grid_without_a_pilot_has_none_to_run(tmp_path: Path, capsys: Any) -> 
     assert cli.main(["grid", "pilot", str(path)]) == 2
     assert "pilot: got none in" in capsys.readouterr().err
     assert cli.main(["grid", "run", str(path), "--cell", "12"]) == 2
-    assert "--cell: got '12'; accepted: an index from 0 to 5 or a name" in capsys.readouterr().err
+    assert "--cell: got '12', which " in capsys.readouterr().err

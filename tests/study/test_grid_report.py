@@ -288,7 +288,7 @@ def test_sweeps_of_tau_init_and_schedule(tmp_path: Path) -> None:
     assert head[-1] == "w16"
     # zero-layer: 2 schedules at 2 τ; one-layer: 2 inits of each as well
     assert len(rows) == 2 * 2 + 2 * 2 * 2
-    (row,) = (r for r in rows if r[0] == "1 layer" and r[1:3] == ["0.3", "copying"]
+    (row,) = (r for r in rows if r[0] == "one-layer" and r[1:3] == ["0.3", "copying"]
               and r[6] == "cosine")  # fmt: skip
     assert row[-1] == "3.0300 (+1.00 %)"  # against the fixed-size run of its own schedule
     (one,) = (o for o in report.findings if o.family == "one-layer τ=0.3 copying cosine")

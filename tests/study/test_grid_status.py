@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from megatron_progressive.study.grid import load_grid
-from megatron_progressive.study.grid_run import Launch, run_cell, run_grid
+from megatron_progressive.study.grid_cell import run_cell
+from megatron_progressive.study.grid_launch import Launch
+from megatron_progressive.study.grid_run import run_grid
 from megatron_progressive.study.grid_state import (
     FAILED,
     FINISHED,
@@ -110,13 +112,14 @@ def test_a_failing_cell_is_tried_again_so_often_and_says_why(tmp_path: Path, cor
     assert run_grid(study, 1, launch, said.append) == 1
     assert tries(tmp_path) == 3
     assert study.attempts(cell).failures == 3
-    assert said[-1] == f"{cell.name}: rank 0: OSError: no disk"
+    assert said[-2] == f"{cell.name}: rank 0: OSError: no disk"
+    assert said[-1] == "small: 1 of 1 cells not finished (1 failed)"
     found = study.status_of(cell)
     assert (found.state, found.why) == (FAILED, "rank 0: OSError: no disk")
     # so often in all, not each time
     assert run_grid(study, 1, launch, said.append) == 1
     assert tries(tmp_path) == 3
-    assert "not run: failed 3 times: rank 0: OSError: no disk (delete " in said[-1]
+    assert "not run: failed 3 times: rank 0: OSError: no disk (delete " in said[-2]
     study.file("attempts", cell, ".json").unlink()
     assert run_grid(study, 1, launch, said.append) == 1
     assert tries(tmp_path) == 6
@@ -129,7 +132,10 @@ def test_a_bad_configuration_and_a_stopped_run_are_not_tried_again(
     (cell,) = study.grid.cells
     assert run_cell(study, cell, counting(tmp_path, "sys.exit(75)")) == 75
     assert (tries(tmp_path), study.attempts(cell).failures) == (1, 0)
-    assert run_cell(study, cell, counting(tmp_path, "print('x: bad'); sys.exit(2)")) == 2
+    assert (
+        run_cell(study, cell, counting(tmp_path, "print('mprog: data.corpus: bad'); sys.exit(2)"))
+        == 2
+    )
     assert tries(tmp_path) == 2
     assert study.status_of(cell).state == FAILED
     assert run_cell(study, cell, counting(tmp_path, "")) is None
@@ -142,7 +148,7 @@ def test_a_run_that_ends_well_after_a_failure_is_finished(tmp_path: Path, corpus
     write_run(replace(cell.config, run=replace(cell.config.run, dir=str(made))), 3.0)
     counted, ready = str(tmp_path / "tries"), str(made / cell.config.run.name)
     then = (
-        f"import os, shutil\nif os.path.getsize({counted!r}) < 2: sys.exit(1)\n"
+        f"import os, shutil\nif os.path.getsize({counted!r}) < 2: sys.exit('rank 0: X: no')\n"
         f"shutil.copytree({ready!r}, {str(cell.folder)!r})"
     )
     assert run_grid(study, 1, counting(tmp_path, then), print) == 0
@@ -171,7 +177,8 @@ def test_a_cell_that_runs_is_locked(tmp_path: Path, corpus: Path) -> None:
         assert lock is not None
         assert study.status_of(cell).state == RUNNING
         code = (f"from pathlib import Path; from megatron_progressive.study.grid import load_grid; "
-                f"from megatron_progressive.study.grid_run import Launch, run_cell; "
+                f"from megatron_progressive.study.grid_cell import run_cell; "
+                f"from megatron_progressive.study.grid_launch import Launch; "
                 f"from megatron_progressive.study.grid_state import Study; "
                 f"s = Study(load_grid(Path({str(study.grid.file)!r}))); "
                 f"print(run_cell(s, s.grid.cells[0], Launch(srun='false')))")  # fmt: skip

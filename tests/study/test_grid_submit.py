@@ -14,7 +14,7 @@ import pytest
 from megatron_progressive import cli
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_state import Attempts, Study
-from megatron_progressive.study.grid_submit import JobOptions, plan_jobs, ranges
+from megatron_progressive.study.grid_submit import JobOptions, plan_jobs
 from tests.study.test_grid import grid_file
 
 # Numbers jobs from 41; those from REFUSE_FROM on are refused.
@@ -61,11 +61,11 @@ def test_jobs_of_what_is_not_finished(tmp_path: Path) -> None:
     finish(study, 0, 3)
     study.remember(study.grid.cells[5], Attempts(failures=3, error="boom"))
     cells, report = plan_jobs(study, JobOptions(2, "--time=5 --qos='a b'", 4))
-    assert cells.cells == {i: study.grid.cells[i].name for i in (1, 2, 4)}
+    assert cells.cells == [study.grid.cells[i].name for i in (1, 2, 4)]
     command = cells.command({})
-    assert "--array=1-2,4%4" in command
+    assert "--array=0-2%4" in command
     assert {"--nodes=2", "--time=5", "--qos=a b"} <= {*command}
-    assert command[-3:] == ["cell", str(path), "train.eval_every=10"]
+    assert command[-4:] == ["cell", str(cells.cells_file), str(path), "train.eval_every=10"]
     assert not any(word.startswith("--dependency") for word in command)
     assert "--dependency=afterany:17" in report.command({"cells": "17"})
     assert {"--nodes=1", "--ntasks-per-node=1"} <= {*report.options}
@@ -81,7 +81,7 @@ def test_a_pilot_goes_first_until_it_is_measured(tmp_path: Path) -> None:
     assert "--nodes=3" in pilot.options
     assert "--dependency=afterok:7" in cells.command(numbers)
     assert "--dependency=afterany:8" in report.command(numbers)
-    assert list(cells.cells) == list(range(6))  # cells without a τ yet, too
+    assert cells.cells == [cell.name for cell in study.grid.cells]  # without a τ yet, too
 
 
 def test_submission_is_recorded(tmp_path: Path, slurm: Any, capsys: Any) -> None:
@@ -152,8 +152,3 @@ def test_refusals(
     assert said in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "studies").exists()
-
-
-def test_ranges() -> None:
-    assert ranges([0]) == "0"
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
