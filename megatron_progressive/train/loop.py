@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import open_data
 from megatron_progressive.engines import make_engine
-from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
 from megatron_progressive.engines.kernels import kernels_line
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
@@ -47,6 +47,8 @@ class _Run:
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
         self.data = open_data(config)
+        there, wanted = self.data.validation_samples, config.train.eval_samples
+        self.eval_samples = wanted if there is None else min(wanted, there)
         self.recorder = Recorder(config, resumed, writes=first)
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         unit = model_shape(config).unit
@@ -64,8 +66,17 @@ class _Run:
             )
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
         else:
-            for warning in warnings:
+            for warning in [*warnings, *self._short_of_samples()]:
                 self.warn(0, warning)
+
+    def _short_of_samples(self) -> list[str]:
+        wanted, corpus = self.config.train.eval_samples, self.config.data.corpus
+        if self.eval_samples == wanted:
+            return []
+        return [
+            f"train.eval_samples is {wanted:,}, but the validation split of {corpus} has "
+            f"{self.eval_samples:,}: validations read each of these once"
+        ]
 
     def shape(self, expansions: int) -> ModelShape:
         if expansions == 0:
@@ -152,7 +163,8 @@ class _Run:
         done = self.progress.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
-        probe = GlobalBatch(self.data.validation_batch, 0, config.train.global_batch)
+        count = min(config.train.global_batch, self.eval_samples)
+        probe = GlobalBatch(self.data.validation_batch, 0, count)
         self.engine, event = expand(
             self.engine,
             expansion,
@@ -183,10 +195,7 @@ class _Run:
         if step % train.eval_every and step != self.config.last_step:
             return
         size = train.global_batch
-        batches = [
-            GlobalBatch(self.data.validation_batch, first, size)
-            for first in range(0, train.eval_samples, size)
-        ]
+        batches = in_batches(self.data.validation_batch, self.eval_samples, size)
         self.eval_loss = self.engine.evaluate(batches)
         tokens = step * size * self.engine.shape.sample_units
         self.recorder.event(
