@@ -190,7 +190,8 @@ class TrainSection:
     eval_every: int = 100
     """Steps between validations; the last step is always validated."""
     eval_samples: int = 128
-    """Validation samples a validation reads (rounded up to whole global batches)."""
+    """Validation samples a validation reads: the first ones of the split, the same whatever the
+    batch and the layout. A split that has fewer is read once, and a warning says so."""
     save_every: int = 300
     """Steps between checkpoints; 0 saves only before each expansion and at the end."""
     keep_checkpoints: int = 2

@@ -110,6 +110,11 @@ class ImageFolder:
     def __init__(self, folder: Folder, seed: int, size: int) -> None:
         self.folder, self.seed, self.size = folder, seed, size
 
+    @property
+    def validation_samples(self) -> int:
+        """Pictures of the validation split."""
+        return len(self.folder.files[VALIDATION])
+
     def train(self, first: int, count: int) -> Pictures:
         """Draws ``first`` to ``first + count`` of training: each epoch has every picture once."""
         from megatron_progressive.data.samples import order

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
 from megatron_progressive.engines import make_engine
-from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
 from megatron_progressive.engines.kernels import kernels_line
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
@@ -60,6 +60,8 @@ class _Run:
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
         self.data = open_data(as_settled(config, trained_on))
+        there, wanted = self.data.validation_samples, config.train.eval_samples
+        self.eval_samples = wanted if there is None else min(wanted, there)
         self.started = time.perf_counter() - self.progress.wall_s
         self.train_wall = self.progress.train_wall_s
         self.eval_loss, self.evaluated = float("nan"), 0  # after that step
@@ -81,8 +83,19 @@ class _Run:
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
         for note in self.recorder.notes:
             self.monitor.note(note)
+        if not self.resumed:
+            warnings = [*warnings, *self._short_of_samples()]
         for warning in [*warnings, *self.recorder.warnings]:
             self.warn(self.progress.step, warning)
+
+    def _short_of_samples(self) -> list[str]:
+        wanted, corpus = self.config.train.eval_samples, self.config.data.corpus
+        if self.eval_samples == wanted:
+            return []
+        return [
+            f"train.eval_samples is {wanted:,}, but the validation split of {corpus} has "
+            f"{self.eval_samples:,}: validations read each of these once"
+        ]
 
     def shape(self, expansions: int) -> ModelShape:
         if expansions == 0:
@@ -169,7 +182,8 @@ class _Run:
         done = self.progress.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
-        probe = GlobalBatch(self.data.validation_batch, 0, config.train.global_batch)
+        count = min(config.train.global_batch, self.eval_samples)
+        probe = GlobalBatch(self.data.validation_batch, 0, count)
         self.engine, event = expand(
             self.engine,
             expansion,
@@ -204,10 +218,7 @@ class _Run:
         """Validate after ``step``, and record it."""
         train = self.config.train
         size = train.global_batch
-        batches = [
-            GlobalBatch(self.data.validation_batch, first, size)
-            for first in range(0, train.eval_samples, size)
-        ]
+        batches = in_batches(self.data.validation_batch, self.eval_samples, size)
         self.eval_loss, self.evaluated = self.engine.evaluate(batches), step
         tokens = step * size * self.engine.shape.sample_units
         self.recorder.event(
