@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import ConfigError, RunConfig, from_dict
+from megatron_progressive.config import ConfigError, RunConfig, check_value, from_dict
+from megatron_progressive.config.loading import Override
+from megatron_progressive.config.places import check_name, check_run_file_name
+from megatron_progressive.config.values import converted, shown
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.decisive import decisive
 from megatron_progressive.study import controls
@@ -119,10 +122,15 @@ class SizeCells:
             ConfigError: no such size, or a configuration that does not hold.
         """
         if not isinstance(size, dict) or not {"name", "to_layers"} <= size.keys():
-            raise ConfigError(f"sizes: got {size!r}; accepted: mappings with name and to_layers")
+            raise ConfigError(
+                f"sizes: got {shown(size)}; accepted: mappings with name and to_layers"
+            )
         if "expansion" in run:
             raise ConfigError("run.expansion: got one; accepted: none (the arms have their own)")
-        self.name, self.seed, self.layers = str(size["name"]), seed, int(size["to_layers"])
+        self.name, self.seed = converted("sizes: name", size["name"], str), seed
+        check_name("sizes: name", self.name)
+        self.layers = converted("sizes: to_layers", size["to_layers"], int)
+        check_value("sizes: to_layers", self.layers, like="expansion.to_layers")
         changes = {key: value for key, value in size.items() if key not in ("name", "to_layers")}
         self._after = {
             key.removeprefix(_AFTER): changes.pop(key)
@@ -130,14 +138,15 @@ class SizeCells:
             if key.startswith(_AFTER)
         }
         self._axes = axes or {}
-        words = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + [*overrides]
-        words += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
-        self.config = from_dict(run, words)
+        words: list[Override] = [*changes.items(), *overrides, ("run.seed", seed)]
+        config = from_dict(run, words)
+        self.config = replace(config, run=replace(config.run, dir=str(folder)))
         # the schedule that is configured anyway leaves no mark: names do not depend on the list
         self._mark = ""
         if schedule is not None and schedule != self.config.schedule.name:
             self._mark = f"-{schedule}"
-            self.config = from_dict(run, [*words, f"schedule.name={schedule}"])
+            named = replace(self.config.schedule, name=schedule)
+            self.config = replace(self.config, schedule=named)
 
     def cells(
         self, arms: list[str], taus: list[Any], inits: list[str], tau_of: TauOf
@@ -182,13 +191,14 @@ class SizeCells:
             expansion[-1]["parallel"] = self._after
         else:
             values["parallel"].update(self._after)
-        return from_dict(values)
+        return from_dict(values, resolved=True)
 
     def _named(
         self, what: str, arm: str, config: RunConfig, tau: str = "", unknown: str = ""
     ) -> Cell:
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
         folder = name if unknown else f"{name}-{fingerprint(config)}"
+        check_run_file_name(f"cell {name}", folder)
         placed = replace(config, run=replace(config.run, name=folder))
         return Cell(name, self.name, arm, self.seed, placed, tau=tau, unknown=unknown)
 

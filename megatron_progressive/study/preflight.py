@@ -108,7 +108,7 @@ def _check_stop(config: RunConfig) -> None:
 def _expansion_step(field: str, at: float, steps: int) -> int:
     """``at`` as a step that at least one other step follows."""
     accepted = f"accepted: a fraction below 1, or a step from 1 to {steps - 1}"
-    if not math.isfinite(at) or (at > 1 and at != int(at)):
+    if not math.isfinite(at) or at > steps or (at > 1 and at != int(at)):
         raise ConfigError(f"{field}: got {at}; {accepted}")
     step = int(at) if at >= 1 else round(at * steps)
     if not 1 <= step < steps:
