@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -186,8 +187,10 @@ def _checked(section: Any, prefix: str, resolved: bool) -> Any:
 
 def _accepted(name: str, value: Any, resolved: bool) -> Any:
     check_value(name, value, resolved=resolved)
-    if resolved or value is None:
+    if value is None:
         return value
+    if resolved:  # earlier versions left ~ in it
+        return os.path.expanduser(value) if name in PATHS else value
     if name in NAMES:
         check_name(name, value)
     if name in PATHS:
@@ -261,9 +264,9 @@ def from_dict(
     Args:
         values: nested mappings of sections and fields.
         overrides: words, or keys and their values, in order.
-        resolved: whether a run had the values already: names and paths are taken as they are.
-            Otherwise ``~`` and environment variables in paths (:data:`.accepted.PATHS`) are
-            replaced by what they stand for.
+        resolved: whether a run had the values already: names and variables in paths are taken as
+            they are. Otherwise ``~``, ``$NAME`` and ``${NAME}`` in paths
+            (:data:`.accepted.PATHS`) are replaced by what they stand for.
 
     Raises:
         ConfigError: unknown key, wrong type, missing or unaccepted value.

@@ -7,7 +7,9 @@ import os
 import re
 from pathlib import Path
 
+from megatron_progressive.config.accepted import PATHS
 from megatron_progressive.config.errors import ConfigError
+from megatron_progressive.config.schema import RunConfig
 from megatron_progressive.config.values import shown
 
 NAME_BYTES = 200
@@ -121,8 +123,26 @@ def check_readable(field: str, path: Path) -> None:
         raise _error(field, path, path, "Permission denied", accepted)
 
 
-def check_writable(field: str, folder: Path) -> None:
+def check_paths(config: RunConfig) -> None:
+    """Whether the folders and files that a run is to read can be read, where they are there.
+
+    Raises:
+        ConfigError: one cannot, by its field.
+    """
+    for field in PATHS:
+        section, key = field.split(".")
+        value = getattr(getattr(config, section), key)
+        if value is not None:
+            check_readable(field, Path(value.removeprefix("hf:")))
+
+
+def check_writable(field: str, folder: Path, added: int = 0) -> None:
     """Whether ``folder`` can be made, or is there, and can be written to. Makes nothing.
+
+    Args:
+        field: that names it.
+        folder: the path.
+        added: bytes that the name of a half-written one has more.
 
     Raises:
         ConfigError: it cannot.
@@ -145,13 +165,14 @@ def check_writable(field: str, folder: Path) -> None:
                 why = "Read-only file system"
             raise _error(field, folder, at, why, accepted)
         break
-    _check_lengths(field, folder)
+    _check_lengths(field, folder, added)
 
 
-def _check_lengths(field: str, path: Path) -> None:
-    """The kernel compares no name in a folder that is not there yet."""
+def _check_lengths(field: str, path: Path, added: int = 0) -> None:
+    """The kernel looks at no name in a folder that is not there yet."""
     for part in path.parts:
-        if len(part.encode(errors="surrogateescape")) > FILE_NAME_BYTES:
+        size = len(part.encode(errors="surrogateescape"))
+        if size + (added if part == path.name else 0) > FILE_NAME_BYTES:
             raise _error(field, path, Path(part), "File name too long", "shorter names")
 
 

@@ -154,7 +154,7 @@ def open_corpus(data: DataSection) -> Corpus:
             raise ConfigError(f"data.corpus: got {spec!r}; accepted: {ACCEPTED}")
         local = Path(_hub_name(spec)[0])
         return Corpus(data, local if local.is_dir() else None)
-    root = Path(spec).expanduser()
+    root = Path(spec)
     if not spec or not root.exists():
         raise ConfigError(f"data.corpus: got {spec!r}, which does not exist; accepted: {ACCEPTED}")
     return Corpus(data, root)

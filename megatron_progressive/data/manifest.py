@@ -90,7 +90,7 @@ def prepared_folder(config: RunConfig) -> Path:
             or ``run.dir`` is inside the corpus.
     """
     if config.data.prepared is not None:
-        return Path(config.data.prepared).expanduser()
+        return Path(config.data.prepared)
     corpus, parent = open_corpus(config.data), Path(config.run.dir) / "data"
     if corpus.root is not None and parent.resolve().is_relative_to(corpus.root.resolve()):
         raise ConfigError(  # what the run writes would change the corpus

@@ -14,7 +14,7 @@ from megatron_progressive.config import CONFIG_FILE, ConfigError, DataSection, R
 from megatron_progressive.models import FAMILIES
 from megatron_progressive.models.base import ModelShape, TransformerShape
 from megatron_progressive.models.family import PARTS
-from megatron_progressive.state.checkpoint import checkpoints, read_description
+from megatron_progressive.state.checkpoint import checkpoints, newest_checkpoint, read_description
 
 _TRAINING = {"mup", "mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
 """Fields of the model that say how it is trained: a run may set others than the checkpoint's."""
@@ -23,7 +23,8 @@ _DATA_FIELDS = {field.name for field in fields(DataSection)}
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
-    """The configuration with the sizes of ``run.init_from``'s model where it sets none.
+    """The configuration with the sizes of ``run.init_from``'s model where it sets none, and with
+    that checkpoint's own path where it names a run's folder.
 
     A run that has checkpoints of its own goes on from those: its folder's configuration then
     gives the sizes, and ``run.init_from`` may be gone.
@@ -35,12 +36,13 @@ def with_initial_model(config: RunConfig) -> RunConfig:
         return config
     own = _own_configuration(config)
     if own is not None:
-        return _filled(config, _sizes_of_configuration(own))
-    checkpoint = Path(config.run.init_from).expanduser()
+        return _filled(_from(config, own.run.init_from), _sizes_of_configuration(own))
     try:
+        checkpoint = newest_checkpoint(Path(config.run.init_from))
         shape = read_description(checkpoint)[1].shape
     except ConfigError as error:
         raise ConfigError(f"run.init_from: {error}") from None
+    config = _from(config, str(checkpoint))
     if config.model.family != shape.family:
         raise ConfigError(
             f"model.family: got {config.model.family!r}; accepted: {shape.family} (the model of "
@@ -56,9 +58,23 @@ def _own_configuration(config: RunConfig) -> RunConfig | None:
     path = config.folder / CONFIG_FILE
     if not path.is_file() or not checkpoints(config.folder):
         return None
-    own = load(path)
-    same = (own.run.init_from, own.model.family) == (config.run.init_from, config.model.family)
+    own = load(path, resolved=True)
+    same = own.model.family == config.model.family and _means(
+        config.run.init_from, own.run.init_from
+    )
     return own if same else None
+
+
+def _means(given: str | None, checkpoint: str | None) -> bool:
+    """Whether ``given`` is the checkpoint, or the folder of its run, which may have newer ones."""
+    if given is None or checkpoint is None:
+        return given == checkpoint
+    places = Path(checkpoint), *list(Path(checkpoint).parents)[:2]
+    return Path(given) in places
+
+
+def _from(config: RunConfig, checkpoint: str | None) -> RunConfig:
+    return replace(config, run=replace(config.run, init_from=checkpoint))
 
 
 def sizes_of_model(shape: ModelShape) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _candidates(checkpoint: Path) -> Iterator[Path]:
     yield checkpoint / FOLDER
     run = checkpoint.resolve().parent.parent
     try:
-        config = load(run / CONFIG_FILE)
+        config = load(run / CONFIG_FILE, resolved=True)
         # the run may have been started from another working directory
         yield (
             prepared_folder(replace(config, run=replace(config.run, dir=str(run.parent)))) / FOLDER

@@ -30,6 +30,8 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     Raises:
         ConfigError: a phase cannot run; one line that names the field, its value and the fix.
     """
+    if world < 1:
+        raise ConfigError(f"--nproc: got {world}; accepted: from 1")
     check_schedule(config)
     _check_expansions(config)
     _check_stop(config)

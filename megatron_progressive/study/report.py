@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,12 +115,17 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def record_verdicts(report: Report) -> None:
-    """Add each finished progressive run's verdict to its own ``summary.json``."""
+    """Add each finished progressive run's verdict to its own ``summary.json``, where it may be
+    written; else standard error says so."""
     for verdict in report.verdicts:
         path = Path(verdict.folder) / "summary.json"
-        if path.is_file():
-            values = json.loads(path.read_text())
+        if not path.is_file():
+            continue
+        values = json.loads(path.read_text())
+        try:
             write_json(path, {**values, **verdict_fields(report, Path(verdict.folder))})
+        except PermissionError:  # somebody else's run, compared with one's own
+            print(f"note: {path} is not written to: Permission denied", file=sys.stderr)
 
 
 def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:

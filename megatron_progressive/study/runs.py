@@ -138,7 +138,7 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise ConfigError(f"RUN: {folder} has no {name}; accepted: a run folder")
     try:
-        config = load(folder / CONFIG_FILE)
+        config = load(folder / CONFIG_FILE, resolved=True)
     except ConfigError as error:
         raise ConfigError(f"RUN: {folder / CONFIG_FILE}: {error}") from None
     events = _events(folder / METRICS_FILE)

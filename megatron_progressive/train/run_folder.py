@@ -32,7 +32,7 @@ def check_folder(config: RunConfig) -> Progress | None:
         raise ConfigError(f"run.name: {folder} is there and is no run folder; accepted: a new name")
     if not any(folder.iterdir()):
         return None
-    present = decisive(load(folder / CONFIG_FILE))
+    present = decisive(load(folder / CONFIG_FILE, resolved=True))
     wanted = decisive(config)
     for key in sorted({*present, *wanted}):
         if present.get(key) != wanted.get(key):
