@@ -18,7 +18,7 @@ from megatron_progressive.config import (
     expansion_from_words,
     load,
 )
-from megatron_progressive.config.places import check_paths, check_writable, place
+from megatron_progressive.config.places import PLACE_ERRORS, check_paths, check_writable, place
 from megatron_progressive.runtime.arguments import Parser, count, positive
 from megatron_progressive.runtime.terminal import write_plainly
 
@@ -101,7 +101,7 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
 
     verb = args.grid_command
     study = Study(load_grid(place("GRID", args.grid), args.overrides))
-    if verb not in ("plan", "status"):
+    if verb not in ("plan", "status") and not vars(args).get("dry_run"):
         study.check_places()
     if verb in ("pilot", "run"):
         launch = grid_run.Launch(args.nproc, args.srun)
@@ -409,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         print(f"mprog: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        return 2 if error.errno in PLACE_ERRORS else 1
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:

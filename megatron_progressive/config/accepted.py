@@ -110,8 +110,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
 WORDING = {"expansion.at": "a fraction of train.steps below 1, or a step"}
 """What a field accepts that goes by others (which are asked once the configuration is whole)."""
 
-NAMES = ("run.name",)
-"""Fields that name a folder."""
+NAMES = {"run.name": {"data": "run.dir/data holds prepared corpora"}}
+"""Fields that name a folder, and names that are taken, with the reason."""
 
 PATHS = ("run.dir", "run.init_from", "data.corpus", "data.tokenizer", "data.prepared")
 """Fields that are paths, or may be: ``~`` and variables stand for what they mean in a shell."""

@@ -193,6 +193,8 @@ def _accepted(name: str, value: Any, resolved: bool) -> Any:
         return os.path.expanduser(value) if name in PATHS else value
     if name in NAMES:
         check_name(name, value)
+        if why := NAMES[name].get(value):
+            raise ConfigError(f"{name}: got {shown(value)}; accepted: another name ({why})")
     if name in PATHS:
         return _HUB + expanded(name, value[3:]) if _is_hub(name, value) else expanded(name, value)
     return value

@@ -3,6 +3,7 @@ written there, asked before anything is made."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,10 @@ runs, studies and half-written files add to it is left free."""
 FILE_NAME_BYTES = 255
 _ADDED = len("..yaml.tmp")
 """Most that is put around the name of a run for a file of it."""
+
+PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+"""Of a path that no second try makes better."""
 
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*)(?P<end>\}?)|(?P<bare>[A-Za-z_][A-Za-z0-9_]*))")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -129,6 +134,7 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         ConfigError: one cannot, by its field.
     """
+    check_readable("run.dir", config.folder)
     for field in PATHS:
         section, key = field.split(".")
         value = getattr(getattr(config, section), key)

@@ -122,6 +122,10 @@ def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
         sizes = values.pop("files")
         model = ModelRecord.from_values(values.pop("model"))
         progress = Progress(**values)
+    except PermissionError as error:  # it may be whole
+        raise ConfigError(
+            f"checkpoint: {checkpoint} cannot be read ({error.strerror}); accepted: one that can"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"checkpoint: {checkpoint} has no readable {PROGRESS_FILE}; accepted: a whole "

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import ConfigError, RunConfig, load
+from megatron_progressive.config.places import check_readable
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.study import flops
@@ -132,11 +133,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: no run folder, no metrics in it, or a file that cannot be read.
     """
+    check_readable("RUN", folder)
     if not folder.is_dir():
         raise ConfigError(f"RUN: no folder {folder}; accepted: a run folder")
     for name in (CONFIG_FILE, METRICS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"RUN: {folder} has no {name}; accepted: a run folder")
+        check_readable("RUN", folder / name)
     try:
         config = load(folder / CONFIG_FILE, resolved=True)
     except ConfigError as error:
