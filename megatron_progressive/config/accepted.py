@@ -28,9 +28,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 _COUNT = 2**31 - 1
-"""Of steps, samples, tokens and ranks: products of two of them fit in 64 bits."""
-_WIDTH, _LAYERS, _EXPERTS = 2**20, 10_000, 2**13
-"""Far above any model: more is a slip of the keyboard, and its plan would fill the memory."""
+"""Of samples, tokens and ranks: products of two of them fit in 64 bits."""
+_STEPS, _WIDTH, _LAYERS, _EXPERTS = 10**7, 2**20, 10_000, 2**13
+"""Far above any run: more is a slip of the keyboard, and its plan would fill the memory."""
 _FP32 = 3.4028234663852886e38
 """The greatest number in fp32, in which models are trained."""
 
@@ -70,8 +70,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "data.num_classes": (2, _WIDTH),
     "data.validation_fraction": (0.0001, 0.5),
     "data.max_bytes": (0, 2**63 - 1),
-    "train.steps": (1, _COUNT),
-    "train.stop_after": (1, _COUNT),
+    "train.steps": (1, _STEPS),
+    "train.stop_after": (1, _STEPS),
     "train.global_batch": (1, _COUNT),
     "train.micro_batch": (1, _COUNT),
     "train.eval_every": (1, _COUNT),
@@ -108,7 +108,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
 :data:`WORDING`: none is infinite or NaN."""
 
 WORDING = {"expansion.at": "a fraction of train.steps below 1, or a step"}
-"""What a field accepts that goes by others (which are asked once the configuration is whole)."""
+"""What a field accepts that goes by others, which are asked once the configuration is whole; a
+finite number it is in any case."""
+
+LONGEST_TEXT, LONGEST_PATH = 200, 4096
+"""Characters; of a path as Linux has it."""
 
 NAMES = {"run.name": {"data": "run.dir/data holds prepared corpora"}}
 """Fields that name a folder, and names that are taken, with the reason."""

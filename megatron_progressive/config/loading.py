@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import types
@@ -14,7 +15,15 @@ from typing import Any
 
 import yaml
 
-from megatron_progressive.config.accepted import BOUNDS, CHOICES, NAMES, PATHS, WORDING
+from megatron_progressive.config.accepted import (
+    BOUNDS,
+    CHOICES,
+    LONGEST_PATH,
+    LONGEST_TEXT,
+    NAMES,
+    PATHS,
+    WORDING,
+)
 from megatron_progressive.config.errors import ConfigError
 from megatron_progressive.config.places import check_name, expanded
 from megatron_progressive.config.schema import (
@@ -155,8 +164,13 @@ def check_value(name: str, value: Any, like: str = "", resolved: bool = False) -
         ConfigError: it does not.
     """
     key = _generic(like or name)
+    longest = LONGEST_PATH if key in PATHS else LONGEST_TEXT
+    if isinstance(value, str) and len(value) > longest and key not in NAMES:
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: up to {longest} characters")
     if key in CHOICES and value not in CHOICES[key]:
         raise ConfigError(f"{name}: got {shown(value)}; accepted: {_choices(key)}")
+    if key in WORDING and not math.isfinite(value):
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: {WORDING[key]}")
     if key in BOUNDS and value is not None:
         low, high = BOUNDS[key]
         # written so that NaN fails too
@@ -243,7 +257,7 @@ def with_value(values: Any, key: str, value: Any) -> Any:
         index = int(part)
         new = with_value(values[index], rest, value) if rest else _merged(values[index], value)
         return [*values[:index], new, *values[index + 1 :]]
-    if not isinstance(values, dict) or not part:
+    if not isinstance(values, dict) or not part or key.endswith("."):
         raise KeyError(key)
     if rest:
         return {**values, part: with_value(values.get(part, {}), rest, value)}

@@ -80,8 +80,9 @@ def expanded(field: str, path: str) -> str:
         return os.environ[name]
 
     found = os.path.expanduser(_VARIABLE.sub(value, path))
-    if not found or "\0" in found:
-        raise ConfigError(f"{field}: got {shown(path)}; accepted: a path")
+    if not found or any(ord(sign) < 32 or ord(sign) == 127 for sign in found):
+        accepted = "a path without control characters" if found else "a path"
+        raise ConfigError(f"{field}: got {shown(path)}; accepted: {accepted}")
     if found.startswith("~"):
         raise ConfigError(
             f"{field}: got {shown(path)}; accepted: ~ or ~USER of a user who has a home (./~ for "
