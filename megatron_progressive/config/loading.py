@@ -138,6 +138,8 @@ def _item(kind: _Kind, value: Any, name: str) -> Any:
     key = _generic(name)
     if is_null(value) and not kind.optional and key in CHOICES:
         raise ConfigError(f"{name}: got {shown(value)}; accepted: {_choices(key)}")
+    if value == "~" and name in PATHS and not kind.optional:
+        return str(value)  # no null, which this field has not, but the home folder
     return converted(name, value, kind.type, kind.optional)
 
 

@@ -124,7 +124,7 @@ def check_readable(field: str, path: Path) -> None:
         ConfigError: it cannot.
     """
     check_reachable(field, path)
-    if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+    if path.exists() and not _may(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         accepted = "what can be read"
         raise _error(field, path, path, "Permission denied", accepted)
 
@@ -166,13 +166,17 @@ def check_writable(field: str, folder: Path, added: int = 0) -> None:
             raise _error(field, folder, at, str(error.strerror), accepted) from None
         if not at.is_dir():
             raise _error(field, folder, at, "a file", accepted)
-        if not os.access(at, os.W_OK | os.X_OK):
+        if not _may(at, os.W_OK | os.X_OK):
             why = "Permission denied"
             if hasattr(os, "statvfs") and os.statvfs(at).f_flag & os.ST_RDONLY:
                 why = "Read-only file system"
             raise _error(field, folder, at, why, accepted)
         break
     _check_lengths(field, folder, added)
+
+
+def _may(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _check_lengths(field: str, path: Path, added: int = 0) -> None:

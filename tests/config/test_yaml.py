@@ -28,7 +28,7 @@ def said_of(tmp_path: Path, text: str | bytes) -> str:
     ("text", "said"),
     [
         (SOUND + "train: {steps: 5}\n", "in.yaml: train: twice (lines 2 and 3); accepted: each"),
-        ("model: {family: gpt2}\ntrain: {steps: 2, steps: 7}", "train.steps: twice (lines 2 and 2)"),
+        ("model: {family: gpt2}\ntrain: {steps: 2, steps: 7}", "n.steps: twice (lines 2 and 2)"),
         ("expansion:\n- at: 1\n  at: 2\n", "expansion[0].at: twice (lines 2 and 3)"),
         (SOUND + '"train": {}\n', "train: twice (lines 2 and 3)"),
         ("run: &r {<<: *r}", "run.<<: got an anchor that holds itself (line 1)"),
