@@ -225,7 +225,7 @@ def test_damaged_checkpoint(
 # name, what is asked for beside the checkpoint, what the line must hold
 EXPAND_TABLE: list[tuple[str, dict[str, str], list[str]]] = [
     ("no such checkpoint", {"checkpoint": "nothing"}, ["no folder", "nothing"]),
-    ("a run folder", {"checkpoint": "run"}, ["progress.json"]),
+    ("a folder of runs", {"checkpoint": "."}, ["is a folder of runs"]),
     ("same depth", {"to-layers": "4"}, ["to_layers: got 4", "more than the 4 layers"]),
     ("no layers", {"to-layers": "0"}, ["to_layers: got 0", "from 1"]),
     ("no number", {"to-layers": "many"}, ["to_layers: got 'many'", "an integer"]),

@@ -6,11 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import MISSING
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: one line for the user, exit code 2."""
+MISSING: Any = "???"
+"""The default of a field that has none: a configuration must give it a value."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def open_folder(corpus: str, num_classes: int) -> Folder:
         ConfigError: no such folder, a split without classes or a class without pictures, another
             number of classes, or a validation class that training lacks.
     """
-    root = Path(corpus).expanduser()
+    root = Path(corpus)
     accepted = (
         f"accepted: shapes, or a folder with {TRAIN}/CLASS/*.png and {VALIDATION}/CLASS/*.png"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.config.places import check_writable
 from megatron_progressive.data.corpus import Corpus, open_corpus
 from megatron_progressive.data.manifest import (
     FORMAT,
@@ -86,6 +87,7 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
     corpus = open_corpus(config.data).pinned()  # read twice: for the tokenizer, for its tokens
     # before anything is written: fails fast on a tokenizer that is missing or too large
     tokenizer = load_tokenizer(config.data, transformer_shape(config).vocab_size)
+    check_writable("run.dir" if config.data.prepared is None else "data.prepared", folder.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"

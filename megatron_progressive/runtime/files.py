@@ -21,7 +21,7 @@ def fsync_path(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``; a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

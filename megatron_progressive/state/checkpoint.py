@@ -14,12 +14,13 @@ import os
 import queue
 import re
 import shutil
+import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import ConfigError
+from megatron_progressive.config import CONFIG_FILE, ConfigError
 from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.state.boxes import MASTER, PARAM, WEIGHT_SLOTS, Piece, ShardedState
 from megatron_progressive.state.record import ModelRecord
@@ -70,6 +71,36 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path stands for: of a run folder, or its folder of checkpoints, the
+    newest one, and standard error says which; anything else is left to the reader.
+
+    Raises:
+        ConfigError: a run folder that has none yet, or a folder of several runs.
+    """
+    if (path / PROGRESS_FILE).exists() or not path.is_dir():
+        return path
+    run = path.parent if path.name == checkpoint_path(path, 0).parent.name else path
+    if (run / CONFIG_FILE).is_file():
+        found = checkpoints(run)
+        if not found:
+            raise ConfigError(
+                f"checkpoint: {run} is a run folder without a checkpoint; accepted: one that has "
+                "saved"
+            )
+        if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID")):
+            said = f"{path} is a run folder; its newest checkpoint is {found[-1]}"
+            print(said, file=sys.stderr, flush=True)
+        return found[-1]
+    for runs in (path, path / "cells"):  # of a study
+        if any((folder / CONFIG_FILE).is_file() for folder in runs.glob("*/")):
+            raise ConfigError(
+                f"checkpoint: {path} is a folder of runs; accepted: one of them, or one of its "
+                "checkpoints"
+            )
+    return path
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """The progress that a checkpoint holds, after checking that all its files are whole.
 
@@ -90,15 +121,22 @@ def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
             f"checkpoint: no folder {checkpoint}; accepted: a checkpoint, as "
             "RUN/checkpoints/step_0001200"
         )
+    # not of a folder that is something else: nobody is told to remove that
+    saved = _NAME.fullmatch(checkpoint.name) is not None
+    before = " (remove this one to resume from the one before)" if saved else ""
     try:
         values: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text())
         sizes = values.pop("files")
         model = ModelRecord.from_values(values.pop("model"))
         progress = Progress(**values)
+    except PermissionError as error:  # it may be whole
+        raise ConfigError(
+            f"checkpoint: {checkpoint} cannot be read ({error.strerror}); accepted: one that can"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"checkpoint: {checkpoint} has no readable {PROGRESS_FILE}; accepted: a whole "
-            "checkpoint (remove this one to resume from the one before)"
+            f"checkpoint{before}"
         ) from None
     for name, size in sizes.items():
         path = checkpoint / name

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.config.places import check_writable
 from megatron_progressive.runtime.files import fsync_path
 
 
@@ -20,6 +21,7 @@ def check_new_folder(out: Path, nbytes: int) -> None:
         raise ConfigError(
             f"out: no folder {out.parent}; accepted: a name in a folder that is there"
         )
+    check_writable("out", out, added=len(_hidden(out).name) - len(out.name))
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
         raise ConfigError(
@@ -28,13 +30,17 @@ def check_new_folder(out: Path, nbytes: int) -> None:
         )
 
 
+def _hidden(out: Path) -> Path:
+    return out.with_name(f".{out.name}.tmp")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` to write to, which becomes ``out`` at the end.
 
     An error removes it. The writer flushes its files.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = _hidden(out)
     shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
     temporary.mkdir()
     try:

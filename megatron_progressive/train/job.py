@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.config.places import check_writable
 from megatron_progressive.engines.kernels import check_kernels
 from megatron_progressive.runtime.distributed import (
     Place,
@@ -41,9 +42,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         raise ConfigError(
             f"--nproc: got {nproc} in a job of {place.world} ranks; accepted: no --nproc here"
         )
-    world = place.world if place else nproc or 1
-    if world < 1:
-        raise ConfigError(f"--nproc: got {nproc}; accepted: from 1")
+    world = place.world if place else 1 if nproc is None else nproc
     warnings = check_run(config, world)
     check_kernels(config)
     check_trackers(config)
@@ -55,6 +54,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         check_free(config)
     if progress is None:
         warnings += unknown_tokenizer(config)
+    check_writable("run.dir", config.folder)
     leader = Leader(place)
     if leader.is_me:
         for warning in warnings if progress is None else ():

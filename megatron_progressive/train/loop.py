@@ -115,7 +115,10 @@ class _Run:
             checkpoint.load(state, path)
             self.history = checkpoint.read_description(path)[1].depth_history
         elif self.config.run.init_from is not None:
-            checkpoint.load_weights(state, Path(self.config.run.init_from).expanduser())
+            # rank 0's: where it was given as a run's folder, that run may have saved meanwhile
+            source = [self.config.run.init_from]
+            dist.broadcast_object_list(source)
+            checkpoint.load_weights(state, Path(source[0]))
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()

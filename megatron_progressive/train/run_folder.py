@@ -44,7 +44,7 @@ def check_folder(config: RunConfig) -> Progress | None:
 
 
 def _checked(config: RunConfig, folder: Path) -> Progress | None:
-    before = load(folder / CONFIG_FILE)
+    before = load(folder / CONFIG_FILE, resolved=True)
     if extends(config, before):
         return read_progress(branch(folder, before))
     present, wanted = decisive(before), decisive(config)
