@@ -8,12 +8,13 @@ streams.
 from __future__ import annotations
 
 import contextlib
-import platform
+import functools
+import hashlib
 import re
 import stat
 import sysconfig
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Corpus:
     data: DataSection
     root: Path | None
     """File or folder; None for the Hugging Face hub."""
+    revision: str | None = None
+    """Commit of a Hugging Face data set that is read (default: the newest one at each reading)."""
 
     @property
     def is_hub(self) -> bool:
@@ -79,15 +82,29 @@ class Corpus:
         return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
-        """What decides the documents, as JSON can hold it: names, sizes and times of files."""
-        if self.data.corpus == "stdlib":
-            return ["stdlib", platform.python_implementation(), platform.python_version()]
+        """What decides the documents, as JSON can hold it: names, sizes and times of files; of
+        ``stdlib``, which each interpreter has a copy of, names and content."""
+        if self.data.corpus == "stdlib" and self.root is not None:
+            return ["stdlib", _content(self.root, tuple(self.files()))]
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
         for path in self.files():
             stat = path.stat()
             name = path.name if path == self.root else str(path.relative_to(self.root or path))
             listing.append([name, stat.st_size, stat.st_mtime_ns])
         return listing
+
+    def pinned(self) -> Corpus:
+        """The same corpus, whose every reading is of the commit that a Hugging Face data set has
+        now; a local one, or one whose commit cannot be had, as it is."""
+        if not self.is_hub or self.root is not None:
+            return self
+        import huggingface_hub
+
+        try:
+            found = huggingface_hub.HfApi().dataset_info(_hub_name(self.data.corpus)[0])
+        except Exception:  # whether the data set can be read is told by reading it
+            return self
+        return replace(self, revision=found.sha)
 
     def size(self) -> int | None:
         """Bytes to read, as they lie on disk (less than the text's where compressed); None
@@ -110,7 +127,7 @@ class Corpus:
         """
         tally = Tally() if tally is None else tally
         read, limit = 0, self.data.max_bytes
-        source = _from_hub(self.data) if self.is_hub else self._from_files(tally)
+        source = _from_hub(self.data, self.revision) if self.is_hub else self._from_files(tally)
         with contextlib.closing(source):
             for path, text in source:
                 text = text.removeprefix("\ufeff")
@@ -206,19 +223,31 @@ def open_corpus(data: DataSection) -> Corpus:
     return Corpus(data, root)
 
 
+@functools.cache
+def _content(root: Path, files: tuple[Path, ...]) -> str:
+    """Hash of the names and the content of files that do not change while a process runs."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
 def _hub_name(spec: str) -> tuple[str, str | None]:
     """Name and configuration of ``hf:NAME`` or ``hf:NAME:CONFIG``."""
     name, _, configuration = spec.removeprefix("hf:").partition(":")
     return name, configuration or None
 
 
-def _from_hub(data: DataSection) -> Generator[tuple[Path | None, str]]:
+def _from_hub(data: DataSection, revision: str | None) -> Generator[tuple[Path | None, str]]:
     import datasets
 
     name, configuration = _hub_name(data.corpus)
     rows: Iterator[Any]
     try:
-        rows = iter(datasets.load_dataset(name, configuration, split="train", streaming=True))
+        pinned = {} if revision is None else {"revision": revision}
+        loaded = datasets.load_dataset(name, configuration, split="train", streaming=True, **pinned)
+        rows = iter(loaded)
         first = next(rows, None)
     except Exception as error:  # what the library raises is as varied as its sources
         raise ConfigError(

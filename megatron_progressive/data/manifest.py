@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ READABLE_FORMATS = (1, FORMAT)
 """Formats whose files are read as they are; the first split by the exact text and had no tally."""
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a prepared corpus."""
 SPLITS = ("train", "validation")
 
 
@@ -63,6 +66,10 @@ class Manifest:
     """Bytes of each ``.bin`` and ``.idx`` file."""
     reading: Tally | None = None
     """What of the corpus was read, left out and mended; None where an earlier version made it."""
+    revision: str | None = None
+    """Commit of a Hugging Face data set that was read; None of others, or where it is unknown."""
+    tokenizer_revision: str | None = None
+    """Commit of a Hugging Face tokenizer; None of others, or where it is unknown."""
 
     def summary(self) -> list[str]:
         """Lines for the user: documents, text and tokens of each split, and what was read."""
@@ -116,19 +123,21 @@ def prepared_folder(config: RunConfig) -> Path:
     return parent / f"{corpus.name}-{fingerprint(config)[:10]}"
 
 
+def prepared_error(folder: Path, why: str) -> ConfigError:
+    """That a prepared corpus is not one, and why."""
+    return ConfigError(
+        f"data.prepared: got {folder}, {why}; accepted: a folder that `mprog data prepare` "
+        "made (delete this one to make it again)"
+    )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a prepared corpus, after a look at its files' sizes.
 
     Raises:
         ConfigError: no manifest, one of another format, or a file that is missing or cut short.
     """
-
-    def error(why: str) -> ConfigError:
-        return ConfigError(
-            f"data.prepared: got {folder}, {why}; accepted: a folder that `mprog data prepare` "
-            "made (delete this one to make it again)"
-        )
-
+    error = partial(prepared_error, folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise error(f"which has no {MANIFEST}" if folder.exists() else "which does not exist")

@@ -20,6 +20,7 @@ from megatron_progressive.data.manifest import (
     FORMAT,
     MANIFEST,
     SPLITS,
+    TOKENIZER,
     Manifest,
     SplitCounts,
     check_fit,
@@ -82,7 +83,7 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
             transformer_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer
         )
         return folder
-    corpus = open_corpus(config.data)
+    corpus = open_corpus(config.data).pinned()  # read twice: for the tokenizer, for its tokens
     # before anything is written: fails fast on a tokenizer that is missing or too large
     tokenizer = load_tokenizer(config.data, transformer_shape(config).vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,7 @@ def _write(
         sample = training_sample(corpus, fraction)
         tokenizer = train_bpe(sample, transformer_shape(config).vocab_size)
         del sample
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / TOKENIZER)
     entries = tokenizer.entries
     dtype = indexed_dataset().DType.optimal_dtype(entries)
     documents = dict.fromkeys(SPLITS, 0)
@@ -229,6 +230,8 @@ def _write(
         },
         files={path.name: path.stat().st_size for path in files},
         reading=tally,
+        revision=corpus.revision,
+        tokenizer_revision=tokenizer.revision,
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import ConfigError, to_yaml
+from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.runtime.launch import free_port
 from megatron_progressive.study.cells import Cell
+from megatron_progressive.study.grid_data import cell_file, settled
 from megatron_progressive.study.grid_pilot import WAITS
 from megatron_progressive.study.grid_state import RUNNING, Attempts, Study, code_version
 
@@ -118,7 +119,7 @@ def run_cell(
         path, log = study.file("configs", cell, ".yaml"), study.file("logs", cell, ".log")
         for file in (path, log):
             file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_yaml(cell.config))
+        write_atomically(path, cell_file(cell))
         while True:
             with open(log, "ab") as out:
                 process = subprocess.Popen(
@@ -162,9 +163,10 @@ def run_grid(
     """
     cells = study.grid.chosen(list(chosen)) if chosen else study.grid.cells
     with Signals().caught() as signals:
-        if study.grid.pilot is not None and (
-            not chosen or any(cell.unknown == WAITS for cell in cells)
-        ):
+        pilot = study.grid.pilot if not chosen or any(c.unknown == WAITS for c in cells) else None
+        study = _settled(study, [*cells, *(pilot.cells if pilot is not None else [])], say)
+        cells = study.grid.chosen([cell.name for cell in cells])
+        if pilot is not None:
             _run_pilot(study, workers, launch, say, signals)
             study = Study(study.grid.reloaded())  # whose cells now know their τ
             cells = study.grid.chosen([cell.name for cell in cells])
@@ -195,6 +197,9 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
             f"pilot: got none in {study.grid.file}; accepted: a mapping, or tau: [pilot]"
         )
     with Signals().caught() as signals:
+        study = _settled(study, pilot.cells, say)
+        assert study.grid.pilot is not None
+        pilot = study.grid.pilot
         code = _run_pilot(study, workers, launch, say, signals)
     if code:
         return code
@@ -205,6 +210,13 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
             say(f"{cell.name}: {cell.unknown}")
     known = found is not None and found.mixed and not any(cell.unknown for cell in cells)
     return 0 if known else NO_TAU_CODE
+
+
+def _settled(study: Study, cells: Sequence[Cell], say: Say) -> Study:
+    """The study once it is settled what ``cells`` are trained on, and prepared: once, before
+    workers would all begin to. Cells that no τ is going to come for are left out."""
+    cells = [cell for cell in cells if cell.unknown in ("", WAITS)]
+    return Study(study.grid.reloaded()) if settled(study, cells, say) else study
 
 
 def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Signals) -> int:
@@ -237,8 +249,6 @@ def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Si
 def _run_all(
     study: Study, cells: Sequence[Cell], workers: int, launch: Launch, say: Say, signals: Signals
 ) -> None:
-    from megatron_progressive import data
-
     waiting = sorted((cell for cell in cells if not study.finished(cell)), key=lambda c: c.flops)
     for cell in [cell for cell in waiting if study.exhausted(cell)]:
         waiting.remove(cell)
@@ -247,9 +257,6 @@ def _run_all(
             f"{study.attempts(cell).error} (delete {study.file('attempts', cell, '.json')} to try "
             f"again)"
         )
-    for config in {str(c.config.data): c.config for c in waiting}.values():
-        data.check(config)
-        data.prepare(config)  # once, before workers would all begin to
     guard = threading.Lock()
 
     def work() -> None:
