@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 def _config(args: argparse.Namespace) -> RunConfig:
     from megatron_progressive.state.initial import with_initial_model
+    from megatron_progressive.train.extension import resolved
 
-    return with_initial_model(load(args.config, args.overrides))
+    return resolved(with_initial_model(load(args.config, args.overrides)))
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -188,9 +189,9 @@ def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 
     tokenizer = Path(args.tokenizer) if args.tokenizer else None
     plan = plan_export(Path(args.checkpoint), Path(args.out), args.dtype, tokenizer)
-    if plan.tokenizer is None:
-        print("no tokenizer found: exported without one (--tokenizer FOLDER)", file=sys.stderr)
     export_checkpoint(plan)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
     print(f"{args.out}: {plan.config['architectures'][0]}, {plan.config['dtype']}")
     return 0
 
@@ -198,10 +199,10 @@ def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.huggingface.importing import import_folder, plan_import
 
-    plan = plan_import(Path(args.folder), Path(args.out))
-    if plan.without_modules:
-        print("the files have no multi-token prediction modules: imported without", file=sys.stderr)
+    plan = plan_import(Path(args.folder), Path(args.out), args.allow)
     import_folder(plan)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
     print(f"{args.out}: {plan.shape.family}, {plan.shape.num_layers} layers, {plan.dtype}")
     return 0
 
@@ -320,6 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     imported = command(imports, "hf", _import_hf, "a checkpoint of a Hugging Face model folder")
     imported.add_argument("folder", metavar="FOLDER", help="with config.json and safetensors")
     imported.add_argument("out", metavar="OUT_CHECKPOINT", help="folder of the new checkpoint")
+    imported.add_argument(
+        "--allow", action="append", default=[], metavar="KEY",
+        help="pass over this key of config.json, which the family does not have; may be given "
+        "several times",
+    )  # fmt: skip
     grid = commands.add_parser("grid", help="scaling studies").add_subparsers(
         dest="grid_command", required=True, metavar="COMMAND"
     )

@@ -54,10 +54,69 @@ def test_policies_and_engines_do_not_know_each_other() -> None:
         assert not imported_rooms(file) & {"expansion", "train", "study"}
 
 
+PARALLEL_STATE = {"runtime/groups.py"}
+"""The one module that knows Megatron-core's global process groups; engines ask it."""
+
+# Who makes and ends process groups and chooses a device. Others may ask whether there is one.
+CALLS = {
+    "initialize_model_parallel": PARALLEL_STATE,
+    "destroy_model_parallel": PARALLEL_STATE,
+    "init_process_group": {"runtime/distributed.py"},
+    "destroy_process_group": {"runtime/distributed.py", "runtime/groups.py"},
+    "new_group": set(),
+    "set_device": {"runtime/distributed.py"},
+}
+
+
+def touched(source: str) -> set[str]:
+    """``parallel_state`` where a module imports it, reaches it as an attribute or names it in a
+    string that is no docstring, and the functions of ``CALLS`` that it names in code."""
+    found = set()
+    tree = ast.parse(source)
+    documentation = {
+        id(node.value) for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Name):
+            names = [node.id]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [] if id(node) in documentation else [node.value]
+        for name in names:
+            parts = set(name.split("."))
+            found |= {"parallel_state"} & (parts | {"parallel_state" * ("mpu" in parts)})
+            found |= CALLS.keys() & parts
+    return found
+
+
 def test_only_runtime_touches_parallel_state_and_devices() -> None:
+    stand_ins = {("runtime/cpu.py", "set_device")}  # which it replaces, and never calls
     for file in sorted(PACKAGE.rglob("*.py")):
-        if room(file) == "runtime":
-            continue
-        text = file.read_text()
-        assert "initialize_model_parallel" not in text
-        assert "destroy_model_parallel" not in text
+        relative = file.relative_to(PACKAGE).as_posix()
+        for name in touched(file.read_text()):
+            allowed = PARALLEL_STATE if name == "parallel_state" else CALLS[name]
+            assert relative in allowed or (relative, name) in stand_ins, f"{relative}: {name}"
+
+
+def test_every_way_to_parallel_state_is_seen() -> None:
+    for source in (
+        "from megatron.core import parallel_state",
+        "from megatron.core import parallel_state as state",
+        "from megatron.core import mpu",
+        "from megatron.core.parallel_state import get_embedding_group",
+        "import megatron.core.parallel_state",
+        "import megatron.core as core\ncore.parallel_state.get_embedding_group()",
+        "import importlib\nimportlib.import_module('megatron.core.parallel_state')",
+        "def inside():\n    from megatron.core import parallel_state",
+    ):
+        assert touched(source) == {"parallel_state"}, source
+    assert touched("import torch\ntorch.cuda.set_device(0)") == {"set_device"}
+    assert touched("from torch.distributed import new_group") == {"new_group"}
+    assert touched('"""Of ``parallel_state``: torch.cuda.set_device."""') == set()

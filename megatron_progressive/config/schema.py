@@ -25,6 +25,13 @@ class RunSection:
     """A checkpoint whose weights the run starts from, with a new optimizer state: imported,
     expanded or of another run. It gives the model's sizes where ``model`` and ``data`` set none;
     ``data.sequence_length`` may be shorter with rotary positions."""
+    extend: bool = False
+    """Whether the run that is in the folder, finished or not, goes on to the larger ``train.steps``
+    given here, as if it had had them from the start. ``schedule.name`` is ``wsd``, and nothing else
+    changes. It goes on from its newest checkpoint before the decay, with weights, optimizer state,
+    place in the data and metrics. Warmup and expansions stay at the steps where they were, though
+    they be given as fractions; the decay is again its fraction of the steps, at the new end. What
+    came after that checkpoint stays in ``until_STEPS`` in the run folder, a run folder itself."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,8 @@ class TrainSection:
     save_every: int = 300
     """Steps between checkpoints; 0 saves only before each expansion and at the end."""
     keep_checkpoints: int = 2
-    """Checkpoints kept, the newest ones and those made before expansions; 0 keeps all."""
+    """Checkpoints kept, the newest ones; beside them those made before expansions, and the newest
+    before the decay, from which ``run.extend`` goes on. 0 keeps all."""
     log_every: int = 50
     """Steps between lines on the terminal (``metrics.jsonl`` has every step)."""
     trackers: list[str] = field(default_factory=list)

@@ -9,14 +9,26 @@ from typing import Any, Protocol
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import images
 from megatron_progressive.data import prepare as text
+from megatron_progressive.data.identity import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
 from megatron_progressive.data.progress import Progress
 from megatron_progressive.data.samples import TrainingData
+from megatron_progressive.data.settle import (
+    Begun,
+    as_settled,
+    changed_since,
+    settle,
+    wait_until_seen,
+)
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 
-__all__ = ["Data", "TrainingData", "check", "open_data", "prepare", "prepared_folder"]
+__all__ = [
+    "DATA_FILE", "Begun", "Data", "DataIdentity", "TrainingData", "as_settled", "changed_since",
+    "check", "differ", "open_data", "prepare", "prepared_folder", "read_identity", "settle",
+    "wait_until_seen",
+]  # fmt: skip
 
 
 class Data(Protocol):

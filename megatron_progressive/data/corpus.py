@@ -1,4 +1,4 @@
-"""A corpus as a stream of documents, and which of them are held out for validation.
+"""A corpus as a stream of documents.
 
 ``data.corpus`` is ``stdlib`` (the Python sources of the running interpreter: always there, no
 network), a file or folder, or ``hf:NAME`` (``hf:NAME:CONFIG``), which the ``datasets`` library
@@ -7,42 +7,32 @@ streams.
 
 from __future__ import annotations
 
-import gzip
+import contextlib
+import functools
 import hashlib
-import json
-import logging
-import lzma
-import os
-import platform
 import re
+import stat
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_progressive.config import ConfigError, DataSection
-
-logger = logging.getLogger(__name__)
+from megatron_progressive.data.decoding import NotText, not_allowed, one_line, open_stream
+from megatron_progressive.data.listing import Listing, list_files
+from megatron_progressive.data.reading import open_documents
+from megatron_progressive.data.records import text_of
+from megatron_progressive.data.tally import EMPTY, HINTS, WITHOUT_TEXT, Tally
 
 ACCEPTED = "stdlib, a file or folder with text, or hf:NAME"
-
-PIECE_BYTES = 16 * 1024
-"""About how much of a plain-text file that is cut becomes one document."""
-
-LARGE_FILE_BYTES = 4 * 1024 * 1024
-"""Plain-text files above this are cut even in a folder: they are collections, not documents."""
+READ = (
+    "plain text, JSON lines, a JSON array of objects, CSV or TSV with a header, Parquet or Arrow, "
+    "in UTF-8 or with a byte order mark, also as .gz, .xz, .bz2 or .zst"
+)
 
 _STDLIB_SKIPPED = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
-_JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
-_PARAGRAPH_END = re.compile(rb"\n\r?\n")
-_DAMAGED = (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception of another library, fit for the end of one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+_HALVES = re.compile("[\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,8 @@ class Corpus:
     data: DataSection
     root: Path | None
     """File or folder; None for the Hugging Face hub."""
+    revision: str | None = None
+    """Commit of a Hugging Face data set that is read (default: the newest one at each reading)."""
 
     @property
     def is_hub(self) -> bool:
@@ -68,31 +60,51 @@ class Corpus:
         return spec[:60] or "corpus"
 
     def files(self) -> list[Path]:
-        """Files of a local corpus, sorted by their path; hidden ones are left out."""
+        """Files of a local corpus, sorted by their path; hidden ones are left out.
+
+        Raises:
+            ConfigError: a file or folder that may not be read.
+        """
+        return self.listing().files
+
+    def listing(self) -> Listing:
+        """Files of a local corpus, and what in its folders is left out.
+
+        Raises:
+            ConfigError: a file or folder that may not be read.
+        """
         if self.root is None:
-            return []
-        if self.root.is_file():
-            return [self.root]
-        skipped = _STDLIB_SKIPPED if self.data.corpus == "stdlib" else set()
-        found = []
-        for folder, folders, names in os.walk(self.root):
-            folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-            found += [Path(folder) / n for n in names if not n.startswith(".")]
-        if self.data.corpus == "stdlib":
-            found = [path for path in found if path.suffix == ".py"]
-        files = [path for path in found if path.is_file()]
-        return sorted(files, key=lambda path: path.relative_to(self.root or path).as_posix())
+            return Listing([], [], [])
+        if self.data.corpus != "stdlib":
+            return list_files(self.root)
+        listing = list_files(self.root, _STDLIB_SKIPPED)
+        sources = [path for path in listing.files if path.suffix == ".py"]
+        return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
-        """What decides the documents, as JSON can hold it: names, sizes and times of files."""
-        if self.data.corpus == "stdlib":
-            return ["stdlib", platform.python_implementation(), platform.python_version()]
+        """What decides the documents, as JSON can hold it: names, sizes and times of files; of
+        ``stdlib``, which each interpreter has a copy of, names and content."""
+        if self.data.corpus == "stdlib" and self.root is not None:
+            return ["stdlib", _content(self.root, tuple(self.files()))]
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
         for path in self.files():
             stat = path.stat()
             name = path.name if path == self.root else str(path.relative_to(self.root or path))
             listing.append([name, stat.st_size, stat.st_mtime_ns])
         return listing
+
+    def pinned(self) -> Corpus:
+        """The same corpus, whose every reading is of the commit that a Hugging Face data set has
+        now; a local one, or one whose commit cannot be had, as it is."""
+        if not self.is_hub or self.root is not None:
+            return self
+        import huggingface_hub
+
+        try:
+            found = huggingface_hub.HfApi().dataset_info(_hub_name(self.data.corpus)[0])
+        except Exception:  # whether the data set can be read is told by reading it
+            return self
+        return replace(self, revision=found.sha)
 
     def size(self) -> int | None:
         """Bytes to read, as they lie on disk (less than the text's where compressed); None
@@ -102,49 +114,93 @@ class Corpus:
         total = sum(path.stat().st_size for path in self.files())
         return min(total, self.data.max_bytes or total)
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None) -> Iterator[str]:
         """Every document that is not blank, up to ``data.max_bytes`` of UTF-8 (the last one
-        is shortened to that). Files that are not UTF-8 text are left out.
+        is shortened to that). In a folder, files that cannot be read as text are left out.
+
+        Args:
+            tally: filled with what was read and left out.
 
         Raises:
-            ConfigError: no text at all, a damaged file, or no field ``data.text_field``.
+            ConfigError: no text at all, a single file that cannot be read as text, a file that
+                is damaged or may not be read, or no field ``data.text_field``.
         """
+        tally = Tally() if tally is None else tally
         read, limit = 0, self.data.max_bytes
-        for text in _from_hub(self.data) if self.is_hub else self._from_files():
-            try:
-                encoded = text.encode()
-            except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
-                encoded = text.encode("utf-8", "replace")
-                text = encoded.decode()
-            if limit and read + len(encoded) > limit:
-                encoded = encoded[: limit - read]
-                text = encoded.decode(errors="ignore")
-            if text and not text.isspace():
-                read += len(encoded)
-                yield text
-            if limit and read >= limit:
-                break
+        source = _from_hub(self.data, self.revision) if self.is_hub else self._from_files(tally)
+        with contextlib.closing(source):
+            for path, text in source:
+                text = text.removeprefix("\ufeff")
+                try:
+                    encoded = text.encode()
+                except UnicodeEncodeError:  # of a bad byte, or JSON's half of a surrogate pair
+                    text = _HALVES.sub("\ufffd", text)
+                    encoded = text.encode()
+                    tally.replace(path, self.root)
+                if limit and read + len(encoded) > limit:
+                    encoded = encoded[: limit - read]
+                    text = encoded.decode(errors="ignore")
+                if text and not text.isspace():
+                    read += len(encoded)
+                    yield text
+                if limit and read >= limit:
+                    break
         if not read:
+            found = f" ({line})" if (line := tally.left_out_line()) else ""
             raise ConfigError(
-                f"data.corpus: got {self.data.corpus!r}, which holds no text; accepted: {ACCEPTED}"
+                f"data.corpus: got {self.data.corpus!r}, which holds no text{found}; accepted: "
+                f"{ACCEPTED}"
             )
 
-    def _from_files(self) -> Iterator[str]:
-        files = self.files()
-        for path in files:
-            if path.name.endswith(_JSON_LINES):
-                yield from _json_lines(path, self.data.text_field)
-            elif path.suffix == ".parquet":
-                yield from _parquet(path, self.data.text_field)
-            else:
-                yield from _plain(path, cut=len(files) == 1)
+    def _from_files(self, tally: Tally) -> Generator[tuple[Path | None, str]]:
+        """The file and the text of each document."""
+        listing, field = self.listing(), self.data.text_field
+        root = self.root
+        assert root is not None
+        for reason, path in listing.left_out:
+            tally.leave_out(reason, path, root)
+        tally.files_not_reached = len(listing.files)
+        refused: list[NotText] = []
+        for path in listing.files:
+            tally.files_not_reached -= 1
+            try:
+                with open_stream(path) as stream:
+                    kind, texts = open_documents(stream, field, cut=len(listing.files) == 1)
+                    has_text = False
+                    for text in texts:
+                        if not has_text and text and not text.isspace():
+                            has_text = True
+                            tally.read(kind)
+                        yield path, text
+                if not has_text:
+                    raise NotText(WITHOUT_TEXT)
+            except NotText as why:
+                refused.append(why)
+                # of the standard library, an empty __init__.py is nothing to report
+                if self.data.corpus != "stdlib":
+                    tally.leave_out(why.reason, path, root)
+        if refused and not tally.files_read:
+            self._refuse(refused)
+
+    def _refuse(self, refused: list[NotText]) -> None:
+        """Raise the error of a corpus of which no file can be read as text."""
+        errors = [why.error for why in refused if why.error]
+        if len(errors) == len(refused):
+            raise errors[0]
+        reason = refused[0].reason
+        if self.root is not None and self.root.is_file() and reason not in (EMPTY, WITHOUT_TEXT):
+            hint = f" ({HINTS[reason]})" if reason in HINTS else ""
+            raise ConfigError(
+                f"data.corpus: got {self.data.corpus!r}, which holds no text that can be read: "
+                f"{reason}{hint}; accepted: {READ}"
+            )
 
 
 def open_corpus(data: DataSection) -> Corpus:
     """The corpus that ``data.corpus`` names.
 
     Raises:
-        ConfigError: there is no such file or folder.
+        ConfigError: there is no such file or folder, or it may not be read.
     """
     spec = data.corpus
     if spec == "stdlib":
@@ -155,167 +211,26 @@ def open_corpus(data: DataSection) -> Corpus:
         local = Path(_hub_name(spec)[0])
         return Corpus(data, local if local.is_dir() else None)
     root = Path(spec).expanduser()
-    if not spec or not root.exists():
-        raise ConfigError(f"data.corpus: got {spec!r}, which does not exist; accepted: {ACCEPTED}")
+    try:
+        mode = root.stat().st_mode if spec else 0
+    except PermissionError:
+        raise not_allowed(root) from None
+    except OSError:  # also of a name that no file can have
+        mode = 0
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        why = "is no file or folder" if mode else "does not exist"
+        raise ConfigError(f"data.corpus: got {spec!r}, which {why}; accepted: {ACCEPTED}")
     return Corpus(data, root)
 
 
-def content_hash(text: str) -> int:
-    """64 bits of a document's content, uniform."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def split_documents(texts: Iterable[str], fraction: float) -> Iterator[tuple[str, bool]]:
-    """Pairs of a document and whether it is held out for validation.
-
-    A document is held out when its hash is in the lowest ``fraction``, so equal documents are
-    on one side, wherever they stand. Where that takes none (small corpora), the document with
-    the lowest hash is held out; it comes last. To know that in one pass, the lowest one so far
-    waits, which is the only change of order.
-    """
-    threshold = int(fraction * 2**64)
-    lowest: int | None = None
-    waiting: list[str] = []  # the document with the lowest hash so far, and its equals
-    found = False
-    for text in texts:
-        number = content_hash(text)
-        if number < threshold:
-            found = True
-            yield text, True
-        elif found:
-            yield text, False
-        elif number == lowest:
-            waiting.append(text)
-        elif lowest is None or number < lowest:
-            yield from ((early, False) for early in waiting)
-            waiting, lowest = [text], number
-        else:
-            yield text, False
-        if found and waiting:
-            yield from ((early, False) for early in waiting)
-            waiting = []
-    yield from ((text, not found) for text in waiting)
-
-
-def _plain(path: Path, cut: bool) -> Iterator[str]:
-    """The documents of a plain-text file: one, or pieces of it where ``cut`` or it is large."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8192)
-        if b"\0" in head or _is_binary(head):
-            logger.info("%s: not UTF-8 text, left out", path)
-            return
-        file.seek(0)
-        if cut or size > LARGE_FILE_BYTES:
-            # a small file in smaller pieces, so that it still has some to hold out
-            pieces = _pieces(file, max(1024, min(PIECE_BYTES, size // 32)))
-        else:
-            pieces = iter((file.read(),))
-        for piece in pieces:
-            try:
-                yield piece.decode()
-            except UnicodeDecodeError:
-                logger.info("%s: not UTF-8 text, left out", path)
-
-
-def _is_binary(head: bytes) -> bool:
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        return error.start < len(head) - 3  # the last character may be cut
-    return False
-
-
-def _pieces(file: IO[bytes], target: int) -> Iterator[bytes]:
-    """Consecutive pieces of ``target`` bytes or a little more, cut between paragraphs.
-
-    Where a paragraph does not end in twice that, between lines, or else between characters.
-    """
-    limit = 2 * target
-    rest = bytearray()
-    ended = False
-    while rest or not ended:
-        while len(rest) <= limit and not ended:
-            block = file.read(1 << 20)
-            rest += block
-            ended = not block
-        end = len(rest)
-        if end > limit:
-            if paragraph := _PARAGRAPH_END.search(rest, target, limit):
-                end = paragraph.end()
-            elif (line := rest.rfind(b"\n", target, limit)) >= 0:
-                end = line + 1
-            else:
-                end = limit
-                while end > target and rest[end] & 0xC0 == 0x80:  # inside a character
-                    end -= 1
-        if end:
-            yield bytes(rest[:end])
-        del rest[:end]
-
-
-def _field_error(data_field: str, where: object, fields: Iterable[str], why: str) -> ConfigError:
-    names = ", ".join(fields) or "none"
-    return ConfigError(
-        f"data.text_field: got {data_field!r}, {why}; accepted: a text field of {where} ({names})"
-    )
-
-
-def _text_of(row: Any, field: str, where: object) -> str:
-    """The text of one row; an empty one where it is null."""
-    if not isinstance(row, dict):
-        raise ConfigError(
-            f"data.corpus: got {where}, with a line that is no JSON object; accepted: "
-            "one JSON object a line"
-        )
-    if field not in row:
-        raise _field_error(field, where, row, "which is not there")
-    text = row[field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise _field_error(field, where, row, f"which holds {type(text).__name__}")
-    return text
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    number = 0
-    try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                number += 1
-                if not line.isspace():
-                    yield _text_of(json.loads(line), field, path)
-    except json.JSONDecodeError:
-        raise ConfigError(
-            f"data.corpus: got {path}, whose line {number} is not JSON; accepted: one JSON "
-            "object a line"
-        ) from None
-    except _DAMAGED as error:
-        raise ConfigError(
-            f"data.corpus: got {path}, damaged after line {number} ({one_line(error)}); "
-            "accepted: a file that can be read to its end"
-        ) from None
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if field not in columns:
-                raise _field_error(field, path, columns, "which is not there")
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for row in batch.to_pylist():
-                    yield _text_of(row, field, path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"data.corpus: got {path} ({one_line(error)}); accepted: a Parquet file"
-        ) from None
+@functools.cache
+def _content(root: Path, files: tuple[Path, ...]) -> str:
+    """Hash of the names and the content of files that do not change while a process runs."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _hub_name(spec: str) -> tuple[str, str | None]:
@@ -324,13 +239,17 @@ def _hub_name(spec: str) -> tuple[str, str | None]:
     return name, configuration or None
 
 
-def _from_hub(data: DataSection) -> Iterator[str]:
+def _from_hub(
+    data: DataSection, revision: str | None
+) -> Generator[tuple[Path | None, str]]:
     import datasets
 
     name, configuration = _hub_name(data.corpus)
     rows: Iterator[Any]
     try:
-        rows = iter(datasets.load_dataset(name, configuration, split="train", streaming=True))
+        pinned = {} if revision is None else {"revision": revision}
+        loaded = datasets.load_dataset(name, configuration, split="train", streaming=True, **pinned)
+        rows = iter(loaded)
         first = next(rows, None)
     except Exception as error:  # what the library raises is as varied as its sources
         raise ConfigError(
@@ -338,6 +257,6 @@ def _from_hub(data: DataSection) -> Iterator[str]:
             "accepted: the name of a data set with a train split, reachable from here"
         ) from None
     if first is not None:
-        yield _text_of(first, data.text_field, data.corpus)
+        yield None, text_of(first, data.text_field, data.corpus)
     for row in rows:
-        yield _text_of(row, data.text_field, data.corpus)
+        yield None, text_of(row, data.text_field, data.corpus)

@@ -9,18 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data.corpus import open_corpus
+from megatron_progressive.data.tally import Tally, counted, readable_bytes
 from megatron_progressive.data.tokenizer import check_vocabulary, identity
 from megatron_progressive.models import transformer_shape
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same configuration would give other files."""
 
+READABLE_FORMATS = (1, FORMAT)
+"""Formats whose files are read as they are; the first split by the exact text and had no tally."""
+
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a prepared corpus."""
 SPLITS = ("train", "validation")
 
 
@@ -57,6 +64,21 @@ class Manifest:
     splits: dict[str, SplitCounts]
     files: dict[str, int]
     """Bytes of each ``.bin`` and ``.idx`` file."""
+    reading: Tally | None = None
+    """What of the corpus was read, left out and mended; None where an earlier version made it."""
+    revision: str | None = None
+    """Commit of a Hugging Face data set that was read; None of others, or where it is unknown."""
+    tokenizer_revision: str | None = None
+    """Commit of a Hugging Face tokenizer; None of others, or where it is unknown."""
+
+    def summary(self) -> list[str]:
+        """Lines for the user: documents, text and tokens of each split, and what was read."""
+        whole = [
+            f"{name}: {counted(split.documents, 'document')}, {readable_bytes(split.text_bytes)}, "
+            f"{counted(split.tokens, 'token')}"
+            for name, split in self.splits.items()
+        ]
+        return ["; ".join(whole), *(self.reading.lines() if self.reading else [])]
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
@@ -92,12 +114,21 @@ def prepared_folder(config: RunConfig) -> Path:
     if config.data.prepared is not None:
         return Path(config.data.prepared).expanduser()
     corpus, parent = open_corpus(config.data), Path(config.run.dir) / "data"
-    if corpus.root is not None and parent.resolve().is_relative_to(corpus.root.resolve()):
-        raise ConfigError(  # what the run writes would change the corpus
-            f"run.dir: got {config.run.dir}, inside corpus {config.data.corpus}; accepted: a "
-            "folder outside of it"
-        )
+    for folder in corpus.listing().folders:
+        if parent.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(  # what the run writes would change the corpus
+                f"run.dir: got {config.run.dir}, inside corpus {config.data.corpus}; accepted: a "
+                "folder outside of it"
+            )
     return parent / f"{corpus.name}-{fingerprint(config)[:10]}"
+
+
+def prepared_error(folder: Path, why: str) -> ConfigError:
+    """That a prepared corpus is not one, and why."""
+    return ConfigError(
+        f"data.prepared: got {folder}, {why}; accepted: a folder that `mprog data prepare` "
+        "made (delete this one to make it again)"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -106,23 +137,20 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ConfigError: no manifest, one of another format, or a file that is missing or cut short.
     """
-
-    def error(why: str) -> ConfigError:
-        return ConfigError(
-            f"data.prepared: got {folder}, {why}; accepted: a folder that `mprog data prepare` "
-            "made (delete this one to make it again)"
-        )
-
+    error = partial(prepared_error, folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise error(f"which has no {MANIFEST}" if folder.exists() else "which does not exist")
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise error(f"of format {values['format']} (this version reads {FORMAT})")
+        if values["format"] not in READABLE_FORMATS:
+            accepted = ", ".join(map(str, READABLE_FORMATS))
+            raise error(f"of format {values['format']} (this version reads {accepted})")
         values["splits"] = {name: SplitCounts(**values["splits"][name]) for name in SPLITS}
+        if values.get("reading") is not None:
+            values["reading"] = Tally.from_json(values["reading"])
         manifest = Manifest(**values)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
         raise error(f"whose {MANIFEST} is damaged") from None
     for name, size in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None

@@ -10,16 +10,17 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.data.corpus import Corpus, open_corpus, split_documents
+from megatron_progressive.data.corpus import Corpus, open_corpus
 from megatron_progressive.data.manifest import (
     FORMAT,
     MANIFEST,
     SPLITS,
+    TOKENIZER,
     Manifest,
     SplitCounts,
     check_fit,
@@ -29,7 +30,9 @@ from megatron_progressive.data.manifest import (
     read_manifest,
 )
 from megatron_progressive.data.megatron import indexed_dataset
-from megatron_progressive.data.progress import Progress, show_progress
+from megatron_progressive.data.progress import Progress, say, show_progress
+from megatron_progressive.data.split import split_documents
+from megatron_progressive.data.tally import Tally
 from megatron_progressive.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -38,6 +41,7 @@ from megatron_progressive.data.tokenizer import (
     training_sample,
 )
 from megatron_progressive.models import transformer_shape
+from megatron_progressive.runtime.distributed import place_from_environment
 from megatron_progressive.runtime.files import fsync_path
 
 if TYPE_CHECKING:
@@ -65,7 +69,8 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
 
     Args:
         config: the run.
-        progress: told how far it is (default: shown on standard error).
+        progress: told how far it is (default: shown on standard error, with a summary at the
+            end).
 
     Raises:
         ConfigError: the corpus or the tokenizer is missing or unfit, all documents are in one
@@ -78,7 +83,7 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
             transformer_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer
         )
         return folder
-    corpus = open_corpus(config.data)
+    corpus = open_corpus(config.data).pinned()  # read twice: for the tokenizer, for its tokens
     # before anything is written: fails fast on a tokenizer that is missing or too large
     tokenizer = load_tokenizer(config.data, transformer_shape(config).vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +97,18 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if progress is None:
+        for line in read_manifest(folder).summary():
+            say(line)
     return folder
 
 
 def check(config: RunConfig) -> None:
     """Whether the corpus can be trained on, without writing anything.
 
-    A corpus of up to :data:`SMALL_BYTES` is tokenized for it; of a larger one only what is
-    certain from its bytes is checked here, and the rest by ``TrainingData.open``.
+    Of a prepared corpus, the first rank says again what was left out of it. A corpus that is not
+    prepared, of up to :data:`SMALL_BYTES`, is tokenized; of a larger one only what is certain from
+    its bytes is checked here, and the rest by ``TrainingData.open``.
 
     Raises:
         ConfigError: corpus or tokenizer missing, unreadable or larger than the model's
@@ -107,15 +116,18 @@ def check(config: RunConfig) -> None:
     """
     folder = prepared_folder(config)
     if config.data.prepared is not None or _is_occupied(folder):
-        check_fit(config, read_manifest(folder))
+        manifest = read_manifest(folder)
+        check_fit(config, manifest)
+        _recall(manifest)
         return
     shape, data = transformer_shape(config), config.data
     corpus = open_corpus(data)
     tokenizer = load_tokenizer(data, shape.vocab_size)
     kept: list[tuple[str, bool]] = []
     most = dict.fromkeys(SPLITS, 0)
+    tally = Tally()
     read, read_at_most = 0, SMALL_BYTES if corpus.is_hub else BOUNDED_BYTES
-    for text, held_out in split_documents(corpus.documents(), data.validation_fraction):
+    for text, held_out in split_documents(corpus.documents(tally), data.validation_fraction):
         size = len(text.encode())
         read += size
         # a token is a byte at least, but for those that some tokenizers put before a text
@@ -132,8 +144,17 @@ def check(config: RunConfig) -> None:
         for number, split in enumerate(SPLITS):
             tokens = tokenizer.encode([text for text, held_out in kept if held_out == number])
             most[split] = sum(len(document) for document in tokens)
+    found = f" ({line})" if (line := tally.left_out_line()) else ""  # perhaps the cause
     for split in SPLITS:
-        check_length(split, most[split], shape.sequence_length, data.corpus)
+        check_length(split, most[split], shape.sequence_length, data.corpus + found)
+
+
+def _recall(manifest: Manifest) -> None:
+    """Say what a preparation left out: who trains on it may not be who prepared it."""
+    line = manifest.reading.left_out_line() if manifest.reading else ""
+    place = place_from_environment()
+    if line and (place is None or place.rank == 0):
+        say(f"{manifest.corpus}: {line}")
 
 
 def _is_occupied(folder: Path) -> bool:
@@ -166,12 +187,13 @@ def _write(
         sample = training_sample(corpus, fraction)
         tokenizer = train_bpe(sample, transformer_shape(config).vocab_size)
         del sample
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / TOKENIZER)
     entries = tokenizer.entries
     dtype = indexed_dataset().DType.optimal_dtype(entries)
     documents = dict.fromkeys(SPLITS, 0)
     tokens = dict.fromkeys(SPLITS, 0)
     text_bytes = dict.fromkeys(SPLITS, 0)
+    tally = Tally()
     with contextlib.ExitStack() as stack:
         builders: dict[str, Any] = {}
         for split in SPLITS:
@@ -181,7 +203,7 @@ def _write(
         total = corpus.size()
         stage = f"tokenizing {name}"
         progress(stage, 0, total)
-        for split, row, size in _tokenized(corpus, tokenizer, fraction):
+        for split, row, size in _tokenized(corpus.documents(tally), tokenizer, fraction):
             builders[split].add_document(row, [len(row)])
             documents[split] += 1
             tokens[split] += len(row)
@@ -207,12 +229,15 @@ def _write(
             for split in SPLITS
         },
         files={path.name: path.stat().st_size for path in files},
+        reading=tally,
+        revision=corpus.revision,
+        tokenizer_revision=tokenizer.revision,
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _tokenized(
-    corpus: Corpus, tokenizer: DocumentTokenizer, fraction: float
+    documents: Iterable[str], tokenizer: DocumentTokenizer, fraction: float
 ) -> Iterator[tuple[str, np.ndarray, int]]:
     """Split, tokens and bytes of each document, in the order of the corpus."""
     batch: list[tuple[str, bool]] = []
@@ -226,7 +251,7 @@ def _tokenized(
         batch.clear()
         sizes.clear()
 
-    for text, held_out in split_documents(corpus.documents(), fraction):
+    for text, held_out in split_documents(documents, fraction):
         batch.append((text, held_out))
         sizes.append(len(text.encode()))
         waiting += sizes[-1]

@@ -52,6 +52,11 @@ def _lines() -> Progress:
         last_stage, last_time = stage, now
         amount = f" {done / 1e6:.1f} MB" if done else ""
         of = f" of {total / 1e6:.1f} MB" if done and total else ""
-        print(f"data: {stage}{amount}{of}", file=sys.stderr, flush=True)
+        say(f"{stage}{amount}{of}")
 
     return show
+
+
+def say(line: str) -> None:
+    """Show a line about the corpus on standard error."""
+    print(f"data: {line}", file=sys.stderr, flush=True)

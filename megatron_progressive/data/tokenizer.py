@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, DataSection
-from megatron_progressive.data.corpus import Corpus, one_line, split_documents
+from megatron_progressive.data.corpus import Corpus
+from megatron_progressive.data.decoding import one_line
+from megatron_progressive.data.split import split_documents
+from megatron_progressive.data.tokenizer_folder import (
+    SETTINGS,
+    declared,
+    read_object,
+    token_settings,
+    tokenizer_files,
+    usage_files,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +34,7 @@ SMALLEST_BPE = 257
 SAMPLE_BYTES = 8_000_000
 """Training text that BPE is trained on, at most."""
 
+FIELD = "data.tokenizer"
 ACCEPTED = (
     "bpe, a tokenizer.json, a folder with tokenizer.json or with vocab.json and merges.txt, "
     "or a Hugging Face name"
@@ -36,6 +48,10 @@ _LAYOUTS = (
 )
 
 
+# Of tokenizer.json: what does not decide the tokens of a document.
+_NOT_TOKENS = ("decoder", "padding", "post_processor", "truncation", "version")
+
+
 @dataclass(frozen=True)
 class DocumentTokenizer:
     """Turns documents into tokens that end with the end-of-document token."""
@@ -46,11 +62,22 @@ class DocumentTokenizer:
     end_of_document: int
     settings: dict[str, Any] = field(default_factory=dict)
     """``tokenizer_config.json``, for those who load the stored tokenizer."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """All that its folder holds of it, by relative name, to be stored as it is."""
+    revision: str | None = None
+    """Commit of a Hugging Face tokenizer; None of others, or where it is unknown."""
 
     @property
     def entries(self) -> int:
         """Size a vocabulary needs: one more than the greatest token (numbers can have gaps)."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def tokens_as(self, other: DocumentTokenizer) -> bool:
+        """Whether both give the same tokens for every text (the end of a document aside)."""
+        mine, theirs = (
+            json.loads(one.backend.to_str()) | dict.fromkeys(_NOT_TOKENS) for one in (self, other)
+        )
+        return bool(mine == theirs)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Tokens of each document, int64 [length + 1], the last one the end of the document.
@@ -68,14 +95,20 @@ class DocumentTokenizer:
     def save(self, folder: Path) -> None:
         """Write a folder that ``PreTrainedTokenizerFast.from_pretrained`` loads."""
         folder.mkdir()
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        end = self.backend.id_to_token(self.end_of_document)
+        if "tokenizer.json" in self.files and declared(token_settings(folder), "eos_token") == end:
+            return  # transformers loads it from here as from its own folder
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {k: v for k, v in self.settings.items() if k not in ("auto_map", "backend")}
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["eos_token"] = self.backend.id_to_token(self.end_of_document)
+        settings["eos_token"] = end
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
 def identity(data: DataSection, vocab_size: int) -> list[Any]:
@@ -83,8 +116,12 @@ def identity(data: DataSection, vocab_size: int) -> list[Any]:
     if data.tokenizer == "bpe":
         return ["bpe", vocab_size]
     if local := _local_files(data.tokenizer):
-        files = [*local, local[0].parent / "tokenizer_config.json"]
-        return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        folder = local[0].parent
+        files = [*local, folder / SETTINGS]
+        hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        end = declared(token_settings(folder, FIELD), "eos_token")
+        own = declared(read_object(folder / SETTINGS, FIELD) or {}, "eos_token")
+        return hashes if end == own else [*hashes, end]  # of another file
     return ["hf", data.tokenizer]
 
 
@@ -167,6 +204,11 @@ def training_sample(corpus: Corpus, fraction: float) -> list[str]:
     return chosen
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer in a layout that is read here."""
+    return any(all((folder / part).is_file() for part in layout) for layout in _LAYOUTS)
+
+
 def _local_files(name: str) -> list[Path]:
     """Files of a local tokenizer; none where ``name`` is not a path that exists.
 
@@ -195,7 +237,7 @@ def _local_files(name: str) -> list[Path]:
 def _load_local(name: str, files: list[Path]) -> DocumentTokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    settings: dict[str, Any] = {}
+    settings = token_settings(files[0].parent, FIELD)
     try:
         if len(files) == 1:
             backend = Tokenizer.from_file(str(files[0]))
@@ -205,15 +247,19 @@ def _load_local(name: str, files: list[Path]) -> DocumentTokenizer:
             backend.decoder = decoders.ByteLevel()
             if backend.token_to_id(END_OF_TEXT) is not None:
                 backend.add_special_tokens([END_OF_TEXT])
-        beside = files[0].parent / "tokenizer_config.json"
-        if beside.is_file():
-            settings = json.loads(beside.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for a bad file
         raise ConfigError(
             f"data.tokenizer: got {name!r}, which cannot be read ({one_line(error)}); "
             f"accepted: {ACCEPTED}"
         ) from None
-    return _with_end(name, backend, settings)
+    named = files[0].name != "tokenizer.json" and len(files) == 1
+    return _with_end(name, backend, settings, {} if named else _read_all(files[0].parent))
+
+
+def _read_all(folder: Path) -> dict[str, bytes]:
+    """A tokenizer's files, and those that say how its model is used, by relative name."""
+    files = (*tokenizer_files(folder), *usage_files(folder))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def _load_hub(name: str) -> DocumentTokenizer:
@@ -231,19 +277,28 @@ def _load_hub(name: str) -> DocumentTokenizer:
         raise ConfigError(
             f"data.tokenizer: got {name!r}, which has no tokenizer.json; accepted: {ACCEPTED}"
         )
-    settings = {k: str(v) for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
-    return _with_end(name, backend, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.save_pretrained(folder)
+        settings, files = token_settings(Path(folder)), _read_all(Path(folder))
+    return replace(_with_end(name, backend, settings, files), revision=_revision(name))
 
 
-def _with_end(name: str, backend: Any, settings: dict[str, Any]) -> DocumentTokenizer:
+def _revision(name: str) -> str | None:
+    """The commit of a Hugging Face tokenizer that was just loaded: the cache is sorted by it."""
+    import huggingface_hub
+
+    file = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def _with_end(
+    name: str, backend: Any, settings: dict[str, Any], files: dict[str, bytes]
+) -> DocumentTokenizer:
     """The tokenizer, with its end-of-document token: ``eos_token``, or ``<|endoftext|>``."""
-    declared = settings.get("eos_token")
-    if isinstance(declared, dict):  # a serialised AddedToken
-        declared = declared.get("content")
-    for token in (declared, END_OF_TEXT):
-        number = backend.token_to_id(token) if isinstance(token, str) else None
+    for token in (declared(settings, "eos_token"), END_OF_TEXT):
+        number = None if token is None else backend.token_to_id(token)
         if number is not None:
-            return DocumentTokenizer(name, backend, number, settings)
+            return DocumentTokenizer(name, backend, number, settings, files)
     raise ConfigError(
         f"data.tokenizer: got {name!r}, which has no end-of-document token; accepted: one with an "
         f"eos_token in its tokenizer_config.json or a token {END_OF_TEXT}"

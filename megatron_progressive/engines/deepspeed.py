@@ -64,8 +64,7 @@ class DeepSpeedEngine:
         self._stage, self._bf16 = layout.zero_stage, config.train.precision == "bf16"
         model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        # DeepSpeed reduces and gathers in its own ways
-        kernels = kernels_here(config, shape, sharded=False)
+        kernels = kernels_here(config, shape, layout)
         self._transformer = transformer_config(shape, self.groups, dtype, kernels)
         core = build_chunk(shape, self.groups, self._transformer, 0).to(dtype)
         self._names, self._table = canonical_names(core, self.groups), tensor_table(shape)

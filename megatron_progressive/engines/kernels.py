@@ -81,8 +81,8 @@ def resolve(
     return Kernels(transformer_engine=transformer_engine, **on)
 
 
-def kernels_here(config: RunConfig, shape: TransformerShape, sharded: bool) -> Kernels:
-    """:func:`resolve` with what this machine has."""
+def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> Kernels:
+    """:func:`resolve` with what this machine has: what engines build and what is printed."""
     import torch
 
     from megatron_progressive.engines.megatron_spec import transformer_engine_available
@@ -92,7 +92,7 @@ def kernels_here(config: RunConfig, shape: TransformerShape, sharded: bool) -> K
         shape,
         cuda=torch.cuda.is_available(),
         transformer_engine=transformer_engine_available(),
-        sharded=sharded,
+        sharded=layout.distributed_optimizer,
     )
 
 
@@ -160,9 +160,7 @@ def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     name = next(name for name, value in DTYPES.items() if value == dtype)
     if not isinstance(shape, TransformerShape):
         return f"kernels: torch's own, {optimizer_text(config.optim, name)}"
-    megatron = layout.engine == "megatron"
-    sharded = megatron and config.optim.name == "adamw" and layout.zero_stage >= 1
-    return summary(kernels_here(config, shape, sharded), config.optim, name)
+    return summary(kernels_here(config, shape, layout), config.optim, name)
 
 
 def summary(kernels: Kernels, optim: OptimSection, dtype: str) -> str:

@@ -62,8 +62,8 @@ class MegatronEngine:
         # No dropout and no random initialisation: Megatron-core only asks that its RNG
         # tracker be set up.
         model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
-        sharded = layout.zero_stage >= 1
-        kernels = kernels_here(config, shape, sharded=sharded)
+        sharded = layout.distributed_optimizer
+        kernels = kernels_here(config, shape, layout)
         transformer = transformer_config(shape, self.groups, dtype, kernels)
         chunks = [
             build_chunk(shape, self.groups, transformer, chunk)

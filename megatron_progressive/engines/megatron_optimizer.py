@@ -9,13 +9,11 @@ at step zero.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -28,35 +26,30 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.engines.megatron_owners import OwnerOptimizer
+from megatron_progressive.engines.megatron_owners import OwnerOptimizer, WholeOptimizer
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.lr_factor import lr_factor
-from megatron_progressive.optim.muon_nsgd import ADAMW, MuonNSGD, rule_of
+from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.memory import zeros_like
 
 
-def parameter_groups(
+def adamw_groups(
     parameters: dict[str, torch.nn.Parameter],
     table: dict[str, TensorSpec],
     optim: OptimSection,
 ) -> list[dict[str, Any]]:
-    """Parameter groups by update rule. Vectors have no weight decay."""
-    members: dict[tuple[Any, ...], list[torch.nn.Parameter]] = defaultdict(list)
+    """AdamW's parameter groups: tensors of one weight decay and learning rate. Vectors have no
+    weight decay."""
+    members: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
-        spec = table[name]
-        decay = optim.weight_decay if len(spec.shape) > 1 else 0.0
-        stack, factor = math.prod(spec.shape[:-2]), lr_factor(spec, optim)
-        key = (rule_of(spec, optim), decay, factor, spec.tp_axis, spec.row_blocks, stack)
-        members[key].append(parameter)
+        decay = optim.weight_decay if len(table[name].shape) > 1 else 0.0
+        members[decay, lr_factor(table[name], optim)].append(parameter)
     return [
-        dict(
-            # lr is set to the schedule's times lr_factor: the decay, lr x weight_decay, stays
-            params=params, rule=rule, weight_decay=decay / factor, row_blocks=blocks, stack=stack,
-            tp_axis=axis, lr_factor=factor,
-        )
-        for (rule, decay, factor, axis, blocks, stack), params in members.items()
-    ]  # fmt: skip
+        # lr is set to the schedule's times lr_factor: the decay, lr x weight_decay, stays
+        dict(params=params, weight_decay=decay / factor, lr_factor=factor)
+        for (decay, factor), params in members.items()
+    ]
 
 
 def build_optimizer(
@@ -107,7 +100,7 @@ def _wrapper(
     bf16: bool,
     experts: bool,
 ) -> MegatronOptimizer:
-    sharded = groups.layout.zero_stage >= 1
+    sharded = groups.layout.distributed_optimizer
     data_group = groups.expert_data_group if experts else groups.data_group
     tensor_group = groups.expert_tensor_group if experts else groups.tensor_group
     config = OptimizerConfig(
@@ -119,20 +112,23 @@ def _wrapper(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=sharded,
     )
-    members = parameter_groups(parameters, table, optim)
     inner: torch.optim.Optimizer | None = None
-    if members and optim.name == ADAMW:
+    if parameters and optim.name == ADAMW:
         # one kernel for all tensors on CUDA; the CPU has none for every type
         fused = torch.cuda.is_available()
         inner = torch.optim.AdamW(
-            members, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused
+            adamw_groups(parameters, table, optim),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=fused,
         )
-    elif members and sharded:
+    elif parameters and sharded:
         inner = OwnerOptimizer(
             list(parameters.values()), optim, data_group.rank(), data_group, tensor_group
         )
-    elif members:
-        inner = MuonNSGD(members, optim, tensor_group)
+    elif parameters:
+        inner = WholeOptimizer(list(parameters.values()), optim, tensor_group=tensor_group)
     wrapper: MegatronOptimizer
     if sharded:
         buffers = {
@@ -153,9 +149,7 @@ def _wrapper(
             ),
             distributed_optimizer_instance_id=0,
         )
-        wrapper.grad_stats_parallel_group = (
-            parallel_state.get_intra_distributed_optimizer_instance_group()
-        )
+        wrapper.grad_stats_parallel_group = groups.optimizer_group
     else:
         if bf16:
             wrapper = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
@@ -167,9 +161,9 @@ def _wrapper(
     wrapper.tp_group = groups.tensor_group
     wrapper.expert_tp_group = groups.expert_tensor_group
     if isinstance(inner, OwnerOptimizer):
-        inner.attach_shards(wrapper, parameters, table, tensor_group.size(), groups.first_stage)
-    elif isinstance(inner, MuonNSGD):
-        inner.init_state()
+        inner.attach_shards(wrapper, parameters, table, tensor_group.size(), groups)
+    elif isinstance(inner, WholeOptimizer):
+        inner.attach_whole(parameters, table, tensor_group.size())
     elif inner is not None:
         _init_adamw_state(inner)
     return wrapper

@@ -1,7 +1,7 @@
 """Muon-NSGD in Megatron-core's distributed optimizer, with one owner of each matrix.
 
 DDP's buffers are laid out so that nearly every tensor lies whole in one data-parallel rank's
-share (:func:`.places.owner_places`). The distributed optimizer reduce-scatters gradients and
+share (:func:`.owners.owner_places`). The distributed optimizer reduce-scatters gradients and
 all-gathers weights as it does for AdamW, and its inner optimizer is
 :class:`~megatron_progressive.optim.flat.FlatOptimizer` on the shares.
 
@@ -16,16 +16,15 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.engines.places import BufferTensor, Place, owner_places
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.flat import Cut, FlatOptimizer, Fragment
+from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.runtime.groups import ProcessGroups
 
@@ -107,16 +106,17 @@ class OwnerOptimizer(FlatOptimizer):
         parameters: dict[str, torch.nn.Parameter],
         table: dict[str, TensorSpec],
         tensor_ranks: int,
-        first_stage: bool,
+        groups: ProcessGroups,
     ) -> None:
         """Allocate the state (zero) of what this rank owns of the buffers of ``wrapper``.
 
         Args:
             parameters: by canonical name.
             tensor_ranks: that cut them.
-            first_stage: whether this is the first pipeline stage.
+            groups: of the engine, for the stages that share an embedding.
         """
         names = {parameter: name for name, parameter in parameters.items()}
+        self._stages = groups.embedding_group
         self._all: list[Fragment] = []
         self._sent: set[str] = set()
         self._received: set[str] = set()
@@ -139,7 +139,7 @@ class OwnerOptimizer(FlatOptimizer):
                     self.state[shard] = fragment.slots
                 self._all.append(fragment)
                 if _shared_by_stages(parameter):
-                    (self._sent if first_stage else self._received).add(name)
+                    (self._sent if groups.first_stage else self._received).add(name)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -151,11 +151,42 @@ class OwnerOptimizer(FlatOptimizer):
         for fragment in fragments:
             if fragment.cut.name in self._received and fragment.slots:
                 update = torch.empty_like(self._update(fragment))
-                dist.broadcast(update, group=parallel_state.get_embedding_group(), group_src=0)
+                dist.broadcast(update, group=self._stages, group_src=0)
                 self._apply(fragment, update, lr)
 
     def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
         if fragment.cut.name in self._sent and fragment.slots:
             update = update.contiguous()
-            dist.broadcast(update, group=parallel_state.get_embedding_group(), group_src=0)
+            dist.broadcast(update, group=self._stages, group_src=0)
         super()._apply(fragment, update, lr)
+
+
+class WholeOptimizer(FlatOptimizer):
+    """ZeRO stage 0: every data-parallel rank updates every tensor, as far as its tensor-parallel
+    shard goes. Collective over the tensor-parallel group."""
+
+    def attach_whole(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        table: dict[str, TensorSpec],
+        tensor_ranks: int,
+    ) -> None:
+        """Allocate the state (zero), once the wrapper has put fp32 copies in place of bf16 weights.
+
+        Args:
+            parameters: of the model, by canonical name.
+            tensor_ranks: that cut them.
+        """
+        self._all: list[Fragment] = []
+        for name, parameter in parameters.items():
+            weight = getattr(parameter, "main_param", parameter)
+            held = {self.rank: (0, weight.numel())}
+            cut = Cut(name, table[name], held, tensor_ranks=tensor_ranks)
+            fragment = self.fragment(weight, weight, cut)
+            self.state[weight] = fragment.slots
+            self._all.append(fragment)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all tensors, from their gradients."""
+        self.update(self._all, self.param_groups[0]["lr"])

@@ -19,13 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.engines.places import (
-    BufferTensor,
-    Place,
-    owner_places,
-    zero_3_places,
-    zero_places,
-)
+from megatron_progressive.engines.places import zero_3_places, zero_places
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import (
     ModelShape,
@@ -33,6 +27,7 @@ from megatron_progressive.models.base import (
     TransformerShape,
     layer_number,
 )
+from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.state.boxes import (

@@ -1,6 +1,6 @@
 """Flat buffers of weights and gradients, which data-parallel ranks may divide (ZeRO stage 1).
 
-Tensors lie in buckets as :func:`.places.owner_places` says: under Muon-NSGD whole in one rank's
+Tensors lie in buckets as :func:`.owners.owner_places` says: under Muon-NSGD whole in one rank's
 share wherever they fit. Gradients are fp32 sums; with weights in bf16 each share has fp32 master
 weights. At stage 0 every rank's share is the whole bucket.
 """
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from megatron_progressive.config import OptimSection
 from megatron_progressive.engines.flat_state import slot_pieces
-from megatron_progressive.engines.places import BufferTensor, owner_places
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.flat import Cut, FlatOptimizer
+from megatron_progressive.optim.owners import BufferTensor, owner_places
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.runtime.memory import zeros
 from megatron_progressive.state.boxes import PARAM, Piece, ShardedState, whole

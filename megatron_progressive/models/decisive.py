@@ -10,7 +10,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.models import model_shape
 
 # How a run is laid out and watched: never what is computed, but for rounding.
-_FREE = {"run.dir", "train.stop_after", "train.save_every", "train.keep_checkpoints",
+_FREE = {"run.dir", "run.extend", "train.stop_after", "train.save_every", "train.keep_checkpoints",
          "train.log_every", "train.trackers", "data.prepared", "optim.ns_kernel_from"}  # fmt: skip
 _MICRO_BATCH = "train.micro_batch"
 

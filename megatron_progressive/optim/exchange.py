@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_progressive.optim.owners import homes
+
 
 @dataclass(frozen=True)
 class Parted:
@@ -28,9 +30,8 @@ class Parted:
 class Exchange:
     """Parted tensors to one home each and back, in two all-to-alls over a group.
 
-    Each rank derives the same homes from the same parts: the rank that holds the largest part,
-    of several such the one that has least so far. So what it holds is not sent, and of a
-    replicated tensor nothing is gathered.
+    Each rank derives the same homes from the same parts (:func:`.owners.homes`). What a home holds
+    already is not sent, and of a replicated tensor nothing is gathered.
     """
 
     def __init__(
@@ -38,15 +39,11 @@ class Exchange:
     ) -> None:
         self.tensors, self.rank, self.group = tensors, rank, group
         self.ranks = group.size() if group is not None else 1
-        load = [0] * self.ranks
-        self.homes = [0] * len(tensors)
-        # the largest first
-        for i in sorted(range(len(tensors)), key=lambda i: (-tensors[i].numel, i)):
-            tensor = tensors[i]
-            longest = max(map(tensor.length, tensor.ranges))
-            holders = [rank for rank in tensor.ranges if tensor.length(rank) == longest]
-            self.homes[i] = min(holders, key=lambda r: (load[r], r))
-            load[self.homes[i]] += tensor.numel
+        self.homes = homes(
+            [tensor.numel for tensor in tensors],
+            [{r: tensor.length(r) for r in tensor.ranges} for tensor in tensors],
+            self.ranks,
+        )
         self.owned = [i for i, home in enumerate(self.homes) if home == rank]
         self._of = [[i for i, h in enumerate(self.homes) if h == r] for r in range(self.ranks)]
 

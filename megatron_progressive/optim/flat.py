@@ -1,7 +1,7 @@
 """AdamW and Muon-NSGD on flat partitions, as ZeRO cuts them.
 
 A partition is a flat fp32 tensor that holds, for each of several tensors, the part that this
-data-parallel rank owns. The mathematics is that of :mod:`.muon_nsgd` and of torch's AdamW;
+data-parallel rank owns. The mathematics is that of :mod:`.muon` and of torch's AdamW;
 state lies where the weights do. AdamW counts steps per tensor, so that layers that are new at τ
 start at step zero. What lies whole on one rank is updated there. What is cut is exchanged over
 the data-parallel group: of vectors the squared norms, of matrices the update itself, a bounded
@@ -24,7 +24,7 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.exchange import Exchange, Parted
 from megatron_progressive.optim.lr_factor import lr_factor
-from megatron_progressive.optim.muon_nsgd import orthogonalised, with_momentum
+from megatron_progressive.optim.muon import muon_updates, normalised, with_momentum
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
 
@@ -214,9 +214,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             dist.all_reduce(squares, group=self.tensor_group)
         norms = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         for fragment, update, norm in zip(fragments, updates, norms, strict=True):
-            # divided first: a zero tensor has a zero update, not 0 x infinity
-            update = update.div(norm).mul_(math.sqrt(fragment.cut.spec.numel))
-            self._apply(fragment, update, lr)
+            self._apply(fragment, normalised(update, norm, fragment.cut.spec.numel), lr)
 
     def _muon(self, fragments: list[Fragment], lr: float) -> None:
         """Whole matrices where they are; the others are exchanged, the same ones on all ranks."""
@@ -262,7 +260,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Flat whole tensors in, their flat scaled updates out."""
         matrices = [u.view(cut.spec.shape) for u, cut in zip(updates, cuts, strict=True)]
         blocks = [cut.spec.row_blocks for cut in cuts]
-        return [u.reshape(-1) for u in orthogonalised(matrices, blocks, self.optim)]
+        return [u.reshape(-1) for u in muon_updates(matrices, blocks, self.optim)]
 
 
 def _batches(fragments: list[Fragment], most: int) -> Iterator[list[Fragment]]:

@@ -22,7 +22,7 @@ def compute_dtype(optim: OptimSection, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def orthogonalise(
+def newton_schulz(
     matrices: torch.Tensor,
     steps: int | None = None,
     eps: float = 1e-7,

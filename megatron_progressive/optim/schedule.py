@@ -17,6 +17,12 @@ def decay_steps(config: RunConfig) -> int:
     return round(config.schedule.decay * config.train.steps) if config.schedule.name == "wsd" else 0
 
 
+def last_stable_step(config: RunConfig) -> int:
+    """The last step before the final decay: of ``wsd``, the last one at the peak learning rate
+    (the warmup's end at the latest); 0 for the other schedules, which fall all along."""
+    return config.train.steps - decay_steps(config) if config.schedule.name == "wsd" else 0
+
+
 def learning_rate(config: RunConfig, step: int) -> float:
     """Learning rate of ``step`` (1-based).
 

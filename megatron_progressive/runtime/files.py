@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ def write_atomically(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
+def finite_values(value: Any) -> Any:
+    """Nested values with null for numbers that JSON has none for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(values: dict[str, Any], indent: int | None = None) -> str:
+    """``values`` as JSON that any reader takes: a number that is not finite is null."""
+    return json.dumps(finite_values(values), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace ``path`` by an indented JSON object."""
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
+    """Replace ``path`` by an indented JSON object (:func:`json_text`)."""
+    write_atomically(path, json_text(values, indent=2) + "\n")

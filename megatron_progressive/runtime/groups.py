@@ -101,6 +101,10 @@ class ProcessGroups:
         self.expert_tensor_group = parallel_state.get_expert_tensor_parallel_group()
         self.expert_data_group = parallel_state.get_expert_data_parallel_group()
         self.expert_model_group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        # of the ranks with a copy of the embedding; None where this is none of them
+        self.embedding_group = parallel_state.get_embedding_group(check_initialized=False)
+        # of all ranks whose distributed optimizers share one state
+        self.optimizer_group = parallel_state.get_intra_distributed_optimizer_instance_group()
 
     @property
     def first_stage(self) -> bool:
@@ -133,3 +137,4 @@ class ProcessGroups:
         self._globals = {}
         del self.tensor_group, self.data_group, self.model_group
         del self.expert_tensor_group, self.expert_data_group, self.expert_model_group
+        del self.embedding_group, self.optimizer_group

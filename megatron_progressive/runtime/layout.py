@@ -41,6 +41,12 @@ class Layout:
         """Whether experts have parallel groups of their own."""
         return self.expert > 1 or self.expert_tensor != self.tensor
 
+    @property
+    def distributed_optimizer(self) -> bool:
+        """Whether Megatron-core's distributed optimizer is in use, whatever its rule: it divides
+        the state, reduces gradients into shares and gathers weights from them."""
+        return self.engine == "megatron" and self.zero_stage >= 1
+
     def __str__(self) -> str:
         parts = [f"DP={self.data}"]
         parts += [f"TP={self.tensor}"] if self.tensor > 1 else []

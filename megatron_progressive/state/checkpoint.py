@@ -24,6 +24,8 @@ from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.state.boxes import MASTER, PARAM, WEIGHT_SLOTS, Piece, ShardedState
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import stored_tensors
+from megatron_progressive.state.tokenizer_files import FOLDER as TOKENIZER_FOLDER
+from megatron_progressive.state.tokenizer_files import copy_tokenizer
 
 PROGRESS_FILE = "progress.json"
 _NAME = re.compile(r"step_(\d{7,})")
@@ -51,6 +53,11 @@ class Progress:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """``checkpoints/step_0001200``."""
     return folder / "checkpoints" / f"step_{step:07d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one of :func:`checkpoints`."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -140,12 +147,13 @@ def save(
     model: ModelRecord,
     keep: int,
     protected: Collection[int] = (),
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write a checkpoint of a run folder. Collective over all ranks.
 
     The files go to a hidden folder that is renamed when all is on disk, so an interrupted
     save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all), and those
-    of ``protected`` steps.
+    of ``protected`` steps. ``tokenizer`` is the folder of the model's, which goes along.
     """
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
@@ -168,6 +176,8 @@ def save(
     )
     dist.barrier()
     if first:
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
         seal(temporary, progress, model)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, DataSection, RunConfig, load
-from megatron_progressive.models import FAMILIES
+from megatron_progressive.data.manifest import prepared_folder, read_manifest
+from megatron_progressive.data.tokenizer import is_tokenizer, load_tokenizer
+from megatron_progressive.models import FAMILIES, transformer_shape
 from megatron_progressive.models.base import ModelShape, TransformerShape
 from megatron_progressive.models.family import PARTS
 from megatron_progressive.state.checkpoint import checkpoints, read_description
+from megatron_progressive.state.tokenizer_files import FOLDER
 
 _TRAINING = {"mup", "mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
 """Fields of the model that say how it is trained: a run may set others than the checkpoint's."""
@@ -31,12 +34,14 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: no whole checkpoint, another family, or a size that is set and differs.
     """
-    if config.run.init_from is None:
+    start = config.run.init_from
+    if start is None:
         return config
     own = _own_configuration(config)
     if own is not None:
+        config = _with_tokenizer(config, own.data.tokenizer)
         return _filled(config, _sizes_of_configuration(own))
-    checkpoint = Path(config.run.init_from).expanduser()
+    checkpoint = Path(start).expanduser()
     try:
         shape = read_description(checkpoint)[1].shape
     except ConfigError as error:
@@ -48,7 +53,68 @@ def with_initial_model(config: RunConfig) -> RunConfig:
         )
     sizes = sizes_of_model(shape)
     _check_given(config, sizes, shape, checkpoint)
+    if _keeps_tokenizer(checkpoint) and config.data.prepared is None:
+        config = _with_tokenizer(config, str(checkpoint / FOLDER))
     return _filled(config, sizes)
+
+
+def _keeps_tokenizer(checkpoint: Path) -> bool:
+    """Whether there is a tokenizer in a checkpoint, one that is read here."""
+    return is_tokenizer(checkpoint / FOLDER)
+
+
+def _with_tokenizer(config: RunConfig, tokenizer: str) -> RunConfig:
+    """The configuration with a tokenizer instead of ``bpe``: what that would train on the corpus
+    is not that of weights that are there."""
+    if config.data.tokenizer != "bpe":
+        return config
+    return replace(config, data=replace(config.data, tokenizer=tokenizer))
+
+
+def unknown_tokenizer(config: RunConfig) -> list[str]:
+    """The warning that a run earns whose weights come without their tokenizer."""
+    start = config.run.init_from
+    if start is None or config.data.tokenizer != "bpe" or config.data.prepared is not None:
+        return []
+    if "vocab_size" not in FAMILIES[config.model.family].data_sizes:
+        return []
+    return [
+        f"run.init_from {start} keeps no tokenizer that is read here: data.tokenizer bpe makes a "
+        "new one, whose tokens mean nothing to its weights (data.tokenizer=FOLDER names theirs)"
+    ]
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """Whether a run that starts from a checkpoint reads text by that checkpoint's tokenizer, where
+    the checkpoint keeps one.
+
+    Raises:
+        ConfigError: it would have another one, or one cannot be read.
+    """
+    if config.run.init_from is None:
+        return
+    checkpoint = Path(config.run.init_from).expanduser()
+    kept = checkpoint / FOLDER
+    if not _keeps_tokenizer(checkpoint):
+        return
+    if config.data.prepared is not None:
+        field, got = "data.prepared", config.data.prepared
+        name = str(Path(got).expanduser() / FOLDER)
+        read_manifest(prepared_folder(config))
+    else:
+        field, got, name = "data.tokenizer", config.data.tokenizer, config.data.tokenizer
+    if Path(name).expanduser().resolve() == kept.resolve():
+        return
+    size = transformer_shape(config).vocab_size
+    theirs, ours = (
+        load_tokenizer(replace(config.data, tokenizer=one), size) for one in (str(kept), name)
+    )
+    if ours is None or theirs is None or not ours.tokens_as(theirs):
+        accepted = str(kept) if config.data.prepared is None else f"one made with {kept}"
+        raise ConfigError(
+            f"{field}: got {got}, whose tokenizer is not that of run.init_from "
+            f"{config.run.init_from}; accepted: {accepted}"
+        )
 
 
 def _own_configuration(config: RunConfig) -> RunConfig | None:

@@ -1,4 +1,5 @@
-"""What a checkpoint says of its model, so that it can be read without its run folder."""
+"""What a checkpoint says of its model and of what it was trained on, so that it can be read
+without its run folder."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.data import DataIdentity
 from megatron_progressive.models import shape_from_values
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout
@@ -28,6 +30,8 @@ class ModelRecord:
     layout: str
     """Layout of the job that saved it, for people: any layout can load it."""
     depth_history: DepthHistory
+    data: DataIdentity | None = None
+    """What it was trained on; None where that is unknown, or it was not trained here."""
 
     def to_values(self) -> dict[str, Any]:
         """As JSON has it: the shape's fields beside the others."""
@@ -42,17 +46,19 @@ class ModelRecord:
             KeyError, TypeError, ValueError: something is missing, or of another kind.
         """
         rest = dict(values)
+        data = DataIdentity.from_values(rest.pop("data", None))
         own = {f.name for f in fields(cls)}
         shape = shape_from_values({key: rest.pop(key) for key in [*rest] if key not in own})
         history = tuple((int(step), int(layers)) for step, layers in rest.pop("depth_history"))
         if not history or history[-1][1] != shape.num_layers:
             raise ValueError(f"depth_history {history} of {shape.num_layers} layers")
-        return cls(shape=shape, depth_history=history, **rest)
+        return cls(shape=shape, depth_history=history, data=data, **rest)
 
 
 def record_of_run(
-    config: RunConfig, shape: ModelShape, layout: Layout, history: DepthHistory
-) -> ModelRecord:
+    config: RunConfig, shape: ModelShape, layout: Layout, history: DepthHistory,
+    trained_on: DataIdentity | None = None,
+) -> ModelRecord:  # fmt: skip
     """What a run writes into its checkpoints."""
     return ModelRecord(
         shape=shape,
@@ -62,4 +68,5 @@ def record_of_run(
         seed=config.run.seed,
         layout=str(layout),
         depth_history=history,
+        data=trained_on,
     )

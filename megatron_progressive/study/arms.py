@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_progressive.config import RunConfig
+from megatron_progressive.config import CONFIG_FILE, RunConfig
+from megatron_progressive.data import changed_since, differ
 from megatron_progressive.models.decisive import decisive
 from megatron_progressive.study import controls
 from megatron_progressive.study.flops import step_flops
-from megatron_progressive.study.runs import CONFIG_FILE, Run
+from megatron_progressive.study.runs import Run
 
 PROGRESSIVE, FIXED, SHORT, OTHER = "progressive", "fixed-size", "short control", "other"
 
@@ -17,7 +19,8 @@ _EQUAL_FLOPS = 0.02
 """Relative difference of total FLOPs up to which two runs count as equal in compute."""
 
 _DATA = ("corpus", "tokenizer", "text_field", "validation_fraction", "max_bytes")
-"""What the validation loss depends on: runs that differ here cannot be compared."""
+"""What the validation loss depends on: runs that differ here cannot be compared. Where it is
+recorded what both were trained on, that counts instead."""
 
 # Of the keys that decide a run's numbers, those in which a control may differ: its name; its seed,
 # which :func:`_notes` names; how often it is validated; and its model, which is the target's.
@@ -62,20 +65,30 @@ def differences(config: RunConfig, wanted: RunConfig) -> list[str]:
     ]
 
 
-def _comparable(control: Run, progressive: Run) -> bool:
+def _same_data(control: Run, progressive: Run) -> bool:
+    if control.trained_on is not None and progressive.trained_on is not None:
+        return not differ(control.trained_on, progressive.trained_on)
+    return _same_names(control, progressive)
+
+
+def _same_names(control: Run, progressive: Run) -> bool:
     data, other = control.config.data, progressive.config.data
-    return (
-        not control.config.expansion
-        and control.target == progressive.target
-        and all(getattr(data, key) == getattr(other, key) for key in _DATA)
-    )
+    return all(getattr(data, key) == getattr(other, key) for key in _DATA)
+
+
+def _same_model(control: Run, progressive: Run) -> bool:
+    return not control.config.expansion and control.target == progressive.target
 
 
 def is_fixed(control: Run, progressive: Run) -> bool:
     """Whether ``control`` is the fixed-size run of ``progressive``."""
+    return _same_data(control, progressive) and _fixed_but_for_data(control, progressive)
+
+
+def _fixed_but_for_data(control: Run, progressive: Run) -> bool:
     mine, theirs = control.config.train, progressive.config.train
     return (
-        _comparable(control, progressive)
+        _same_model(control, progressive)
         and mine.steps == theirs.steps
         and control.config.last_step == progressive.config.last_step
         and mine.global_batch == theirs.global_batch
@@ -85,7 +98,11 @@ def is_fixed(control: Run, progressive: Run) -> bool:
 def is_short(control: Run, progressive: Run) -> bool:
     """Whether ``control`` is the equal-FLOPs run of ``progressive``: fewer steps, total FLOPs
     within 2 % (or within one step, in very short runs)."""
-    if not _comparable(control, progressive):
+    return _same_data(control, progressive) and _short_but_for_data(control, progressive)
+
+
+def _short_but_for_data(control: Run, progressive: Run) -> bool:
+    if not _same_model(control, progressive):
         return False
     if control.config.last_step >= progressive.config.last_step:
         return False
@@ -114,11 +131,18 @@ def _compare_one(progressive: Run, runs: Sequence[Run]) -> Comparison:
     missing: list[Missing] = []
     found: dict[str, Run | None] = {}
     for arm, matches, make in (
-        (FIXED, is_fixed, controls.fixed_size),
-        (SHORT, is_short, controls.short_control),
+        (FIXED, _fixed_but_for_data, controls.fixed_size),
+        (SHORT, _short_but_for_data, controls.short_control),
     ):
         wanted, reason = make(progressive.config), "not among the runs"
-        control = _closest([r for r in runs if matches(r, progressive)], progressive, wanted)
+        alike = [run for run in runs if matches(run, progressive)]
+        control = _closest([r for r in alike if _same_data(r, progressive)], progressive, wanted)
+        notes += [
+            f"{run.name} was trained on other data than {progressive.name}, under the same name: "
+            "not compared"
+            for run in alike
+            if _same_names(run, progressive) and not _same_data(run, progressive)
+        ]
         if control is not None and not control.finished:
             reason = f"{control.name} is unfinished"
         finished = control if control is not None and control.finished else None
@@ -139,6 +163,10 @@ def _missing(
     else:
         path = str(progressive.folder / CONFIG_FILE)
         command = controls.control_command(path, progressive.config, wanted)
+        if changed_since(progressive.config, progressive.trained_on):
+            # on what the progressive run was trained on, not on what its corpus is now
+            assert progressive.trained_on is not None
+            command += " " + shlex.quote(f"data.prepared={progressive.trained_on.prepared}")
     return Missing(progressive.name, arm, reason, command)
 
 

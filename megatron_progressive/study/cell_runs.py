@@ -28,16 +28,22 @@ def share_runs(cells: Sequence[Cell], folder: Path) -> list[Cell]:
     """
     there: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*-*")):
-        there.setdefault(path.name.rpartition("-")[2], []).append(path.name)
+        there.setdefault(_digits(path.name), []).append(path.name)
     runs: dict[str, RunConfig] = {}
     for cell in cells:
-        known = there.get(cell.fingerprint, []) if cell.fingerprint else []
-        if cell.fingerprint and cell.fingerprint not in runs:
+        if cell.fingerprint and _digits(cell.run_name) not in runs:
             own = cell.run_name
+            known = there.get(_digits(own), [])
             found = sorted({*known, own}, key=lambda name: _rank(folder / name, own))
             run = replace(cell.config.run, name=found[0])
-            runs[cell.fingerprint] = replace(cell.config, run=run)
-    return [replace(c, config=runs[c.fingerprint]) if c.fingerprint else c for c in cells]
+            runs[_digits(own)] = replace(cell.config, run=run)
+    return [replace(c, config=runs[_digits(c.run_name)]) if c.fingerprint else c for c in cells]
+
+
+def _digits(run_name: str) -> str:
+    """The fingerprint that a run folder is named by: without the content of its data where no
+    folder of that name is trained on something else."""
+    return run_name.rpartition("-")[2]
 
 
 def _rank(run: Path, own: str) -> tuple[bool, bool, bool, str]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig, from_dict
+from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.decisive import decisive
 from megatron_progressive.study import controls
 from megatron_progressive.study.flops import total_flops
+from megatron_progressive.study.grid_data import StudyData
 
 FIXED, SHORT = "fixed", "short_control"
 ZERO_LAYER, ONE_LAYER, FUNCTION_PRESERVING = "zero_layer", "one_layer", "function_preserving"
@@ -70,10 +72,12 @@ class Cell:
     those of the cell that it controls."""
     unknown: str = ""
     """Why τ is not known. Such a cell is not run; its configuration has an assumed τ."""
+    trained_on: DataIdentity | None = None
+    """What the study is trained on; None where that is not settled yet."""
 
     @property
     def fingerprint(self) -> str:
-        return "" if self.unknown else fingerprint(self.config)
+        return "" if self.unknown else fingerprint(self.config, self.trained_on)
 
     @property
     def tau(self) -> str:
@@ -99,17 +103,22 @@ class Cell:
         return total_flops(self.config)
 
 
-def fingerprint(config: RunConfig) -> str:
+def fingerprint(config: RunConfig, trained_on: DataIdentity | None = None) -> str:
     """Twelve hexadecimal digits of what decides a run's result: model, data, steps, optimizer,
     schedule, expansions, seed; not its layout, which changes no more than rounding.
 
     Keys without a value are left out: a version that adds one does not undo finished cells.
+
+    Args:
+        trained_on: the content of its data, where that is known; its name is in the configuration.
     """
     found = {
         key: repr(value)
         for key, value in decisive(config).items()
         if value is not None and key != "run.name"
     }
+    if trained_on is not None:
+        found["trained_on"] = trained_on.fingerprint
     text = json.dumps(found, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -126,6 +135,7 @@ class SizeCells:
     def __init__(
         self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
         axes: dict[str, list[str]] | None = None, overrides: Sequence[str] = (),
+        data: StudyData | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -135,6 +145,7 @@ class SizeCells:
             schedule: instead of the configured ``schedule.name``.
             axes: values of :data:`EXPANSION_KEYS` that expansions span.
             overrides: ``key=value`` words, which come before ``run`` and ``size``.
+            data: what the study is trained on (default: not settled).
 
         Raises:
             ConfigError: no such size, or a configuration that does not hold.
@@ -150,7 +161,7 @@ class SizeCells:
             for key in [*changes]
             if key.startswith(_AFTER)
         }
-        self._axes = axes or {}
+        self._axes, self._data = axes or {}, data
         words = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + [*overrides]
         words += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
         self.config = from_dict(run, words)
@@ -216,10 +227,32 @@ class SizeCells:
         unknown: str = "",
     ) -> Cell:  # fmt: skip
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
-        folder = name if unknown else f"{name}-{fingerprint(config)}"
+        trained_on = self.trained_on(config)
+        folder = name if unknown else self.choose_name(name, config, [""])
         placed = replace(config, run=replace(config.run, name=folder))
         axes = {**self._setting, **(axes or {})}
-        return Cell(name, self.name, arm, self.seed, placed, axes=axes, unknown=unknown)
+        return Cell(
+            name, self.name, arm, self.seed, placed, axes=axes, unknown=unknown,
+            trained_on=trained_on,
+        )  # fmt: skip
+
+    def trained_on(self, config: RunConfig) -> DataIdentity | None:
+        """What the study trains such a run on; None where that is not settled."""
+        return None if self._data is None else self._data.known(config)
+
+    def choose_name(self, name: str, config: RunConfig, endings: Sequence[str]) -> str:
+        """``name`` with the run's fingerprint: without the content of its data, which is not known
+        at first, or with it where run folders of that name (with one of ``endings``) are known to
+        be trained on something else."""
+        known = self.trained_on(config)
+        named = f"{name}-{fingerprint(config)}"
+        found = [
+            read_identity(config.folder.parent / f"{named}{ending}" / DATA_FILE)
+            for ending in endings
+        ]
+        if any(differ(one, known) for one in found):
+            return f"{name}-{fingerprint(config, known)}"
+        return named
 
     def _cell(self, arm: str, source: int, expansion: list[dict[str, Any]]) -> Cell:
         return self._named(arm, arm, self._config_of(source, expansion))

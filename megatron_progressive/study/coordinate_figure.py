@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from megatron_progressive.runtime.files import write_json
 from megatron_progressive.study.coordinate import (
     CHANGE,
     DEPTH,
@@ -25,7 +25,7 @@ PNG, JSON = "coordcheck.png", "coordcheck.json"
 def write(check: CoordinateCheck, shapes: Sequence[tuple[str, int, int]], out: Path) -> None:
     """``coordcheck.png`` and ``coordcheck.json`` into ``out``, which is made."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / JSON).write_text(json.dumps(check.to_values(), indent=1) + "\n")
+    write_json(out / JSON, check.to_values())
     figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
     last = max(m.step for m in check.measurements)
     for row, kind in enumerate((RMS, CHANGE)):

@@ -26,6 +26,7 @@ from megatron_progressive.study.cells import (
     Cell,
     SizeCells,
 )
+from megatron_progressive.study.grid_data import StudyData
 from megatron_progressive.study.grid_pilot import KEYS as PILOT_KEYS
 from megatron_progressive.study.grid_pilot import GridPilot, grid_pilot
 from megatron_progressive.study.kinds import kind_keys
@@ -106,8 +107,11 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     taus = _taus(values)
     inits, seeds = _listed(values, "init", ["copying"]), _seeds(values)
     axes = _axes(values)
+    settled = StudyData(folder)
     bases = [
-        SizeCells(values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words)
+        SizeCells(
+            values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words, settled
+        )
         for size in _sizes(values)
         for schedule in _listed(values, "schedule", [None])
         for seed in seeds

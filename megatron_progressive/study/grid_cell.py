@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import time
 
-from megatron_progressive.config import to_yaml
 from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.runtime.folder_lock import (
     HEARTBEAT_SECONDS,
@@ -15,6 +14,7 @@ from megatron_progressive.runtime.folder_lock import (
     owner_of,
 )
 from megatron_progressive.study.cells import Cell
+from megatron_progressive.study.grid_data import cell_file
 from megatron_progressive.study.grid_failures import NO_PROGRAM_CODE, judge
 from megatron_progressive.study.grid_launch import Launch, Signals
 from megatron_progressive.study.grid_state import Attempts, Study, code_version
@@ -60,7 +60,7 @@ def run_cell(
             return None
         for file in (study.file("configs", cell, ".yaml"), study.file("logs", cell, ".log")):
             file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(study.file("configs", cell, ".yaml"), to_yaml(cell.config))
+        write_atomically(study.file("configs", cell, ".yaml"), cell_file(cell))
         tries, elsewhere = 0, 0
         # first a run that a worker of before has left alone, then what may be left of the last try
         while _is_free(cell, signals, PATIENCE_SECONDS if tries else 0):

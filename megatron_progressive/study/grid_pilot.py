@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.data import DataIdentity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import decay_steps
 from megatron_progressive.study.cells import (
@@ -22,7 +23,6 @@ from megatron_progressive.study.cells import (
     ZERO_LAYER,
     Cell,
     SizeCells,
-    fingerprint,
 )
 from megatron_progressive.study.flops import step_tokens
 from megatron_progressive.study.mixing import MixingTime, propose
@@ -54,18 +54,23 @@ class GridPilot:
     config: RunConfig
     """The progressive run that is measured for."""
     plan: Pilot
+    trained_on: DataIdentity | None = None
+    """What the study is trained on; None where that is not settled yet."""
 
     @property
     def cells(self) -> list[Cell]:
         """Its two runs, which are run, locked and tried again as cells are."""
         return [
-            Cell(f"{PILOT}-{arm.run.name.rsplit('_', 1)[-1]}", self.size, PILOT, arm.run.seed, arm)
+            Cell(
+                f"{PILOT}-{arm.run.name.rsplit('_', 1)[-1]}", self.size, PILOT, arm.run.seed, arm,
+                trained_on=self.trained_on,
+            )
             for arm, _ in self.plan.files
-        ]
+        ]  # fmt: skip
 
     def mixing(self) -> MixingTime | None:
         """What it measured; None where it has not run to its end."""
-        return recorded(self.plan)
+        return recorded(self.plan, self.trained_on)
 
     def measure(self) -> MixingTime:
         """The mixing time from the two finished runs, also as ``pilot.json``."""
@@ -141,10 +146,13 @@ def grid_pilot(
             raise ConfigError(
                 f"pilot.{key}: got {value!r}; accepted: a fraction below 1, or a step"
             )
-    config = bases[names.index(size)].grown(source, ASSUMED, init)
+    base = bases[names.index(size)]
+    config = base.grown(source, ASSUMED, init)
     try:
-        digits = fingerprint(plan_pilot(config, steps, at).progressive)
-        name = f"{PILOT}-{size}-{source}-s{config.run.seed}-{digits}"
+        planned = plan_pilot(config, steps, at)
+        endings = [arm.run.name.removeprefix(config.run.name) for arm, _ in planned.files]
+        name = f"{PILOT}-{size}-{source}-s{config.run.seed}"
+        name = base.choose_name(name, planned.progressive, endings)
         config = replace(config, run=replace(config.run, name=name))
         plan = replace(plan_pilot(config, steps, at), folder=folder / PILOT)
         for arm, _ in plan.files:
@@ -152,4 +160,4 @@ def grid_pilot(
     except ConfigError as error:
         said = re.sub(r"--(steps|at)\b", r"pilot.\1", str(error))
         raise ConfigError(f"pilot: {said}") from None
-    return GridPilot(size, source, config, plan)
+    return GridPilot(size, source, config, plan, base.trained_on(config))

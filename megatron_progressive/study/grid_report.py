@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.runtime.files import write_atomically
+from megatron_progressive.runtime.files import finite_values, write_atomically, write_json
 from megatron_progressive.study import grid_figures, grid_page, grid_verdict, sweep_figures
 from megatron_progressive.study.ablation import ablation
 from megatron_progressive.study.cells import PILOT
@@ -29,7 +28,6 @@ from megatron_progressive.study.grid_state import FINISHED, Study
 from megatron_progressive.study.grid_verdict import Finding, comparisons, distinct, findings
 from megatron_progressive.study.labels import arm_words, is_control
 from megatron_progressive.study.pilot import headline as pilot_headline
-from megatron_progressive.study.report import finite_values
 from megatron_progressive.study.runs import read_run
 
 
@@ -120,7 +118,7 @@ def make_grid_report(study: Study) -> GridReport:
             report.pictures[name] = path
         else:  # one of before would be of other cells
             path.unlink(missing_ok=True)
-    write_atomically(out / "report.json", json.dumps(as_json(report), indent=2) + "\n")
+    write_json(out / "report.json", as_json(report))
     write_atomically(out / "report.html", grid_page.render(report))
     return report
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.data import DataIdentity, differ
 from megatron_progressive.study.cells import FIXED, SHORT, Cell, params_of
+from megatron_progressive.study.grid_data import data_key
 from megatron_progressive.study.grid_state import CellStatus, Study
 from megatron_progressive.study.labels import families
 from megatron_progressive.study.runs import Run, read_run
@@ -44,6 +46,7 @@ def gather(study: Study) -> list[Result]:
     """Every cell of a study in the grid's order."""
     cells = study.grid.cells
     labels = families(cells)
+    trained_on: dict[str, DataIdentity | None] = {}
     found = []
     for cell in cells:
         run, problem = None, ""
@@ -53,6 +56,11 @@ def gather(study: Study) -> list[Result]:
             except ConfigError as error:
                 problem = str(error)
         status = study.status_of(cell)
+        if run is not None:
+            key = data_key(cell.config)
+            trained_on[key] = cell.trained_on or trained_on.get(key) or run.trained_on
+        if run is not None and differ(run.trained_on, trained_on[key]):
+            run, problem = None, "trained on other data than the study"
         found.append(Result(status, labels[cell.name], params_of(cell), run, problem))
     return found
 

@@ -23,6 +23,7 @@ from megatron_progressive.study.grid_cell import (
     NotStarted,
     run_cell,
 )
+from megatron_progressive.study.grid_data import settled
 from megatron_progressive.study.grid_launch import Launch, Signals
 from megatron_progressive.study.grid_pilot import WAITS
 from megatron_progressive.study.grid_state import FAILED, RUNNING, Study
@@ -58,9 +59,10 @@ def run_grid(
         say(f"{study.grid.name}: nothing to do, {_count(cells)} finished")
         return 0
     with Signals().caught() as signals:
-        if study.grid.pilot is not None and (
-            not chosen or any(cell.unknown == WAITS for cell in cells)
-        ):
+        pilot = study.grid.pilot if not chosen or any(c.unknown == WAITS for c in cells) else None
+        study = _settled(study, [*cells, *(pilot.cells if pilot is not None else [])], say)
+        cells = study.grid.chosen([cell.name for cell in cells])
+        if pilot is not None:
             code = _run_pilot(study, workers, launch, say, signals)
             study = Study(study.grid.reloaded())  # whose cells now know their τ
             cells = study.grid.chosen([cell.name for cell in cells])
@@ -123,6 +125,9 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
             f"pilot: got none in {study.grid.file}; accepted: a mapping, or tau: [pilot]"
         )
     with Signals().caught() as signals:
+        study = _settled(study, pilot.cells, say)
+        assert study.grid.pilot is not None
+        pilot = study.grid.pilot
         code = _run_pilot(study, workers, launch, say, signals)
     if code:
         return code
@@ -133,6 +138,13 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
             say(f"{cell.name}: {cell.unknown}")
     known = found is not None and found.mixed and not any(cell.unknown for cell in cells)
     return 0 if known else NO_TAU_CODE
+
+
+def _settled(study: Study, cells: Sequence[Cell], say: Say) -> Study:
+    """The study once it is settled what ``cells`` are trained on, and prepared: once, before
+    workers would all begin to. Cells that no τ is going to come for are left out."""
+    cells = [cell for cell in cells if cell.unknown in ("", WAITS)]
+    return Study(study.grid.reloaded()) if settled(study, cells, say) else study
 
 
 def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Signals) -> int:
@@ -173,8 +185,6 @@ def _run_all(
     Raises:
         ConfigError: data that cannot be read, or a place where no run can be started.
     """
-    from megatron_progressive import data
-
     waiting = [cell for cell in one_a_run(cells) if not study.finished(cell)]
     waiting.sort(key=lambda cell: cell.flops)
     for cell in [cell for cell in waiting if study.exhausted(cell)]:
@@ -184,9 +194,6 @@ def _run_all(
             f"{study.attempts(cell).error} (delete {study.file('attempts', cell, '.json')} to try "
             f"again)"
         )
-    for config in {str(c.config.data): c.config for c in waiting}.values():
-        data.check(config)
-        data.prepare(config)  # once, before workers would all begin to
     found = _Round(study, waiting, launch, say, signals)
     found.run(workers)
     if again := _left_by_others(study, found.taken, say, signals):

@@ -26,6 +26,7 @@ from megatron_progressive.runtime.folder_lock import (
     Owner,
     owner_of,
 )
+from megatron_progressive.state.run_files import is_finished, read_summary
 from megatron_progressive.study.cells import Cell, params_of
 from megatron_progressive.study.grid import Grid
 from megatron_progressive.study.grid_pilot import WAITS
@@ -107,7 +108,7 @@ class Study:
         return self.attempts(cell).failures > self.grid.retries
 
     def finished(self, cell: Cell) -> bool:
-        return bool(_summary(cell).get("steps", 0) >= cell.config.last_step)
+        return is_finished(_summary(cell), cell.config.last_step)
 
     def status(self) -> list[CellStatus]:
         """The state of every cell, the pilot's first, then in the grid's order."""
@@ -179,9 +180,7 @@ class Study:
 
 
 def _summary(cell: Cell) -> dict[str, Any]:
-    path = cell.folder / "summary.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
+    return read_summary(cell.folder)[0] or {}
 
 
 def _progress(folder: Path) -> tuple[int, float, float | None]:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.data import DataIdentity, differ
 from megatron_progressive.optim.schedule import decay_steps, warmup_steps
 from megatron_progressive.runtime.files import write_json
 from megatron_progressive.study.controls import fixed_size
@@ -153,9 +154,14 @@ def measure(config: RunConfig, pilot: Pilot) -> tuple[MixingTime, Proposal | Non
     into the pilot's folder (created).
 
     Raises:
-        ConfigError: a run that is not there or cannot be read.
+        ConfigError: a run that is not there or cannot be read, or runs on different data.
     """
     progressive, fixed = (read_run(arm.folder) for arm in (pilot.progressive, pilot.fixed))
+    if differ(progressive.trained_on, fixed.trained_on):
+        raise ConfigError(
+            f"RUN: {progressive.folder} and {fixed.folder} were trained on different data; "
+            "accepted: a pilot on one (delete one of them to run it anew)"
+        )
     mixing = mixing_time(progressive, fixed)
     proposal = propose(config, mixing, progressive.step_tokens)
     pilot.folder.mkdir(parents=True, exist_ok=True)
@@ -163,9 +169,9 @@ def measure(config: RunConfig, pilot: Pilot) -> tuple[MixingTime, Proposal | Non
     return mixing, proposal
 
 
-def recorded(pilot: Pilot) -> MixingTime | None:
+def recorded(pilot: Pilot, trained_on: DataIdentity | None = None) -> MixingTime | None:
     """The mixing time in the pilot's ``pilot.json``; None where there is none of these two runs,
-    or one that stopped earlier."""
+    one that stopped earlier, or one on other data than ``trained_on``."""
     path = pilot.folder / PILOT_FILE
     if not path.is_file():
         return None
@@ -173,7 +179,11 @@ def recorded(pilot: Pilot) -> MixingTime | None:
     same = Path(values["progressive"]).name == pilot.progressive.run.name
     if not same or values["stop_after"] < pilot.fixed.last_step:
         return None
+    if differ(DataIdentity.from_values(values.get("trained_on")), trained_on):
+        return None
     mixing = values["mixing"]
+    if mixing["gap_left_percent"] is None:  # not a number: a run had diverged
+        mixing["gap_left_percent"] = math.nan
     return MixingTime(**{**mixing, "train": TrainReading(**mixing["train"])})
 
 
@@ -187,6 +197,7 @@ def _write(
 ) -> None:
     from megatron_progressive.study.figures import mixing_curve
 
+    trained_on = progressive.trained_on or fixed.trained_on
     words = tau_words(proposal.tau) if proposal is not None and proposal.tau is not None else []
     write_json(
         pilot.folder / PILOT_FILE,
@@ -194,6 +205,7 @@ def _write(
             "progressive": str(progressive.folder),
             "fixed": str(fixed.folder),
             "stop_after": pilot.fixed.last_step,
+            "trained_on": None if trained_on is None else trained_on.to_values(),
             "tokens": mixing.tokens,
             "mixing": asdict(mixing),
             "proposal": None if proposal is None else asdict(proposal),

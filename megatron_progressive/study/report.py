@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.files import write_atomically, write_json
+from megatron_progressive.runtime.files import finite_values, write_atomically, write_json
+from megatron_progressive.state.run_files import SUMMARY_FILE, read_summary
 from megatron_progressive.study import figures, page
 from megatron_progressive.study.arms import Comparison, Missing, arm_of, compare
 from megatron_progressive.study.plan_text import flops_text
@@ -64,7 +63,7 @@ def make_report(run_folders: Sequence[Path], out: Path) -> Report:
         pictures.append(out / "gap.png")
     report.files.extend([out / "report.html", out / "report.json", *pictures])
     write_atomically(out / "report.html", page.render(report, pictures))
-    write_atomically(out / "report.json", json.dumps(as_json(report), indent=2) + "\n")
+    write_json(out / "report.json", as_json(report))
     return report
 
 
@@ -82,7 +81,7 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
             rows=rows,
             verdicts=found,
             missing=[missing for comparison in comparisons for missing in comparison.missing],
-            notes=list(dict.fromkeys([*notes, *_flops_notes(runs)])),
+            notes=list(dict.fromkeys([*notes, *_data_notes(comparisons), *_flops_notes(runs)])),
         ),
         comparisons,
     )
@@ -100,6 +99,25 @@ def _title(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
     return f"{wins} of {len(judged)} progressive runs beat their short control at equal FLOPs"
 
 
+def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """Where it is not known what runs that are compared were trained on."""
+    compared = [
+        run
+        for one in comparisons
+        if one.fixed or one.short
+        for run in (one.progressive, one.fixed, one.short)
+    ]
+    unknown = dict.fromkeys(
+        run.name for run in compared if run is not None and run.trained_on is None
+    )
+    if not unknown:
+        return []
+    return [
+        f"What {', '.join(unknown)} had for data was not recorded: their corpora are compared by "
+        "name alone"
+    ]
+
+
 def _flops_notes(runs: Sequence[Run]) -> list[str]:
     """Where a run recorded other FLOPs than its configuration counts to."""
     notes = []
@@ -115,11 +133,12 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
 
 def record_verdicts(report: Report) -> None:
     """Add each finished progressive run's verdict to its own ``summary.json``."""
+    finished = {row.folder for row in report.rows if row.finished}
     for verdict in report.verdicts:
-        path = Path(verdict.folder) / "summary.json"
-        if path.is_file():
-            values = json.loads(path.read_text())
-            write_json(path, {**values, **verdict_fields(report, Path(verdict.folder))})
+        folder = Path(verdict.folder)
+        values, _ = read_summary(folder)
+        if values is not None and verdict.folder in finished:
+            write_json(folder / SUMMARY_FILE, {**values, **verdict_fields(report, folder)})
 
 
 def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
@@ -150,17 +169,9 @@ def as_json(report: Report) -> dict[str, Any]:
     return plain
 
 
-def finite_values(value: Any) -> Any:
-    """Nested values with null for numbers that JSON has none for."""
-    if isinstance(value, dict):
-        return {key: finite_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_values(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def terminal_table(report: Report, console: Console | None = None) -> None:
-    """Print the runs as a table made for 80 columns, then verdicts, what is missing and files."""
+    """Print the runs as a table made for 80 columns, then verdicts, what is missing, the runs'
+    warnings, notes and files."""
     console = console if console is not None else Console()
     console.print(_table(report))
     for verdict in report.verdicts:
@@ -169,6 +180,9 @@ def terminal_table(report: Report, console: Console | None = None) -> None:
         console.print(f"no {missing.arm} run of {missing.run}; make it with", markup=False)
         # unwrapped: to be copied
         console.print(f"  {missing.command}", markup=False, highlight=False, soft_wrap=True)
+    for row in report.rows:
+        for warning in row.warnings:
+            console.print(f"warning: {row.name}: {warning}", markup=False, highlight=False)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     if report.files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_progressive.config import ConfigError, RunConfig, load
+from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
+from megatron_progressive.data import DATA_FILE, DataIdentity, read_identity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.base import ModelShape
+from megatron_progressive.state.run_files import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    Metrics,
+    finite,
+    read_metrics,
+    read_summary,
+)
 from megatron_progressive.study import flops
 
-CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
 _FIELDS = {
     "train": ("step", "flops", "loss", "lr"),
     "eval": ("step", "tokens", "flops", "loss"),
@@ -51,6 +58,8 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     summary: dict[str, Any] | None = None
     """``summary.json``; None where the run has not finished."""
+    trained_on: DataIdentity | None = None
+    """The content of its data; None where a version that did not record it ran it."""
 
     @property
     def name(self) -> str:
@@ -127,10 +136,11 @@ def _number(value: Any) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder. A last metrics line that a kill has cut is left out.
+    """Read one run folder. A last metrics line that a kill has cut is left out; a damaged one, or a
+    damaged summary, is named in :attr:`Run.warnings`.
 
     Raises:
-        ConfigError: no run folder, no metrics in it, or a file that cannot be read.
+        ConfigError: no run folder, no metrics in it, or a configuration that cannot be read.
     """
     if not folder.is_dir():
         raise ConfigError(f"RUN: no folder {folder}; accepted: a run folder")
@@ -141,52 +151,41 @@ def read_run(folder: Path) -> Run:
         config = load(folder / CONFIG_FILE)
     except ConfigError as error:
         raise ConfigError(f"RUN: {folder / CONFIG_FILE}: {error}") from None
-    events = _events(folder / METRICS_FILE)
+    metrics = _metrics(folder)
+    events, evals = metrics.events, _curve(metrics.events, "eval")
+    summary, problem = _summary(folder, evals)
+    said = [_warning(e) for e in events if e["event"] == "warning"]
     return Run(
         folder=folder,
         config=config,
-        train=_curve(events, "train", folder),
-        evals=_curve(events, "eval", folder),
-        expansions=[e for e in events if e.get("event") == "expansion"],
-        warnings=[_warning(e) for e in events if e.get("event") == "warning"],
-        summary=_summary(folder / SUMMARY_FILE),
+        train=_curve(events, "train"),
+        evals=evals,
+        expansions=[e for e in events if e["event"] == "expansion"],
+        warnings=[*said, *filter(None, (metrics.describe_damage(), problem))],
+        summary=summary,
+        trained_on=read_identity(folder / DATA_FILE),
     )
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(errors="replace").splitlines()
-    events: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"RUN: {path} line {number} is not JSON; accepted: one object a line"
-            ) from None
-        if not isinstance(event, dict):
-            raise ConfigError(f"RUN: {path} line {number} is no object; accepted: one a line")
-        events.append(event)
-    if not events:
-        raise ConfigError(f"RUN: {path} is empty; accepted: the metrics of a run that has started")
-    return events
+def _metrics(folder: Path) -> Metrics:
+    found = read_metrics(folder)
+    if not found.events:
+        what = "has no line that can be read" if found.damaged else "is empty"
+        raise ConfigError(
+            f"RUN: {folder / METRICS_FILE} {what}; accepted: the metrics of a run that has started"
+        )
+    return found
 
 
-def _curve(events: list[dict[str, Any]], kind: str, folder: Path) -> Curve:
+def _curve(events: list[dict[str, Any]], kind: str) -> Curve:
     names = _FIELDS[kind]
     rows = {}
     for event in events:
-        if event.get("event") != kind:
+        if event["event"] != kind:
             continue
         values = tuple(_number(event.get(name)) for name in names)
         # a diverged run may write a loss that is null: not a number, but a step all the same
         row = tuple(float("nan") if value is None else value for value in values)
-        if values[0] is None:
-            raise ConfigError(
-                f"RUN: {folder / METRICS_FILE}: a {kind} event has no step; "
-                f"accepted: {', '.join(names)}"
-            )
         rows[row[0]] = row  # the last one counts, should a step be there twice
     table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
     table = table.reshape(-1, len(names))
@@ -199,13 +198,13 @@ def _warning(event: dict[str, Any]) -> str:
     return f"step {step}: {text}" if step else str(text)
 
 
-def _summary(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        loaded = json.loads(path.read_text())
-    except ValueError:
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"RUN: {path} is not a JSON object; accepted: what the run wrote")
-    return loaded
+def _summary(folder: Path, evals: Curve) -> tuple[dict[str, Any] | None, str]:
+    """The run's summary, and what is wrong with it. One without a validation loss that is a number
+    is none, unless that is what the last validation found: then the run has diverged."""
+    summary, problem = read_summary(folder)
+    if summary is None or finite(summary.get("final_eval_loss")) is not None:
+        return summary, problem
+    last = evals["loss"][evals["step"] == summary.get("steps")]
+    if len(last) and not np.isfinite(last[-1]):
+        return summary, ""
+    return None, f"{SUMMARY_FILE} has no validation loss: started again, the run ends with one"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.data import differ
 from megatron_progressive.study.arms import Comparison
 from megatron_progressive.study.gaps import MIXED_PERCENT, gap_percent
 from megatron_progressive.study.mixing import MixingTime, mixing_time
@@ -94,7 +95,14 @@ def _recipe(run: Run) -> str:
 def _seeds(comparison: Comparison, comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The finished comparisons of the same recipe, one a seed."""
     recipe = _recipe(comparison.progressive)
-    same = [c for c in comparisons if c.progressive.finished and _recipe(c.progressive) == recipe]
+    data = comparison.progressive.trained_on
+    same = [
+        c
+        for c in comparisons
+        if c.progressive.finished
+        and _recipe(c.progressive) == recipe
+        and not differ(c.progressive.trained_on, data)
+    ]
     return list({c.progressive.config.run.seed: c for c in same}.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
@@ -16,9 +17,12 @@ from megatron_progressive.runtime.distributed import (
     world_group,
 )
 from megatron_progressive.runtime.launch import run_workers
-from megatron_progressive.state.checkpoint import Progress
+from megatron_progressive.runtime.leader import Leader
+from megatron_progressive.state.checkpoint import Progress, checkpoints, read_description
+from megatron_progressive.state.initial import check_tokenizer, unknown_tokenizer
 from megatron_progressive.study.preflight import check_run
-from megatron_progressive.train.run_folder import check_folder, is_finished
+from megatron_progressive.train.run_folder import look
+from megatron_progressive.train.sole_job import check_free, sole_job
 from megatron_progressive.train.trackers import check_trackers
 
 
@@ -43,28 +47,68 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     warnings = check_run(config, world)
     check_kernels(config)
     check_trackers(config)
-    progress = check_folder(config)
-    if is_finished(config):
-        if place is None or place.rank == 0:
-            print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
+    progress, finished = look(config)
+    if finished:
+        _say_finished(config, place)
         return 0
-    if progress is not None and progress.step > config.last_step:
-        raise ConfigError(
-            f"train.stop_after: got {config.train.stop_after}; accepted: from "
-            f"{progress.step}, where {config.folder} is"
-        )
-    data.check(config)
-    if place is None or place.rank == 0:
+    if place is None:  # in a job rank 0 finds out, with its lock
+        check_free(config)
+    if progress is None:
+        warnings += unknown_tokenizer(config)
+    leader = Leader(place)
+    if leader.is_me:
         for warning in warnings if progress is None else ():
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         prepare_imports()
-        data.prepare(config)
+    values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    trained_on = data.DataIdentity.from_values(values)
+    assert trained_on is not None, values
+    data.wait_until_seen(trained_on)
     if place is None and (world > 1 or apart):
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
-    return _rank(config, place or Place(0, 0, 1), progress, warnings)
+    return _rank(config, place or Place(0, 0, 1), warnings, changes, trained_on)
 
 
-def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: list[str]) -> int:
+def _say_finished(config: RunConfig, place: Place | None) -> None:
+    """That there is nothing to do; also of a corpus that the finished run was not trained on."""
+    if place is not None and place.rank != 0:
+        return
+    print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
+    known = data.read_identity(config.folder / data.DATA_FILE)
+    if data.changed_since(config, known):
+        print(
+            f"{config.run.name}: data.corpus {config.data.corpus} has changed since; a new "
+            "run.name would train on it",
+            file=sys.stderr,
+        )
+
+
+def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
+    """What the run is trained on, as JSON can hold it, and what is to be said of that."""
+    begun = None
+    if progress is None:
+        check_tokenizer(config)
+    else:
+        newest = checkpoints(config.folder)[-1]
+        known, at = read_description(newest)[1].data, newest.stat().st_mtime
+        begun = data.Begun(str(config.folder), "a new run.name", known, at)
+    found, notes = data.settle(config, begun)
+    return [found.to_values(), notes]
+
+
+def _rank(
+    config: RunConfig,
+    place: Place,
+    warnings: list[str],
+    changes: list[str],
+    trained_on: data.DataIdentity,
+) -> int:
+    """One rank of the job.
+
+    Args:
+        warnings: said first of a fresh run.
+        changes: said first of one that goes on.
+    """
     import torch
 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
@@ -73,8 +117,12 @@ def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: 
         with world_group(place):
             from megatron_progressive.train.loop import train
 
-            # The folder was read before joining, when no rank could have begun to write it.
-            return train(config, progress, warnings)
+            with sole_job(config) as start:
+                if start.finished:
+                    _say_finished(config, place)
+                    return 0
+                notes = warnings if start.progress is None else changes
+                return train(config, start.progress, notes, trained_on, start.lock)
     except ConfigError:
         raise
     except Exception as error:  # the last line names the rank and the cause

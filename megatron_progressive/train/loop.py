@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.data import open_data
+from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.engines.kernels import kernels_line
@@ -17,15 +17,20 @@ from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.optim.schedule import learning_rate
+from megatron_progressive.runtime.agreement import all_succeed
+from megatron_progressive.runtime.files import write_json
+from megatron_progressive.runtime.folder_lock import FolderLock
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
 from megatron_progressive.state import checkpoint
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
 from megatron_progressive.state.record import DepthHistory, record_of_run
+from megatron_progressive.state.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.study.flops import step_flops
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
+from megatron_progressive.train.extension import kept_for_extension
 from megatron_progressive.train.run_folder import Recorder
 
 DONE, STOPPED = 0, 75
@@ -39,32 +44,45 @@ class TrainingFailed(RuntimeError):
 class _Run:
     """One run on this rank: what the loop needs behind names."""
 
-    def __init__(self, config: RunConfig, resumed: Progress | None, warnings: list[str]) -> None:
-        self.config, self.resumed = config, resumed is not None
+    def __init__(
+        self,
+        config: RunConfig,
+        resumed: Progress | None,
+        warnings: list[str],
+        trained_on: DataIdentity,
+        lock: FolderLock | None,
+    ) -> None:
+        self.config, self.resumed, self.lock = config, resumed is not None, lock
+        self.trained_on = trained_on
         self.world, first = dist.get_world_size(), dist.get_rank() == 0
         self.taus = config.expansion_steps()
         depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
-        self.data = open_data(config)
+        self.data = open_data(as_settled(config, trained_on))
+        self.started = time.perf_counter() - self.progress.wall_s
+        self.train_wall = self.progress.train_wall_s
+        self.eval_loss, self.evaluated = float("nan"), 0  # after that step
+        self.history: DepthHistory = ((0, depths[0]),)
+        with all_succeed("start"):  # nothing of the folder changes before all ranks have loaded
+            self.engine = self._first_engine()
         self.recorder = Recorder(config, resumed, writes=first)
+        if first:
+            write_json(config.folder / DATA_FILE, trained_on.to_values())
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         unit = model_shape(config).unit
         self.monitor = Monitor(config, plan, self.progress.step, shows=first, unit=unit)
-        self.started = time.perf_counter() - self.progress.wall_s
-        self.train_wall = self.progress.train_wall_s
-        self.eval_loss = float("nan")
-        self.history: DepthHistory = ((0, depths[0]),)
-        self.engine = self._first_engine()
-        self.monitor.note(kernels_line(config, self.engine.shape, self.engine.layout))
+        self.kernels = ""
+        self._name_kernels()
         if self.resumed:
             self.recorder.event(
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
             )
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
-        else:
-            for warning in warnings:
-                self.warn(0, warning)
+        for note in self.recorder.notes:
+            self.monitor.note(note)
+        for warning in [*warnings, *self.recorder.warnings]:
+            self.warn(self.progress.step, warning)
 
     def shape(self, expansions: int) -> ModelShape:
         if expansions == 0:
@@ -89,6 +107,13 @@ class _Run:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()
         return engine
+
+    def _name_kernels(self) -> None:
+        """Say which kernels the engine uses, where that is not what was said last."""
+        line = kernels_line(self.config, self.engine.shape, self.engine.layout)
+        if line != self.kernels:
+            self.kernels = line
+            self.monitor.note(line)
 
     def warn(self, step: int, cause: str) -> None:
         self.recorder.event("warning", step=step, message=cause)
@@ -164,6 +189,7 @@ class _Run:
             f"({event.layout_before} → {event.layout_after}) in {event.seconds:.2f} s, loss "
             f"{event.loss_before:.4f} → {event.loss_after:.4f}"
         )
+        self._name_kernels()
         warning = signatures.after_expansion(config, step, event)
         if warning:
             self.warn(step, warning)
@@ -171,14 +197,18 @@ class _Run:
 
     def evaluate_if_due(self, step: int) -> None:
         train = self.config.train
-        if step % train.eval_every and step != self.config.last_step:
-            return
+        if step % train.eval_every == 0 or step == self.config.last_step:
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Validate after ``step``, and record it."""
+        train = self.config.train
         size = train.global_batch
         batches = [
             GlobalBatch(self.data.validation_batch, first, size)
             for first in range(0, train.eval_samples, size)
         ]
-        self.eval_loss = self.engine.evaluate(batches)
+        self.eval_loss, self.evaluated = self.engine.evaluate(batches), step
         tokens = step * size * self.engine.shape.sample_units
         self.recorder.event(
             "eval", step=step, tokens=tokens, flops=self.progress.flops, loss=self.eval_loss
@@ -194,12 +224,41 @@ class _Run:
         if stop or due or step == self.config.last_step:
             self.save(step)
 
+    def evaluate_end(self) -> None:
+        """The last step's validation, where none was made in this job: it may have ended between
+        its last checkpoint and its summary, or before a step that was not to be its last one."""
+        last = self.config.last_step
+        if self.evaluated == last:
+            return
+        found = [self.recorder.validation]  # of rank 0, which has the metrics
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            self.evaluate(last)
+        else:
+            self.eval_loss, self.evaluated = found[0], last
+
+    def check_folder_is_ours(self) -> None:
+        """On rank 0, before it writes what others might write.
+
+        Raises:
+            TrainingFailed: the lock is gone.
+        """
+        if self.lock is not None and not self.lock.still_there():
+            raise TrainingFailed(
+                f"{self.config.folder} is no longer this job's: it was removed, or another job "
+                f"took it while this one stood still"
+            )
+
     def save(self, step: int) -> None:
         train = self.config.train
+        self.check_folder_is_ours()
         self.recorder.sync()
         wall = time.perf_counter() - self.started
         self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
-        model = record_of_run(self.config, self.engine.shape, self.engine.layout, self.history)
+        model = record_of_run(
+            self.config, self.engine.shape, self.engine.layout, self.history, self.trained_on
+        )
+        prepared = self.trained_on.prepared
         start = time.perf_counter()
         path = checkpoint.save(
             self.engine.state(),
@@ -207,13 +266,19 @@ class _Run:
             self.progress,
             model,
             train.keep_checkpoints,
-            protected=self.taus,
+            protected=[*self.taus, *kept_for_extension(self.config, step)],
+            tokenizer=None if prepared is None else Path(prepared) / TOKENIZER_FOLDER,
         )
         seconds = time.perf_counter() - start
         self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
         self.monitor.resume_clock()
 
     def finish(self) -> None:
+        self.check_folder_is_ours()
+        failure = signatures.after_validation(self.eval_loss)
+        if failure:
+            self.warn(self.config.last_step, failure)
+            raise TrainingFailed(f"step {self.config.last_step}: {failure}")
         wall = time.perf_counter() - self.started
         self.recorder.summary(
             final_eval_loss=self.eval_loss,
@@ -233,17 +298,27 @@ class _Run:
         self.recorder.close()
 
 
-def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> int:
+def train(
+    config: RunConfig,
+    resumed: Progress | None,
+    warnings: list[str],
+    trained_on: DataIdentity,
+    lock: FolderLock | None = None,
+) -> int:
     """Run or continue a run, inside the world process group; returns the exit code.
 
     Args:
         resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
-        warnings: what preflight found, recorded at the start of a fresh run.
+        warnings: recorded first: what preflight found of a fresh run, what has changed of one
+            that goes on.
+        trained_on: its data, prepared (:func:`.data.settle`).
+        lock: of the run folder, on rank 0; looked at before each save.
 
     Raises:
-        TrainingFailed: the loss is not finite.
+        TrainingFailed: a training loss, or the last validation's, is not finite; or the folder is
+            no longer this job's.
     """
-    run = _Run(config, resumed, warnings)
+    run = _Run(config, resumed, warnings, trained_on, lock)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.progress.step):  # saved right before it
@@ -263,6 +338,7 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
                     run.monitor.note(f"stopped by a signal after saving step {step}")
                     run.engine.close()
                     return STOPPED
+            run.evaluate_end()
         run.finish()
         run.engine.close()  # where it failed, other ranks may not come to it
         return DONE

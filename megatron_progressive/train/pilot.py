@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_progressive.config import ConfigError, RunConfig, to_yaml
+from megatron_progressive.data import DATA_FILE, as_settled, read_identity
 from megatron_progressive.runtime.distributed import place_from_environment
 from megatron_progressive.runtime.files import write_atomically
-from megatron_progressive.study.pilot import measure, plan_pilot, render
+from megatron_progressive.study.pilot import Pilot, measure, plan_pilot, render
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.job import run_job
 
@@ -34,8 +37,21 @@ def run_pilot(
             f"`mprog train` on {files}; then this command outside of it)"
         )
     for arm, path in pilot.files:
+        arm = _on_the_same(arm, pilot)
+        write_atomically(path, to_yaml(arm))
         code = run_job(arm, nproc, ["train", str(path)], apart=True)
         if code:
             return code
     print("\n".join(render(config, pilot, *measure(config, pilot))))
     return 0
+
+
+def _on_the_same(arm: RunConfig, pilot: Pilot) -> RunConfig:
+    """An arm on the prepared corpus that the first one to begin was trained on."""
+    if arm.data.prepared is not None:
+        return arm
+    for other, _ in pilot.files:
+        begun = read_identity(other.folder / DATA_FILE)
+        if begun is not None and begun.prepared is not None and Path(begun.prepared).is_dir():
+            return as_settled(arm, begun)
+    return arm

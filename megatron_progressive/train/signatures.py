@@ -34,3 +34,13 @@ def after_step(loss: float, grad_norm: float) -> str | None:
         f"loss {loss}, gradient norm {grad_norm}: training diverged; likely cause: learning rate "
         "too high, or random layers inserted at the top"
     )
+
+
+def after_validation(loss: float) -> str | None:
+    """Why the last validation is no result; None where it is one."""
+    if math.isfinite(loss):
+        return None
+    return (
+        f"validation loss {loss}: training diverged; likely cause: learning rate too high, or "
+        "numbers beyond the precision's range"
+    )

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_progressive import data as data_room
 from megatron_progressive.config import DataSection
-from megatron_progressive.data.corpus import PIECE_BYTES, open_corpus, split_documents
+from megatron_progressive.data.corpus import open_corpus
+from megatron_progressive.data.reading import PIECE_BYTES
 from tests.data.helpers import config_error, listing, make_config, make_documents, write_json_lines
 
 
@@ -73,7 +74,7 @@ def test_rows(tmp_path: Path, ending: str) -> None:
 
 def test_half_a_surrogate_pair_does_not_stop_it(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "bad \\ud83d end"}\n')
-    assert read(tmp_path / "c.jsonl") == ["bad ? end"]
+    assert read(tmp_path / "c.jsonl") == ["bad \ufffd end"]
 
 
 def test_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,30 +104,7 @@ def test_stdlib_is_there_and_stays_within_max_bytes() -> None:
     assert names == sorted(names)
     assert "json/decoder.py" in names
     assert not {"test", "tests", "site-packages"} & {part for n in names for part in n.split("/")}
-    assert platform.python_version() in corpus.identity()
-
-
-def test_split_is_by_content() -> None:
-    texts = make_documents(2000)
-    sides = dict(split_documents(texts, 0.1))
-    assert 140 < sum(sides.values()) < 260
-    # where a document stands, how often, and what else is there change nothing
-    again = list(split_documents([*texts[1500:], *texts[::-1], *texts[:10]], 0.1))
-    assert all(sides[text] == held_out for text, held_out in again)
-    assert len(again) == 2510
-    larger = dict(split_documents(texts, 0.2))
-    assert all(larger[text] for text in texts if sides[text])
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_split_of_a_few_documents_holds_one_out(seed: int) -> None:
-    texts = make_documents(6, seed) * 2
-    pairs = list(split_documents(texts, 0.0001))
-    assert sorted(text for text, _ in pairs) == sorted(texts)
-    held_out = [text for text, held_out in pairs if held_out]
-    assert len(held_out) == 2
-    assert len(set(held_out)) == 1
-    assert held_out[0] not in [text for text, held_out in pairs if not held_out]
+    assert platform.python_version() not in corpus.identity()  # by content, whatever the patch
 
 
 BROKEN: dict[str, tuple[dict[str, bytes], dict[str, object], str, tuple[str, ...]]] = {

@@ -267,7 +267,7 @@ def damage(folder: Path, what: str) -> None:
         case "manifest.json is damaged":
             manifest.write_text(manifest.read_text()[:-30])
         case "of format 0":
-            manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+            manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
         case "lacks train.idx":
             (folder / "train.idx").unlink()
         case "validation.bin has 10 bytes":
@@ -322,7 +322,65 @@ def test_plain_progress_lines(config: RunConfig, capsys: pytest.CaptureFixture[s
     data_room.prepare(config)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["data: training a tokenizer on c", "data: tokenizing c"]
+    lines = captured.err.splitlines()
+    assert lines[:2] == ["data: training a tokenizer on c", "data: tokenizing c"]
+    splits = read_manifest(data_room.prepared_folder(config)).splits
+    for name, split in splits.items():
+        assert f"{name}: {split.documents} documents, " in lines[2]
+        assert f"{split.tokens:,} tokens" in lines[2]
+    assert lines[3:] == ["data: read 1 file (1 JSON)"]
+
+
+def test_what_is_left_out_is_said_after_preparing_and_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_json_lines(tmp_path / "corpus/c.jsonl", TEXTS).parent
+    (corpus / "latin.txt").write_bytes("\u00e9".encode("latin-1") * 50)
+    (corpus / "d.txt").write_bytes(b"words " * 200 + b"\xff")
+    config = make_config(tmp_path, corpus, validation_fraction=0.2)
+    data_room.check(config)
+    folder = data_room.prepare(config)
+    left_out = "left out 1 of 3 files (50 bytes): 1 not UTF-8 (latin.txt; convert it with iconv)"
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "data: read 2 files (1 JSON, 1 plain text)",
+        f"data: {left_out}",
+        "data: replaced what is not UTF-8 by U+FFFD in 1 document (d.txt)",
+    ]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["reading"] == {
+        "files_read": {"JSON": 1, "plain text": 1},
+        "files_not_reached": 0,
+        "left_out": {"not UTF-8": {"files": 1, "bytes": 50, "example": "latin.txt"}},
+        "replaced_documents": 1,
+        "replaced_example": "d.txt",
+    }
+    data_room.check(config)
+    assert capsys.readouterr().err == f"data: {corpus}: {left_out}\n"
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    data_room.check(config)  # one rank says it for all
+    assert capsys.readouterr().err == ""
+
+
+def test_too_little_text_names_what_was_left_out(tmp_path: Path) -> None:
+    corpus = write_json_lines(tmp_path / "corpus/c.jsonl", TEXTS[:2]).parent
+    (corpus / "rest.bin").write_bytes(bytes(range(256)) * 100)
+    with config_error("data.sequence_length", "left out 1 of 2 files", "1 binary (rest.bin)"):
+        data_room.check(make_config(tmp_path, corpus, sequence_length=5000))
+
+
+def test_folder_of_an_earlier_version_stays_usable(config: RunConfig, tmp_path: Path) -> None:
+    folder = data_room.prepare(config, quiet)
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["reading"]
+    path.write_text(json.dumps(values | {"format": 1}))
+    explicit = make_config(tmp_path, "stdlib", prepared=folder)
+    data_room.check(explicit)
+    manifest = TrainingData.open(explicit).manifest
+    assert (manifest.format, manifest.reading) == (1, None)
+    assert len(manifest.summary()) == 1
+    assert data_room.prepare(explicit, quiet) == folder
 
 
 def test_import_is_light() -> None:

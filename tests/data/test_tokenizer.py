@@ -158,3 +158,72 @@ def test_error_lines(tmp_path: Path) -> None:
         assert listing(tmp_path) == before
     with config_error("data.vocab_size", "got 256", "at least 257"):
         data_room.check(make_config(tmp_path, corpus, vocab_size=256))
+
+
+def test_end_token_of_the_special_tokens_map(tmp_path: Path) -> None:
+    """As transformers has it: the map goes first, unless the settings list the added tokens."""
+    folder = save(tmp_path / "t", eos="<s>", end="</s>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    data = DataSection(tokenizer=str(folder))
+
+    def end() -> str | None:
+        tokenizer = load_tokenizer(data, 400)
+        assert tokenizer is not None
+        return tokenizer.backend.id_to_token(tokenizer.end_of_document)
+
+    before = room.identity(data, 400)
+    assert end() == "</s>"
+    (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert end() == "</s>"
+    (folder / "tokenizer_config.json").unlink()
+    assert end() == "</s>"
+    settings = {"eos_token": "<s>", "added_tokens_decoder": {}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert end() == "<s>"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>"}))
+    assert room.identity(data, 400) == before
+    (folder / "special_tokens_map.json").write_text("{}")
+    assert room.identity(data, 400) != before
+    (folder / "special_tokens_map.json").write_text("{")
+    with config_error("data.tokenizer", "special_tokens_map.json, which is not JSON"):
+        load_tokenizer(data, 400)
+
+
+def test_all_of_a_folder_is_stored(tmp_path: Path) -> None:
+    folder = save(tmp_path / "t", eos=END_OF_TEXT)
+    others = {"special_tokens_map.json": '{"pad_token": "<s>"}', "chat_template.jinja": "{{ 1 }}",
+              "additional_chat_templates/tools.jinja": "{{ 2 }}", "added_tokens.json": "{}",
+              "generation_config.json": '{"eos_token_id": [0, 1]}'}  # fmt: skip
+    for name, text in others.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "README.md").write_text("not of the tokenizer")
+    for name in (folder, folder / "tokenizer.json"):
+        tokenizer = load_tokenizer(DataSection(tokenizer=str(name)), 400)
+        assert tokenizer is not None
+        tokenizer.encode(TEXTS)
+        stored = tmp_path / f"stored_{name.name}"
+        tokenizer.save(stored)
+        for file in (*others, "tokenizer.json", "tokenizer_config.json"):
+            assert (stored / file).read_bytes() == (folder / file).read_bytes(), file
+        assert not (stored / "README.md").exists()
+
+
+def test_all_of_a_hugging_face_name_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    real, folder = transformers.AutoTokenizer.from_pretrained, save(tmp_path / "t", eos="<s>")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda name: real(str(folder))
+    )
+    tokenizer = load_tokenizer(DataSection(tokenizer="owner/model"), 400)
+    assert tokenizer is not None
+    tokenizer.save(tmp_path / "stored")
+    loaded = real(str(tmp_path / "stored"))
+    chat = [{"role": "user", "content": "hello"}]
+    assert loaded.apply_chat_template(chat, tokenize=False) == "hello!"
+    assert (loaded.eos_token, loaded.pad_token) == ("<s>", END_OF_TEXT)

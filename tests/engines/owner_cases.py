@@ -12,7 +12,7 @@ from megatron.core.distributed import param_and_grad_buffer as buffers
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch
-from megatron_progressive.optim import muon_nsgd
+from megatron_progressive.optim import muon
 from tests.engines import cases
 
 
@@ -30,13 +30,13 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 def counted_matrices() -> Iterator[list[int]]:
     """How many matrices each call of Newton-Schulz on this rank had."""
     calls: list[int] = []
-    orthogonalise = muon_nsgd.orthogonalise
+    newton_schulz = muon.newton_schulz
 
     def count(matrices: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         calls.append(matrices.shape[:-2].numel())
-        return orthogonalise(matrices, *rest, **more)
+        return newton_schulz(matrices, *rest, **more)
 
-    with replaced(muon_nsgd, "orthogonalise", count):
+    with replaced(muon, "newton_schulz", count):
         yield calls
 
 

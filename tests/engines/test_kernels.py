@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
 from megatron_progressive.engines import kernels, megatron
 from megatron_progressive.models import model_shape
+from megatron_progressive.runtime.layout import Layout, make_layout
 from tests.engines.cases import Full, family_config, gather, start, step
 from tests.pool import Pool
 
@@ -85,6 +88,45 @@ def test_the_line_names_what_is_in_use() -> None:
     assert "local layers" in plain
     assert "AdamW" in plain
     assert plain.endswith("none")
+
+
+def said_and_built(words: list[str]) -> tuple[str, bool, bool]:
+    """The printed line, and of the engine that is then built: whether it overlaps communication,
+    and whether it has the distributed optimizer. Kernels are chosen as if this were CUDA."""
+    config, resolve = family_config("gpt2", words), kernels.resolve
+
+    def on_cuda(*given: Any, **machine: Any) -> kernels.Kernels:
+        found = resolve(*given, **{**machine, "cuda": True})
+        return kernels.Kernels(
+            False,
+            overlap_gradients=found.overlap_gradients,
+            overlap_parameters=found.overlap_parameters,
+        )
+
+    kernels.resolve = on_cuda
+    try:
+        layout = make_layout(config.parallel, dist.get_world_size())
+        line = kernels.kernels_line(config, model_shape(config, 2), layout)
+        engine = start(config, 2)
+    finally:
+        kernels.resolve = resolve
+    built = engine.chunks[0].ddp_config
+    engine.close()
+    return line, built.overlap_grad_reduce, built.use_distributed_optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["muon_nsgd", "adamw"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_line_says_what_the_engine_has(pool: Pool, optimizer: str, stage: int) -> None:
+    words = [f"optim.name={optimizer}", f"parallel.zero_stage={stage}"]
+    line, overlaps, divided = pool.run(1, said_and_built, words)[0]
+    assert overlaps is divided is bool(stage)
+    assert ("overlap_gradients, overlap_parameters" in line) is bool(stage)
+
+
+def test_deepspeed_overlaps_nothing_of_megatrons() -> None:
+    for stage in range(4):
+        assert not Layout(2, engine="deepspeed", zero_stage=stage).distributed_optimizer
 
 
 def overlapped(words: list[str], overlaps: bool) -> tuple[list[float], Full]:

@@ -13,10 +13,10 @@ import torch
 
 from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.engines.partitions import chunk_tensors
-from megatron_progressive.engines.places import MOST_PADDING, BufferTensor, owner_places
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.coefficients import SETS
+from megatron_progressive.optim.owners import MOST_PADDING, BufferTensor, owner_places
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, rule_of
 from megatron_progressive.runtime.layout import Layout
 from tests.engines import cases, owner_cases

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from megatron_progressive import cli
 from megatron_progressive.state.checkpoint import checkpoint_path
@@ -54,6 +52,11 @@ CONFIGS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("llama3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
      ["rope_parameters.full_attention", "no such key"]),
     ("llama3", {"rope_scaling": LLAMA3}, ["rope_scaling", "not both"]),
+    ("llama3", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
+     ["rope_theta: got 10000.0", "500000.0, as in rope_parameters"]),
+    ("llama3", {"rope_interleaved": True}, ["rope_interleaved: got true", "no such key"]),
+    ("llama3", {"pruned_heads": {"0": [1]}}, ["pruned_heads"]),
+    ("llama3", {"num_experts_per_token": 2}, ["num_experts_per_token: got 2"]),
     ("gpt2", {"activation_function": "relu"}, ["activation_function", '"relu"']),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
     ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights: got false"]),
@@ -83,21 +86,6 @@ CONFIGS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("deepseek_v3", {"rope_parameters": {**YARN, "truncate": False}}, ["truncate"]),
     ("deepseek_v3", {"rope_parameters": LLAMA3}, ["rope_type", '"llama3"', '"yarn"']),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of transformers for each family."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    folders = {}
-    for family in cases.FAMILIES:
-        config = cases.random_hugging_face_config(family, 3)
-        folders[family] = tmp_path_factory.mktemp(family) / "theirs"
-        cases.hugging_face_class(family)(config).save_pretrained(folders[family])
-    return folders
 
 
 def refused(capsys: Any, folder: Path, command: list[str], words: list[str]) -> None:
@@ -147,58 +135,90 @@ def test_what_does_not_change_the_model_is_taken(
     assert cli.main(["import", "hf", str(folder), str(tmp_path / "out")]) == 0
 
 
-def test_tensors(theirs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    tensors = load_file(theirs["llama3"] / "model.safetensors")
-    q, k = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qk")
-    command = ["import", "hf", str(tmp_path / "folder"), str(tmp_path / "out")]
-
-    def folder(values: dict[str, torch.Tensor]) -> None:
-        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
-        shutil.copytree(theirs["llama3"], tmp_path / "folder")
-        save_file(values, tmp_path / "folder" / "model.safetensors")
-
-    several = {n: t for n, t in tensors.items() if n != q}
-    several |= {"model.extra.weight": torch.zeros(2), k: torch.zeros(3, 5)}
-    folder(several)
-    refused(capsys, tmp_path, command, [f"missing {q}", "not of the model model.extra.weight",
-                                        f"{k} [3, 5] instead of"])  # fmt: skip
-    folder({n: t for n, t in tensors.items() if "norm" not in n and "proj" not in n})
-    refused(capsys, tmp_path, command, ["missing model.", "more; accepted"])
-    folder({**tensors, q: tensors[q].half()})
-    refused(capsys, tmp_path, command, [f"a type other than F32 and BF16 {q} F16"])
-    folder({**tensors, q: tensors[q].to(torch.float8_e4m3fn)})
-    refused(capsys, tmp_path, command, [f"{q} F8_E4M3"])
-    path = tmp_path / "folder" / "model.safetensors"
-    path.write_bytes((theirs["llama3"] / "model.safetensors").read_bytes()[:-8])
-    refused(capsys, tmp_path, command, ["model.safetensors is damaged"])
-    path.rename(path.with_name("pytorch_model.bin"))
-    refused(capsys, tmp_path, command, ["neither model.safetensors nor"])
+# what transformers 4 and 5 and the hub's models have in config.json beside the model
+HARMLESS: list[tuple[str, dict[str, Any]]] = [
+    ("llama3", {"_name_or_path": "a/b", "_model_name_or_path": "a/b", "model_name_or_path": "a/b",
+                "base_model_name_or_path": "a/b", "tokenizer_name_or_path": "a/b"}),
+    ("llama3", {"rope_interleaved": False, "is_llama_config": True, "pretraining_tp": 2,
+                "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
+    ("llama3", {"unsloth_fixed": True, "unsloth_version": "2025.3.1", "use_sliding_window": False,
+                "_attn_implementation_autoset": True, "_flash_attn_2_enabled": True}),
+    ("llama3", {"max_length": 20, "temperature": 0.7, "top_k": 50, "num_beams": 4, "prefix": "x",
+                "bad_words_ids": [[1]], "tokenizer_class": "LlamaTokenizer", "torchscript": False,
+                "pruned_heads": {}, "tie_encoder_decoder": False, "add_cross_attention": False,
+                "is_decoder": True, "use_bfloat16": False, "min_new_tokens": 3}),
+    ("llama3", {"quantization_config": None, "auto_map": None, "sliding_window": None}),
+    ("llama3", {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig",
+                             "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM",
+                             "AutoModelForTokenClassification": "modeling_llama.Other"}}),
+    ("llama3", {"eos_token_id": [1, 2], "image_token_id": 5, "max_sequence_length": 2048}),
+    ("gpt2", {"n_special": 0, "predict_special_tokens": True, "_num_labels": 1, "output_past": True,
+              "finetuning_task": None, "attn_pdrop": 0.3, "summary_type": "cls_index"}),
+    ("qwen3", {"mlp_bias": False, "attention_dropout": 0.1, "layer_types": None}),
+    ("mixtral", {"output_router_logits": True, "hidden_dropout": 0.1, "rms_norm_eps": 1e-6}),
+    ("deepseek_v3", {"auto_map": {"AutoModel": "modeling_deepseek.DeepseekV3Model"}}),
+]  # fmt: skip
 
 
-def test_a_copy_that_differs(theirs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    folder = changed(theirs["gpt2"], tmp_path / "folder", {"tie_word_embeddings": True})
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
-    save_file(tensors, folder / "model.safetensors")
-    command = ["import", "hf", str(folder), str(tmp_path / "out")]
-    assert cli.main(command) == 0
-    shutil.rmtree(tmp_path / "out")
-    tensors["lm_head.weight"] += 1
-    save_file(tensors, folder / "model.safetensors")
-    refused(capsys, tmp_path, command, ["lm_head.weight", "differs from transformer.wte.weight"])
-
-
-def test_files_of_the_model_without_a_head_and_with_buffers(
-    theirs: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("family", "changes"), HARMLESS)
+def test_keys_without_meaning_for_the_weights(
+    theirs: dict[str, Path], tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
-    """As the first published files of GPT-2 are."""
-    folder = changed(theirs["gpt2"], tmp_path / "folder", {"tie_word_embeddings": True})
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop("lm_head.weight", None)
-    values = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    values["h.0.attn.bias"] = torch.ones(1, 1, cases.LENGTH, cases.LENGTH)
-    save_file(values, folder / "model.safetensors")
+    folder = changed(theirs[family], tmp_path / "folder", changes)
     assert cli.main(["import", "hf", str(folder), str(tmp_path / "out")]) == 0
+
+
+def test_defaults_of_the_class_are_taken_and_others_refused(
+    theirs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    """Every key that transformers' class has at its default, where the model's sizes do not say
+    otherwise."""
+    import transformers
+
+    defaults = transformers.MixtralConfig().to_dict()
+    own = json.loads((theirs["mixtral"] / "config.json").read_text())
+    more = {key: value for key, value in defaults.items() if key not in own}
+    assert "chunk_size_feed_forward" in more
+    folder = changed(theirs["mixtral"], tmp_path / "folder", more)
+    assert cli.main(["import", "hf", str(folder), str(tmp_path / "out")]) == 0
+
+
+def test_all_keys_are_named_at_once(theirs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    wrong = {"attention_bias": True, "hidden_act": "gelu", "rope_interleaved": True, "new": 1,
+             "rope_parameters": {"rope_type": "linear", "factor": 2.0}, "other": [1],
+             "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}  # fmt: skip
+    names = ["attention_bias", "hidden_act", "rope_interleaved", "new", "other", "auto_map",
+             "rope_parameters.rope_type"]  # fmt: skip
+    folder = changed(theirs["llama3"], tmp_path / "folder", wrong)
+    command = ["import", "hf", str(folder), str(tmp_path / "out")]
+    every = [word for name in names for word in (f"{name}: got", f"--allow {name}")]
+    refused(capsys, tmp_path, command, every)
+    allow = [word for name in names[:-1] for word in ("--allow", name)]
+    refused(capsys, tmp_path, [*command, *allow], ["config.json rope_parameters.rope_type: got"])
+    capsys.readouterr()
+    assert cli.main([*command, *allow, "--allow", "rope_parameters", "--allow", "absent"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    for name in names:
+        assert [line for line in lines if line.startswith(f"config.json {name}: got")], name
+    assert "--allow absent: not needed" in lines
+    assert not [line for line in lines if "--allow rope" in line]
+    # sizes cannot be passed over
+    (tmp_path / "out").rename(tmp_path / "first")
+    sizes = {"hidden_size": "wide", "num_attention_heads": None, "vocab_size": 1.5, "new": 1}
+    folder = changed(theirs["llama3"], tmp_path / "sizes", sizes)
+    command = ["import", "hf", str(folder), str(tmp_path / "out"), "--allow", "hidden_size"]
+    words = ["hidden_size: got", "num_attention_heads: got null", "vocab_size: got 1.5", "new: got"]
+    refused(capsys, tmp_path, command, words)
+
+
+def test_allowed_keys_are_not_given_back(theirs: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(theirs["llama3"], tmp_path / "folder", {"new": 1, "initializer_range": 0.3})
+    command = ["import", "hf", str(folder), str(tmp_path / "out"), "--allow", "new"]
+    assert cli.main(command) == 0
+    assert cli.main(["export", "hf", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert "new" not in values
+    assert values["initializer_range"] == 0.3
 
 
 def test_places(theirs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +12,8 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.models.mup import FORMS, INNER, LAST, OUTSIDE, place_of
+from megatron_progressive.optim.flat import Cut, FlatOptimizer
 from megatron_progressive.optim.lr_factor import ADAMW_WIDTH, lr_factor
-from megatron_progressive.optim.muon_nsgd import MuonNSGD
-from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.state.boxes import whole
 from megatron_progressive.state.init import initial_values
 from tests.engines.cases import family_config, losses_and_norms
@@ -29,15 +28,10 @@ def table(family: str, layers: int, *words: str) -> dict[str, TensorSpec]:
 
 def moved(spec: TensorSpec, optim: OptimSection) -> torch.Tensor:
     """What one step of the optimizer at a learning rate of 1 subtracts from a tensor."""
-    weight, factor = torch.zeros(spec.shape), lr_factor(spec, optim)
-    flat = weight.view(-1, spec.shape[-1]) if weight.dim() > 2 else weight
-    group: dict[str, Any] = dict(
-        params=[flat], rule=rule_of(spec, optim), weight_decay=0.0, lr=factor,
-        row_blocks=spec.row_blocks, stack=math.prod(spec.shape[:-2]),
-    )  # fmt: skip
-    optimizer = MuonNSGD([group], optim)
-    optimizer.init_state()
-    flat.grad = torch.randn(flat.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.zeros(spec.shape)
+    optimizer = FlatOptimizer([weight], replace(optim, lr=1.0, weight_decay=0.0))  # type: ignore[list-item]
+    optimizer.attach(weight, weight, [Cut("", spec, {0: (0, weight.numel())})])
+    weight.grad = torch.randn(spec.shape, generator=torch.Generator().manual_seed(1))
     optimizer.step()
     return weight
 

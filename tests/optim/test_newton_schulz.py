@@ -16,7 +16,7 @@ import torch
 
 from megatron_progressive.config import OptimSection
 from megatron_progressive.optim.coefficients import SETS, ns_coefficients, ns_steps
-from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype, orthogonalise
+from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype, newton_schulz
 from tests.optim.kernel_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_bounds_are_those_of_the_polynomials(name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_and_directions(name: str, dtype: str, shape: tuple[int, int]) -> None:
     given = matrices(shape)
-    result = orthogonalise(given, coefficients=name, dtype=DTYPES[dtype])
+    result = newton_schulz(given, coefficients=name, dtype=DTYPES[dtype])
     assert result.dtype == torch.float32
     values, (low, high) = torch.linalg.svdvals(result), BOUNDS[name]
     assert values.min() > low - SLACK[dtype]
@@ -62,7 +62,7 @@ def test_singular_values_and_directions(name: str, dtype: str, shape: tuple[int,
     core = u.mT @ result @ v.mT  # diagonal where the singular vectors are kept
     off = core - torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < (3e-4 if dtype == "fp32" else 0.2 if dtype == "bf16" else 0.03)
-    one = orthogonalise(given[1], coefficients=name, dtype=DTYPES[dtype])
+    one = newton_schulz(given[1], coefficients=name, dtype=DTYPES[dtype])
     assert torch.allclose(one, result[1], atol=1e-5 if dtype == "fp32" else 0.05)
 
 
@@ -73,7 +73,7 @@ def test_rank_deficient_and_zero_matrices(name: str, dtype: str, shape: tuple[in
     """What is in the row and column space is orthogonalised, nothing appears outside of it."""
     given = torch.zeros(2, *shape)
     given[0, :8, :8] = matrices((8, 8), 1)[0]
-    result = orthogonalise(given, coefficients=name, dtype=DTYPES[dtype])
+    result = newton_schulz(given, coefficients=name, dtype=DTYPES[dtype])
     assert torch.equal(result[1], torch.zeros(shape))
     outside = result[0].clone()
     outside[:8, :8] = 0
@@ -85,10 +85,10 @@ def test_rank_deficient_and_zero_matrices(name: str, dtype: str, shape: tuple[in
 def test_fp16_is_closer_than_bf16() -> None:
     """Why it is the default on CUDA: also on a wide spectrum nothing overflows or is lost."""
     given = matrices((48, 64), condition=300.0)
-    exact = orthogonalise(given.double(), coefficients="polar_express", dtype=torch.float64)
+    exact = newton_schulz(given.double(), coefficients="polar_express", dtype=torch.float64)
     errors = {
         dtype: float(
-            (orthogonalise(given, coefficients="polar_express", dtype=dtype) - exact).norm()
+            (newton_schulz(given, coefficients="polar_express", dtype=dtype) - exact).norm()
             / exact.norm()
         )
         for dtype in (torch.float16, torch.bfloat16)
@@ -123,7 +123,7 @@ def test_sets_are_those_of_emerging_optimizers() -> None:
         given = matrices((24, 40), 1)[0]
         steps = SETS[ours].steps
         result = muon_utils.newton_schulz(given, steps, theirs)
-        assert torch.allclose(orthogonalise(given, coefficients=ours), result, atol=2e-3)
+        assert torch.allclose(newton_schulz(given, coefficients=ours), result, atol=2e-3)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")

@@ -18,7 +18,8 @@ from megatron_progressive.models import (
     tensor_table,
 )
 from megatron_progressive.models.base import TransformerShape
-from megatron_progressive.optim.muon_nsgd import MUON, matrices_of, rule_of
+from megatron_progressive.optim.muon import matrices_of
+from megatron_progressive.optim.rules import MUON, rule_of
 from megatron_progressive.study import flops
 from tests.study import huggingface
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.models import model_shape, parameter_count
-from megatron_progressive.optim.newton_schulz import orthogonalise
+from megatron_progressive.optim.newton_schulz import newton_schulz
 from megatron_progressive.study import flops
 from tests.engines.cases import family_config
 from tests.pool import Pool
@@ -74,7 +74,7 @@ def test_untied_head_costs_the_same_and_counts_once() -> None:
 def test_newton_schulz_flops_equal_torchs_count(n_out: int, n_in: int) -> None:
     matrix = torch.randn(n_out, n_in)
     with FlopCounterMode(display=False) as counter:
-        orthogonalise(matrix, steps=4)
+        newton_schulz(matrix, steps=4)
     assert flops.newton_schulz_flops(n_out, n_in, 4) == counter.get_total_flops()
 
 

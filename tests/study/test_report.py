@@ -17,7 +17,13 @@ from rich.console import Console
 from megatron_progressive.config import ConfigError, load
 from megatron_progressive.study.controls import fixed_size, short_control
 from megatron_progressive.study.flops import total_flops
-from megatron_progressive.study.report import Report, make_report, terminal_table, verdict_fields
+from megatron_progressive.study.report import (
+    Report,
+    make_report,
+    record_verdicts,
+    terminal_table,
+    verdict_fields,
+)
 from tests.study.synthetic import progressive_config, three_arms, with_seed, write_run
 
 
@@ -234,6 +240,10 @@ def test_diverged_run_is_no_result(tmp_path: Path) -> None:
     summary = json.loads((arms["progressive"] / "summary.json").read_text())
     summary["final_eval_loss"] = float("nan")
     (arms["progressive"] / "summary.json").write_text(json.dumps(summary))
+    metrics = arms["progressive"] / "metrics.jsonl"
+    *lines, last = metrics.read_text().splitlines()
+    last = json.dumps({**json.loads(last), "loss": float("nan")})
+    metrics.write_text("\n".join([*lines, last, ""]))
     report = make_report(list(arms.values()), tmp_path / "out")
     assert report.title == "tiny: diverged"
     assert verdict_fields(report, arms["progressive"]).keys() == {"verdict"}
@@ -258,6 +268,31 @@ def test_a_metrics_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
     assert row.steps_done == 60
 
 
+def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines()
+    metrics.write_bytes(b"\n".join([*lines[:9], lines[9][:20], *lines[10:], b""]))
+    report = make_report([folder], tmp_path / "out")
+    assert report.rows[0].steps_done == 300
+    assert any("line 10 of metrics.jsonl" in text for text in report.rows[0].warnings)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    terminal_table(report, console)
+    assert "line 10 of metrics.jsonl cannot be read" in " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize("text", ["", '{"final_ev', "[]", "null", '{"final_eval_loss": NaN}'])
+def test_a_summary_without_a_result_is_of_an_unfinished_run(tmp_path: Path, text: str) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    (folder / "summary.json").write_text(text)
+    report = make_report([folder], tmp_path / "out")
+    record_verdicts(report)
+    assert not report.rows[0].finished
+    assert report.rows[0].final_eval_loss is None
+    assert any("summary.json" in warning for warning in report.rows[0].warnings)
+    assert (folder / "summary.json").read_text() == text
+
+
 def _break(folder: Path, how: str) -> Path:
     metrics = folder / "metrics.jsonl"
     if how == "no folder":
@@ -268,21 +303,18 @@ def _break(folder: Path, how: str) -> Path:
         metrics.unlink()
     elif how == "is empty":
         metrics.write_text("")
-    elif how == "line 2 is not JSON":
-        lines = metrics.read_text().splitlines()
-        metrics.write_text("\n".join([lines[0], '{"event": "tr', *lines[2:]]))
+    elif how == "has no line that can be read":
+        metrics.write_text('{"event": "tr\n')
     elif how == "model: missing":
         (folder / "config.yaml").write_text("run: {name: x}\n")
-    elif how == "is not a JSON object":
-        (folder / "summary.json").write_text('{"final_ev')
     return folder
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        "no folder", "no config.yaml", "no metrics.jsonl", "is empty", "line 2 is not JSON",
-        "model: missing", "is not a JSON object",
+        "no folder", "no config.yaml", "no metrics.jsonl", "is empty",
+        "has no line that can be read", "model: missing",
     ],
 )  # fmt: skip
 def test_bad_folders_are_refused_in_one_line_before_anything_is_written(

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_progressive import config as configuration
+from megatron_progressive import data
 from megatron_progressive.config import RunConfig
 
 
@@ -36,4 +37,5 @@ def train_here(config: RunConfig) -> int:
 
     progress = check_folder(config)
     dist.barrier()  # all have looked before rank 0 begins to write
-    return train(config, progress, [])
+    trained_on, _ = data.settle(config)
+    return train(config, progress, [], trained_on)

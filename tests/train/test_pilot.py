@@ -191,6 +191,6 @@ def test_a_stopped_run_is_finished_until_its_stop_is_raised(tmp_path: Path) -> N
     config = plan_pilot(config_of(tmp_path)).fixed
     assert not is_finished(config)
     config.folder.mkdir()
-    (config.folder / "summary.json").write_text(json.dumps({"steps": 250}))
+    (config.folder / "summary.json").write_text(json.dumps({"steps": 250, "final_eval_loss": 1.0}))
     assert is_finished(config)
     assert not is_finished(replace(config, train=replace(config.train, stop_after=300)))

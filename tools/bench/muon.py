@@ -166,8 +166,8 @@ def newton_schulz(args: argparse.Namespace) -> Any:
     from rich.table import Table
 
     from megatron_progressive.models import tensor_table
-    from megatron_progressive.optim.muon_nsgd import matrices_of
-    from megatron_progressive.optim.newton_schulz import orthogonalise
+    from megatron_progressive.optim.muon import matrices_of
+    from megatron_progressive.optim.newton_schulz import newton_schulz
 
     shapes: Counter[tuple[int, ...]] = Counter()
     for spec in tensor_table(model_shape(bench_config(args, ARMS[0]))).values():
@@ -184,7 +184,7 @@ def newton_schulz(args: argparse.Namespace) -> Any:
             for batched, found in times.items():
                 started = time.perf_counter()
                 for part in [batch] if batched else batch:
-                    orthogonalise(part)
+                    newton_schulz(part)
                 found.append(1e3 * (time.perf_counter() - started))
         batched, looped = (statistics.median(times[key]) for key in (True, False))
         numbers = (f"{batched:.2f}", f"{looped:.2f}", f"{looped / batched:.2f}")

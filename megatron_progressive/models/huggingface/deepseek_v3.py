@@ -98,8 +98,8 @@ def _shape_of(config: Values) -> TransformerShape:
     )
     top_k, groups = config.integer("num_experts_per_tok", least=2), config.integer("n_group")
     chosen = config.integer("topk_group")
-    if groups > 1 and top_k != 2 * chosen:
-        raise config.error("num_experts_per_tok", f"2 of each of topk_group {chosen} groups")
+    if groups > 1 and top_k != 2 * chosen and config.findings.sizes_are_known:
+        config.refuse("num_experts_per_tok", f"2 of each of topk_group {chosen} groups")
     moe = MoE(
         num_experts=config.integer("n_routed_experts", least=2),
         top_k=top_k,
@@ -112,16 +112,17 @@ def _shape_of(config: Values) -> TransformerShape:
         bias_update_rate=_BIAS_UPDATE_RATE,
     )
     sizes = decoder_sizes(config)
-    sizes |= dict(num_query_groups=heads, head_dim=max(1, sizes["hidden_size"] // heads))
-    config.ignore("num_mtp_layers")  # the name of the next key inside transformers
+    head_dim = max(1, sizes["hidden_size"] // heads)
+    sizes |= dict(num_query_groups=heads, head_dim=head_dim, norm_epsilon=_EPSILON)
+    config.value("num_mtp_layers")  # the name of the next key inside transformers
     mtp = config.integer("num_nextn_predict_layers", 0, least=0)
     shape = TransformerShape(
         family="deepseek_v3", **sizes, rope=rope_of(config, "yarn"), mla=mla, moe=moe,
         mtp_layers=mtp, mtp_loss_coeff=_MTP_LOSS,
     )  # fmt: skip
-    if not _modules_are_alike(shape):
-        raise config.error("first_k_dense_replace", "one that makes the layers behind the last one "
-                           "of its kind")  # fmt: skip
+    if config.findings.sizes_are_known and not _modules_are_alike(shape):
+        config.refuse("first_k_dense_replace", "one that makes the layers behind the last one of "
+                      "its kind")  # fmt: skip
     return shape
 
 

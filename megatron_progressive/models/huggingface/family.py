@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class HuggingFaceFamily:
     """Class of the language model; the class of its configuration is ``config_class``."""
     config_class: str
     shape_of: Callable[[Values], TransformerShape]
-    """Reads every key that matters; raises ConfigError for what the family does not have."""
+    """Reads every key that matters, and notes what the family does not have."""
     config_of: Callable[[TransformerShape], dict[str, Any]]
     """The keys that matter; raises ConfigError for what the class cannot express."""
     name_map: Callable[[TransformerShape], NameMap]
@@ -32,6 +33,15 @@ class HuggingFaceFamily:
     """Regular expression of tensors that some files have and no model needs (buffers)."""
     base_prefix: str = "model."
     """Of all names but the head's: files of the model without a head lack it."""
+
+    def classes(self) -> dict[str, str]:
+        """Its classes, by the name that ``auto_map`` has for what loads them."""
+        base = re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
+        return {
+            "AutoConfig": self.config_class,
+            "AutoModel": base,
+            "AutoModelForCausalLM": self.architecture,
+        }
 
 
 def inexpressible(field: str, got: object, accepted: str, architecture: str) -> ConfigError:

@@ -61,8 +61,8 @@ def _shape_of(config: Values) -> TransformerShape:
                   "summary_activation", "summary_proj_to_labels",
                   "summary_first_dropout")  # fmt: skip
     heads, hidden = config.integer("n_head"), config.integer("n_embd")
-    if hidden % heads:
-        raise config.error("n_head", f"a divisor of n_embd {hidden}")
+    if hidden % heads and config.findings.sizes_are_known:
+        config.refuse("n_head", f"a divisor of n_embd {hidden}")
     return TransformerShape(
         family="gpt2",
         num_layers=config.integer("n_layer", least=0),

@@ -44,7 +44,10 @@ MLP: Rules = {
     "decoder.layers.*.mlp.linear_fc2.weight": (
         Entry, ("model.layers.*.mlp.down_proj.weight",)),
 }  # fmt: skip
-ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+ROTARY_BUFFERS = (
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\."
+    r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 
 
 def decoder_map(shape: TransformerShape, rules: Rules) -> NameMap:
@@ -61,12 +64,11 @@ def tied_head(shape: TransformerShape, entries: tuple[Entry, ...], head: str) ->
 def decoder_sizes(config: Values) -> dict[str, Any]:
     """Sizes of attention, vocabulary and norms, by their field of the shape.
 
-    Raises:
-        ConfigError: a value is missing, of another kind, or an option that no family here has.
+    What is missing, of another kind, or an option that no family here has is noted.
     """
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
-    if not config.has("head_dim") and hidden % heads:
-        raise config.error("num_attention_heads", f"a divisor of hidden_size {hidden}")
+    if not config.has("head_dim") and hidden % heads and config.findings.sizes_are_known:
+        config.refuse("num_attention_heads", f"a divisor of hidden_size {hidden}")
     config.require("is_encoder_decoder", False)
     config.require("hidden_act", "silu", "swish")
     config.require("attention_bias", False)

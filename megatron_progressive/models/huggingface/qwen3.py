@@ -10,6 +10,7 @@ from megatron_progressive.models.huggingface.llama3 import (
     ATTENTION,
     MLP,
     OUTER,
+    ROTARY_BUFFERS,
     decoder_map,
     decoder_sizes,
     decoder_values,
@@ -34,7 +35,7 @@ def _shape_of(config: Values) -> TransformerShape:
     config.ignore("sliding_window", "max_window_layers")  # they say how, not whether
     types = config.value("layer_types", [])
     if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
-        raise config.error("layer_types", "full_attention in every layer")
+        config.refuse("layer_types", "full_attention in every layer", can_be_allowed=True)
     sizes = decoder_sizes(config)
     sizes["head_dim"] = config.integer("head_dim", _HEAD_DIM)
     return TransformerShape(family="qwen3", **sizes, rope=rope_of(config, "llama3"))
@@ -52,4 +53,5 @@ HUGGING_FACE = HuggingFaceFamily(
     shape_of=_shape_of,
     config_of=_config_of,
     name_map=lambda shape: decoder_map(shape, {**OUTER, **ATTENTION, **MLP, **_NORMS}),
+    ignored=ROTARY_BUFFERS,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_progressive.models.base import Rope
 from megatron_progressive.models.checks import LLAMA3_ORIGINAL_LENGTH
-from megatron_progressive.models.huggingface.values import Values
+from megatron_progressive.models.huggingface.values import Values, show
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": LLAMA3_ORIGINAL_LENGTH}  # fmt: skip
@@ -22,35 +22,39 @@ def rope_of(config: Values, scaling: str, default_theta: float = 10000.0) -> Rop
         scaling: the one that the family can have, ``llama3`` or ``yarn``.
         default_theta: base period of the class.
 
-    Raises:
-        ConfigError: a scaling, or a constant of one, that the family does not have.
+    A scaling, or a constant of one, that the family does not have is noted.
     """
     config.require("partial_rotary_factor", 1.0)
     key = "rope_scaling" if config.has("rope_scaling") else "rope_parameters"
     old, new = config.value("rope_scaling"), config.value("rope_parameters")
     if old and new and old != new:
-        raise config.error("rope_scaling", "rope_scaling or rope_parameters, not both")
+        config.refuse("rope_scaling", "rope_scaling or rope_parameters, not both")
     part = config.mapping(key)
     theta = config.number("rope_theta", default_theta, least=1)
+    if config.has("rope_theta") and part.has("rope_theta") and part.value("rope_theta") != theta:
+        accepted = f"{show(part.value('rope_theta'))}, as in {key}"
+        config.refuse("rope_theta", accepted, can_be_allowed=True)
     theta = part.number("rope_theta", theta, least=1)
     part.require("partial_rotary_factor", 1.0)
     kind = "rope_type" if part.has("rope_type") or not part.has("type") else "type"
-    part.require(kind, "default", scaling)
+    if part.value(kind) not in (None, "default", scaling):
+        part.ignore_rest()  # constants of that scaling
+    chosen = part.require(kind, "default", scaling)
     part.ignore("type", "rope_type")
-    if part.value(kind, "default") == "default":
+    if chosen == "default":
         part.refuse_unread()
         return Rope(theta=theta)
     factor = part.number("factor", least=1)
     if scaling == "llama3":
         for name, constant in _LLAMA3.items():
             if not part.has(name):
-                raise part.error(name, str(constant))
+                part.refuse(name, str(constant))
             part.require(name, constant)
         length = LLAMA3_ORIGINAL_LENGTH
     else:
         for name in ("mscale", "mscale_all_dim"):  # their absence means another scale
             if not part.has(name):
-                raise part.error(name, "1.0")
+                part.refuse(name, "1.0")
         for name, constant in _YARN.items():
             part.require(name, constant)
         part.require("truncate", True)

@@ -1,38 +1,24 @@
 """Reads ``config.json`` so that nothing in it is passed over.
 
 Every key is one of: read (a size or an option that the family has), required to have the one
-value that the family has, harmless, or equal to the default of transformers' class. Anything
-else would change the function that the weights compute, and is refused by its name.
+value that the family has, harmless (:mod:`.harmless`), or equal to the default of transformers'
+class. Anything else would change the function that the weights compute. All such keys are
+refused in one line, but for those that the user allows by name.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.models.huggingface.harmless import describes_file, is_kept, same
 
 FILE = "config.json"
 _LONGEST = 80
-
-HARMLESS = frozenset({
-    # what made the file
-    "architectures", "model_type", "auto_map", "transformers_version", "_name_or_path",
-    "name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset",
-    "attn_implementation", "_experts_implementation", "dtype", "torch_dtype",
-    # training: not of the weights' function
-    "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "hidden_dropout", "pretraining_tp", "gradient_checkpointing",
-    # what a forward pass returns, and generation
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states",
-    "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-    "unk_token_id", "decoder_start_token_id", "task_specific_params",
-    # other heads than the language model's
-    "id2label", "label2id", "num_labels", "problem_type", "classifier_dropout",
-})  # fmt: skip
-"""Keys of any family that do not change the logits of its language model."""
 
 
 def show(value: Any) -> str:
@@ -41,20 +27,79 @@ def show(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-class Values:
-    """The values of ``config.json``, or of a mapping in it, and which of them have been read."""
+@dataclass
+class Findings:
+    """What is wrong with a configuration, and what of it goes on all the same."""
 
-    def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
+    allowed: Collection[str] = ()
+    """Keys whose value may be passed over, by their full name; a mapping allows all in it."""
+    wrong: dict[str, str] = field(default_factory=dict)
+    """By full name: what it has and what is accepted."""
+    could_be_allowed: list[str] = field(default_factory=list)
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Those that are wrong and allowed, likewise."""
+
+    @property
+    def sizes_are_known(self) -> bool:
+        """Whether every size was readable, so that sizes can be compared."""
+        return set(self.wrong) <= set(self.could_be_allowed)
+
+    def add(self, name: str, text: str, *, can_be_allowed: bool) -> None:
+        parts = name.split(".")
+        names = {".".join(parts[: n + 1]) for n in range(len(parts))}
+        if can_be_allowed and not names.isdisjoint(self.allowed):
+            self.passed_over.setdefault(name, text)
+        elif name not in self.wrong:
+            self.wrong[name] = text
+            self.could_be_allowed += [name] * can_be_allowed
+
+    def unneeded(self) -> list[str]:
+        """Allowed keys that nothing was wrong with."""
+        used = {name for name in self.allowed for found in self.passed_over
+                if f"{found}.".startswith(f"{name}.")}  # fmt: skip
+        return [name for name in self.allowed if name not in used]
+
+    def refuse(self) -> None:
+        """Raise ConfigError, one line with every key, where something is wrong."""
+        if not self.wrong:
+            return
+        line = f"{FILE} " + " | ".join(f"{name}: {text}" for name, text in self.wrong.items())
+        if self.could_be_allowed:
+            options = " ".join(f"--allow {name}" for name in self.could_be_allowed)
+            line += f" ({options}: import all the same)"
+        raise ConfigError(line)
+
+
+class Values:
+    """The values of ``config.json``, or of a mapping in it, and which of them have been read.
+
+    What is wrong is noted, and a stand-in returned: :meth:`Findings.refuse` raises for all.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], findings: Findings | None = None, prefix: str = ""
+    ) -> None:
         self._values, self._prefix = values, prefix
+        self.findings = Findings() if findings is None else findings
         self._read: set[str] = set()
+        self._ignored: set[str] = set()
 
     def has(self, key: str) -> bool:
         """Whether there is a value that is not null."""
         return self._values.get(key) is not None
 
-    def error(self, key: str, accepted: str) -> ConfigError:
+    def _wrong(self, key: str, accepted: str) -> str:
         got = show(self._values[key]) if key in self._values else "nothing"
-        return ConfigError(f"{FILE} {self._prefix}{key}: got {got}; accepted: {accepted}")
+        return f"got {got}; accepted: {accepted}"
+
+    def error(self, key: str, accepted: str) -> ConfigError:
+        """The error of a value without which nothing else can be judged."""
+        return ConfigError(f"{FILE} {self._prefix}{key}: {self._wrong(key, accepted)}")
+
+    def refuse(self, key: str, accepted: str, *, can_be_allowed: bool = False) -> None:
+        """Note that a value is not accepted."""
+        text = self._wrong(key, accepted)
+        self.findings.add(f"{self._prefix}{key}", text, can_be_allowed=can_be_allowed)
 
     def value(self, key: str, default: Any = None) -> Any:
         """Any value; the default where there is none or null."""
@@ -64,71 +109,86 @@ class Values:
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error(key, f"an integer from {least}")
-        return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        self.refuse(key, f"an integer from {least}")
+        return max(least, 1)
 
     def number(self, key: str, default: float | None = None, *, least: float = 0) -> float:
         value = self.value(key, default)
         if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-            or value < least
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value >= least
         ):
-            raise self.error(key, f"a number from {least}")
-        return float(value)
+            return float(value)
+        self.refuse(key, f"a number from {least}")
+        return max(float(least), 1.0)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.value(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
+        if isinstance(value, bool):
+            return value
+        self.refuse(key, "true or false")
+        return default
 
     def mapping(self, key: str) -> Values:
         value = self.value(key, {})
         if not isinstance(value, dict):
-            raise self.error(key, "a mapping")
-        return Values(value, f"{self._prefix}{key}.")
+            self.refuse(key, "a mapping")
+            value = {}
+        return Values(value, self.findings, f"{self._prefix}{key}.")
 
-    def require(self, key: str, *accepted: Any) -> None:
-        """The value is one of these; the first is the one where there is none or null.
-
-        Raises:
-            ConfigError: it is another one.
-        """
+    def require(self, key: str, *accepted: Any) -> Any:
+        """The value, which is one of these; the first is the one where there is none or null, and
+        where it is another one, which is noted."""
         value = self.value(key, accepted[0])
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool)
-                   for one in accepted):  # fmt: skip
-            raise self.error(key, ", ".join(show(one) for one in accepted))
+        if any(same(value, one) for one in accepted):
+            return value
+        self.refuse(key, ", ".join(show(one) for one in accepted), can_be_allowed=True)
+        return accepted[0]
 
     def ignore(self, *keys: str) -> None:
-        """These keys do not matter, given what has been read."""
-        self._read.update(keys)
+        """These keys do not matter, given what has been read; an export gives them back."""
+        self._ignored.update(keys)
 
-    def unread(self, harmless: Iterable[str] = ()) -> list[str]:
-        """Keys with a value that nobody looked at."""
-        known = self._read | set(harmless)
-        return [key for key in self._values if key not in known and self.has(key)]
+    def ignore_rest(self) -> None:
+        """Nothing else in the mapping matters any more."""
+        self._ignored.update(self._values)
 
     def refuse_unread(self) -> None:
-        """Raise ConfigError where :meth:`unread` finds a key."""
-        for key in self.unread():
-            raise self.error(key, "no such key")
+        """Note every key with a value that nobody looked at."""
+        for key in self._values:
+            if self.has(key) and key not in self._read | self._ignored:
+                self.refuse(key, "no such key", can_be_allowed=True)
 
     def refuse_unknown(self, config_class: str) -> None:
-        """Refuse what is neither read, nor harmless, nor the default of transformers' class.
-
-        Raises:
-            ConfigError: naming the first such key.
-        """
-        unknown = self.unread(HARMLESS)
+        """Note what is neither read, nor harmless, nor the default of transformers' class."""
+        known = self._read | self._ignored | self.kept().keys()
+        unknown = [
+            key
+            for key in self._values
+            if self.has(key) and key not in known and not describes_file(key)
+        ]
         if not unknown:
             return
         import transformers  # only now: it takes seconds
 
         defaults = getattr(transformers, config_class)().to_dict()
+        generation = transformers.GenerationConfig().to_dict()
         for key in unknown:
-            if self._values[key] != defaults.get(key):
+            if key in generation:
+                self._ignored.add(key)
+            elif not same(self._values[key], defaults.get(key)):
                 accepted = show(defaults[key]) if key in defaults else "no such key"
-                raise self.error(key, accepted)
+                self.refuse(key, accepted, can_be_allowed=True)
+
+    def kept(self) -> dict[str, Any]:
+        """What an export gives back as it is: harmless values, null ones included."""
+        return {
+            key: value
+            for key, value in self._values.items()
+            if key in self._ignored
+            or (key not in self._read and not describes_file(key) and is_kept(key, value))
+        }

@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.data.tokenizer_folder import (
+    GENERATION,
+    KEPT_CONFIG,
+    read_object,
+    tokenizer_files,
+    usage_files,
+)
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.huggingface import HUGGING_FACE, config_from_shape
@@ -16,6 +23,7 @@ from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.progress import show_bytes
 from megatron_progressive.state.boxes import MASTER, PARAM
 from megatron_progressive.state.checkpoint import read_description
+from megatron_progressive.state.huggingface.finite import FiniteWeights
 from megatron_progressive.state.huggingface.folder import CONFIG_FILE, listed
 from megatron_progressive.state.huggingface.safetensors import (
     DTYPE_NAMES,
@@ -26,19 +34,18 @@ from megatron_progressive.state.huggingface.safetensors import (
 from megatron_progressive.state.new_folder import check_new_folder, new_folder
 from megatron_progressive.state.stored import Slots, stored_tensors
 from megatron_progressive.state.tokenizer_files import (
+    TOKENS,
     copy_tokenizer,
     entries,
     special_tokens,
-    tokenizer_files,
     tokenizer_of,
+    usage_of,
 )
 
 if TYPE_CHECKING:  # bad input is refused without loading torch
     import torch
 
     from megatron_progressive.state.streamed import TensorReader
-
-GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Export:
     """Of our tensors: the slot that is read."""
     tokenizer: Path | None
     """Folder of the tokenizer; None where it is not known."""
+    generation: dict[str, Any]
+    """``generation_config.json``."""
+    notes: tuple[str, ...]
+    """What the user should know: what is left behind, a line each."""
 
     @property
     def nbytes(self) -> int:
@@ -107,21 +118,59 @@ def plan_export(
         name: MASTER if kept != computed and kept == "float32" and MASTER in found else PARAM
         for name, found in stored.items()
     }
-    tokenizer = tokenizer or tokenizer_of(checkpoint)
-    tokens: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if tokenizer is not None:
-        if (size := entries(tokenizer)) > shape.vocab_size:
-            raise ConfigError(
-                f"--tokenizer: got {tokenizer} with {size} entries; accepted: at most the "
-                f"model's vocab_size {shape.vocab_size}"
-            )
-        tokens = special_tokens(tokenizer)
+    notes = []
+    usage = usage_of(checkpoint)
+    if tokenizer is not None and usage is not None and usage.resolve() != tokenizer.resolve():
+        given = {file.name for file in usage_files(tokenizer)}
+        lost = [file.name for file in usage_files(usage) if file.name not in given]
+        if lost:
+            notes.append(f"--tokenizer: {listed('left behind', lost)} of {usage}")
+        usage = tokenizer
+    own = tokenizer_of(checkpoint) if tokenizer is None else None
+    if tokenizer is not None and (size := entries(tokenizer)) > shape.vocab_size:
+        raise ConfigError(
+            f"--tokenizer: got {tokenizer} with {size} entries; accepted: at most the model's "
+            f"vocab_size {shape.vocab_size}"
+        )
+    if own is not None and (size := entries(own)) > shape.vocab_size:  # as it was imported
+        notes.append(
+            f"the tokenizer has {size} entries, the model {shape.vocab_size}: it has no weights "
+            "for the last ones"
+        )
+    tokenizer = tokenizer or own
+    if tokenizer is None:
+        notes.append("no tokenizer found: exported without one (--tokenizer FOLDER)")
+    more, generation = _usage(usage, tokenizer, HUGGING_FACE[shape.family].model_type)
     # both names of the type: transformers 5 reads either, other readers know one
-    config = {**config, **tokens, "dtype": kept, "torch_dtype": kept}
+    config = {**config, **more, "dtype": kept, "torch_dtype": kept}
     parts = tuple(_parts(HUGGING_FACE[shape.family].name_map(shape), kept))
-    plan = Export(checkpoint, out, config, parts, slots, tokenizer)
+    plan = Export(checkpoint, out, config, parts, slots, tokenizer, generation, tuple(notes))
     check_new_folder(out, plan.nbytes)
     return plan
+
+
+def _usage(
+    usage: Path | None, tokenizer: Path | None, model_type: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``config.json`` has beside the model itself, and ``generation_config.json``.
+
+    An imported model's are its own; tokens that neither names are the tokenizer's, or without
+    one those of transformers' class.
+    """
+    found = None if usage is None else read_object(usage / GENERATION)
+    kept = (None if usage is None else read_object(usage / KEPT_CONFIG)) or {}
+    own = kept.pop("model_type", None) == model_type
+    if not own:  # its tokens go for any model
+        kept = {key: value for key, value in kept.items() if key.endswith("_token_id")}
+    tokens: dict[str, Any] = {}
+    if tokenizer is not None:
+        tokens = special_tokens(tokenizer)
+    elif not own:  # not the class's, which mean nothing here
+        tokens = dict.fromkeys(TOKENS)
+    tokens |= {key: found[key] for key in TOKENS if found and found.get(key) is not None}
+    kept = {**tokens, **kept}
+    ids = {key: kept[key] for key in TOKENS if key in kept}
+    return kept, {"_from_model_config": True, **ids} if found is None else found
 
 
 def _check_stored(
@@ -161,25 +210,32 @@ def export_checkpoint(plan: Export, shard_bytes: int = SHARD_BYTES) -> None:
 
     Args:
         shard_bytes: most bytes of one safetensors file.
+
+    Raises:
+        ConfigError: weights that are NaN or infinite.
     """
     from megatron_progressive.state.streamed import TensorReader
 
     headers = [header for part in plan.parts for header in part.headers]
     with new_folder(plan.out) as folder:
-        reader = TensorReader(plan.checkpoint)
+        reader, weights = TensorReader(plan.checkpoint), FiniteWeights()
         with (
             SafetensorsWriter(folder, headers, shard_bytes) as writer,
             show_bytes("export", plan.nbytes) as advance,
         ):
+            done = 0
             for part in plan.parts:
-                for tensor in _tensors(plan, part, reader):
-                    writer.write(tensor)
-                advance(sum(header.nbytes for header in part.headers))
+                advance(done)
+                tensors = _tensors(plan, part, reader)
+                for header, tensor in zip(part.headers, tensors, strict=True):
+                    writer.write(weights.look(header.name, tensor))
+                done = sum(header.nbytes for header in part.headers)
+            weights.refuse(f"checkpoint: {plan.checkpoint}")
+            advance(done)
         write_json(folder / CONFIG_FILE, plan.config)
-        tokens = {key: value for key, value in plan.config.items() if key.endswith("_token_id")}
-        write_json(folder / GENERATION_FILE, {"_from_model_config": True, **tokens})
+        write_json(folder / GENERATION, plan.generation)
         if plan.tokenizer is not None:
-            copy_tokenizer(plan.tokenizer, folder)
+            copy_tokenizer(plan.tokenizer, folder, usage=False)
 
 
 def _tensors(plan: Export, part: Part, reader: TensorReader) -> list[torch.Tensor]:

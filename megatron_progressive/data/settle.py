@@ -1,0 +1,213 @@
+"""Which data a run is trained on: what its folder says it began with, or what there is now.
+
+A run, and all cells of a study, keep the prepared corpus that they began with, whatever happens to
+the files that it was made from.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.data import images
+from megatron_progressive.data.identity import (
+    DataIdentity,
+    differ,
+    image_identity,
+    prepared_identity,
+)
+from megatron_progressive.data.manifest import (
+    MANIFEST,
+    check_fit,
+    fingerprint,
+    read_manifest,
+)
+from megatron_progressive.data.prepare import check, prepare
+from megatron_progressive.data.progress import Progress
+from megatron_progressive.models import model_shape
+from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.models.resnet import ResNetShape
+
+SHARED_SECONDS = 60.0
+"""How long another host's new folder may take to be seen on a shared file system."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What has begun, and so has its data."""
+
+    what: str
+    """``runs/a``, for messages."""
+    another: str
+    """What another one of its kind needs: ``a new run.name``."""
+    data: DataIdentity | None
+    """What it is trained on; None where a version that did not record it began it."""
+    at: float = 0.0
+    """When it was last trained, in seconds since the epoch, where ``data`` is None."""
+
+
+def settle(
+    config: RunConfig, begun: Begun | None = None, progress: Progress | None = None
+) -> tuple[DataIdentity, list[str]]:
+    """What a run is trained on, prepared and whole, and what is to be said of it.
+
+    Args:
+        config: the run.
+        begun: what goes on; None for a fresh start.
+        progress: told how far a preparation is (default: shown on standard error).
+
+    Raises:
+        ConfigError: the data is not there or does not fit the model, or is not what ``begun`` was
+            trained on.
+    """
+    shape = model_shape(config)
+    if isinstance(shape, ResNetShape):
+        images.check(config)
+        found = image_identity(config, shape.num_classes)
+        if begun is not None and differ(begun.data, found):
+            raise ConfigError(
+                f"data.corpus: got {config.data.corpus}, whose pictures have changed since "
+                f"{begun.what} was trained on them; accepted: those of before, or {begun.another}"
+            )
+        return found, []
+    assert isinstance(shape, TransformerShape)
+    known = None if begun is None else begun.data
+    if begun is not None and known is not None and config.data.prepared is None:
+        kept = _kept(config, known)
+        if kept is not None:
+            manifest = read_manifest(kept)
+            check_fit(config, manifest)
+            goes_on = replace(known, prepared=str(kept.resolve()))
+            if _listing(config) in (None, manifest.fingerprint):
+                return goes_on, []
+            return goes_on, [
+                f"data.corpus {config.data.corpus} has changed since {begun.what} began: it goes "
+                f"on with {kept}, prepared then ({begun.another} takes what is there now)"
+            ]
+    check(config)
+    found = prepared_identity(prepare(config, progress))
+    if begun is None:
+        return found, []
+    if differ(known, found):
+        raise _other_data(config, begun, found)
+    return found, [] if known is not None else _unrecorded(config, begun, found)
+
+
+def as_settled(config: RunConfig, found: DataIdentity) -> RunConfig:
+    """The configuration that reads what :func:`settle` found."""
+    if found.prepared is None:
+        return config
+    return replace(config, data=replace(config.data, prepared=found.prepared))
+
+
+def wait_until_seen(found: DataIdentity) -> None:
+    """Wait until this host sees what another one has prepared.
+
+    Raises:
+        ConfigError: it does not, even after :data:`SHARED_SECONDS`.
+    """
+    if found.prepared is None:
+        return
+    manifest = Path(found.prepared) / MANIFEST
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not manifest.is_file():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run.dir: {found.prepared}, which rank 0 has prepared, cannot be seen here; "
+                "accepted: a folder that all hosts of the job share"
+            )
+        for folder in manifest.parents[1:]:  # network file systems look again when one is listed
+            if folder.is_dir():
+                os.listdir(folder)
+                break
+        time.sleep(0.5)
+
+
+def changed_since(config: RunConfig, known: DataIdentity | None) -> bool:
+    """Whether the files of a run's corpus are known not to be those that it was prepared from.
+    Content is not looked at, so that it is quick."""
+    if known is None or config.data.prepared is not None:
+        return False
+    kept, now = _kept(config, known), _listing(config)
+    return kept is not None and now is not None and read_manifest(kept).fingerprint != now
+
+
+def _listing(config: RunConfig) -> str | None:
+    """What the corpus would be prepared as now; None where it is not there any more."""
+    try:
+        return fingerprint(config)
+    except ConfigError:
+        return None
+
+
+def _kept(config: RunConfig, known: DataIdentity) -> Path | None:
+    """The folder that has ``known``: where it was, or, for runs that were moved, beside them."""
+    if known.prepared is None:
+        return None
+    for folder in (Path(known.prepared), Path(config.run.dir) / "data" / Path(known.prepared).name):
+        if _has(folder, known):
+            return folder
+    return None
+
+
+def _has(folder: Path, known: DataIdentity) -> bool:
+    try:
+        return not differ(prepared_identity(folder), known)
+    except ConfigError:
+        return False
+
+
+def _other_data(config: RunConfig, begun: Begun, found: DataIdentity) -> ConfigError:
+    assert begun.data is not None
+    kept = _kept(config, begun.data)
+    before = f"data.prepared={kept or begun.data.prepared}"
+    if kept is None:
+        before += " (which is gone or changed) as it was"
+    if config.data.prepared is not None:
+        got = f"data.prepared: got {config.data.prepared}, whose content is"
+    else:
+        got = f"data.corpus: got {config.data.corpus}, prepared as {found.prepared}:"
+    return ConfigError(
+        f"{got} not what {begun.what} was trained on; accepted: {before}, or {begun.another}"
+    )
+
+
+def _unrecorded(config: RunConfig, begun: Begun, found: DataIdentity) -> list[str]:
+    """That nobody knows what ``begun`` was trained on.
+
+    Raises:
+        ConfigError: probably on something else: only that was prepared at its time.
+    """
+    mine = Path(found.prepared or "")
+    if config.data.prepared is None and _made(mine) > begun.at:
+        others = [folder for folder in _preparations(config, mine) if _made(folder) <= begun.at]
+        if others and not any(_has(folder, found) for folder in others):
+            raise ConfigError(
+                f"data.corpus: got {config.data.corpus}, which has changed since {begun.what} was "
+                f"trained; accepted: data.prepared={max(others, key=_made)}, or {begun.another}"
+            )
+    return [
+        f"what {begun.what} was trained on before was not recorded; it goes on with "
+        f"{found.prepared}"
+    ]
+
+
+def _made(folder: Path) -> float:
+    return (folder / MANIFEST).stat().st_mtime
+
+
+def _preparations(config: RunConfig, but: Path) -> Iterator[Path]:
+    """The other preparations of this corpus and tokenizer beside the run."""
+    for folder in (Path(config.run.dir) / "data").glob("*/"):
+        if not (folder / MANIFEST).is_file() or folder.resolve() == but.resolve():
+            continue
+        try:
+            manifest = read_manifest(folder)
+        except ConfigError:
+            continue
+        if (manifest.corpus, manifest.tokenizer) == (config.data.corpus, config.data.tokenizer):
+            yield folder

@@ -1,0 +1,132 @@
+"""The text column of tables: CSV and TSV with a header, Parquet, Arrow."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.data.decoding import NotText, Stream, decoded, one_line
+from megatron_progressive.data.records import field_error, text_of
+from megatron_progressive.data.tally import NO_COLUMN, WITHOUT_TEXT
+
+
+def csv_documents(stream: Stream, field: str, delimiter: str) -> Iterator[str]:
+    """Column ``field`` of CSV or TSV with a header.
+
+    Args:
+        stream: the file.
+        field: the column.
+        delimiter: the usual one of such files; where the header has ``field`` only with
+            another one, that.
+
+    Raises:
+        NotText: no such column.
+        ConfigError: rows that are longer or shorter than the header, or quotes out of place.
+    """
+    csv.field_size_limit(sys.maxsize)
+    path = stream.path
+    first_line = next(iter(decoded(stream.head.lstrip()).splitlines()), "")
+    for other in (delimiter, *",;\t|"):  # tables of other countries' spreadsheets
+        if field in _columns(next(csv.reader([first_line], delimiter=other), [])):
+            delimiter = other
+            break
+    file = io.TextIOWrapper(stream.file, "utf-8", "surrogateescape", newline="")
+    rows = csv.reader(file, delimiter=delimiter, strict=True)
+    try:
+        header = _columns(next((row for row in rows if row), []))
+        if field not in header:
+            error = field_error(field, path, header, "which is no column")
+            raise NotText(NO_COLUMN if header else WITHOUT_TEXT, error)
+        column = header.index(field)
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ConfigError(
+                    f"data.corpus: got {path}, with {len(row)} columns at line {rows.line_num}; "
+                    f"accepted: {len(header)} columns, as in its header"
+                )
+            if row:
+                yield row[column]
+    except csv.Error as error:
+        raise ConfigError(
+            f"data.corpus: got {path}, which is not CSV at line {rows.line_num} "
+            f"({one_line(error)}); accepted: a table with a header, fields in double quotes "
+            "where they hold a delimiter, a quote or a line end"
+        ) from None
+
+
+def _columns(header: list[str]) -> list[str]:
+    return [name.strip() for name in header]
+
+
+def parquet_documents(stream: Stream, field: str) -> Iterator[str]:
+    """Column ``field`` of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(_seekable(stream)) as file:
+            _check_column(field, stream.path, file.schema_arrow.names)
+            yield from file.iter_batches(batch_size=256, columns=[field])
+
+    return _column_texts(batches, field, stream.path, "a Parquet file")
+
+
+def arrow_documents(stream: Stream, field: str) -> Iterator[str]:
+    """A file of Arrow's inter-process format, or the stream that the ``datasets`` library saves."""
+    import pyarrow
+    import pyarrow.ipc
+
+    def batches() -> Iterator[Any]:
+        source = _seekable(stream)
+        is_file = stream.head.startswith(b"ARROW1")
+        reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        with reader:
+            _check_column(field, stream.path, reader.schema.names)
+            if is_file:
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                yield from reader
+
+    return _column_texts(batches, field, stream.path, "an Arrow file")
+
+
+def _seekable(stream: Stream) -> Any:
+    """What Arrow reads: the file on disk, or all of what it decompresses to."""
+    import pyarrow
+
+    if stream.is_compressed:
+        return pyarrow.BufferReader(stream.file.read())
+    return pyarrow.OSFile(os.fsencode(stream.path))
+
+
+def _check_column(field: str, path: Path, columns: list[str]) -> None:
+    if field not in columns:
+        raise field_error(field, path, columns, "which is not there")
+
+
+def _column_texts(
+    batches: Callable[[], Iterator[Any]], field: str, path: Path, accepted: str
+) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import types
+
+    try:
+        for batch in batches():
+            column = batch.column(batch.schema.get_field_index(field))
+            # as bytes: one that is no UTF-8 would stop the conversion of all rows
+            if types.is_string(column.type) or types.is_large_string(column.type):
+                column = column.cast(pyarrow.large_binary())
+            for start in range(0, len(column), 256):
+                for value in column.slice(start, 256).to_pylist():
+                    text = decoded(value) if isinstance(value, bytes) else value
+                    yield text_of({field: text}, field, path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"data.corpus: got {path} ({one_line(error)}); accepted: {accepted}"
+        ) from None

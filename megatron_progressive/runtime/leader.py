@@ -1,0 +1,130 @@
+"""What rank 0 does alone before there is a process group, however long it takes.
+
+The ranks meet in a store of their own, at the address where the process group meets later. Those
+that wait there look now and then: no time limit ends them, but rank 0's failure or death does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.distributed import TIMEOUT, Place, prepare_imports
+
+POLL_SECONDS = 1.0
+"""Between two looks of a rank that waits."""
+
+SILENT_SECONDS = 5.0
+"""A rank that waits longer says so."""
+
+HEARD_SECONDS = 10.0
+"""How long rank 0 stays to be heard when it has failed, where it holds the store."""
+
+
+class LeaderFailed(RuntimeError):
+    """Rank 0 could not do what the others waited for."""
+
+
+class Leader:
+    """The ranks of a job around rank 0. Keep it until the process group is there: rank 0 may hold
+    the store of both."""
+
+    def __init__(self, place: Place | None) -> None:
+        """Outside a job, and in one of a single rank, nobody is met.
+
+        Raises:
+            ConfigError: the job does not say where its ranks meet.
+        """
+        self._place = place
+        self._store: Any = None
+        if place is None or place.world == 1:
+            return
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise ConfigError(
+                f"environment: got a job of {place.world} ranks without MASTER_ADDR and "
+                "MASTER_PORT; accepted: both, as torchrun and launch/train.sh set them"
+            )
+        prepare_imports()
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        held_elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=place.rank == 0 and not held_elsewhere,
+            timeout=TIMEOUT,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        # torchrun may keep one store while it starts the ranks anew
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"megatron_progressive/{attempt}", store)
+
+    @property
+    def is_me(self) -> bool:
+        """Whether this rank is the one that acts."""
+        return self._place is None or self._place.rank == 0
+
+    def does(self, act: Callable[[], Any], what: str) -> Any:
+        """What ``act`` returns on rank 0, on every rank. Call it on all of them, once.
+
+        Args:
+            act: called on rank 0 alone; returns what JSON can hold.
+            what: it does, for those who wait: ``prepares the corpus``.
+
+        Raises:
+            ConfigError: rank 0 did, with the same line.
+            LeaderFailed: on the others, where rank 0 failed otherwise or is gone.
+        """
+        if self._store is None:
+            return act()
+        if not self.is_me:
+            return self._waited_for(what)
+        try:
+            answer = {"done": act()}
+        except BaseException as error:
+            cause = " ".join(str(error).split()) or type(error).__name__
+            key = "refused" if isinstance(error, ConfigError) else "failed"
+            self._store.set("answer", json.dumps({key: cause}))
+            self._stay_until_heard()
+            raise
+        self._store.set("answer", json.dumps(answer))
+        return answer["done"]
+
+    def _waited_for(self, what: str) -> Any:
+        assert self._place is not None
+        # one line a host is enough
+        speaks = self._place.rank == 1 or self._place.local_rank == 0
+        start = time.monotonic()
+        try:
+            while not self._store.check(["answer"]):
+                if speaks and time.monotonic() - start > SILENT_SECONDS:
+                    print(
+                        f"rank {self._place.rank}: waits while rank 0 {what}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    speaks = False
+                time.sleep(POLL_SECONDS if time.monotonic() - start > POLL_SECONDS else 0.05)
+            answer = json.loads(self._store.get("answer"))
+            self._store.add("heard", 1)
+        except RuntimeError:  # the store went with it
+            raise LeaderFailed(f"rank 0 ended while it {what}") from None
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
+        if "failed" in answer:
+            raise LeaderFailed(f"rank 0 failed while it {what}: {answer['failed']}")
+        return answer["done"]
+
+    def _stay_until_heard(self) -> None:
+        assert self._place is not None
+        deadline = time.monotonic() + HEARD_SECONDS
+        while time.monotonic() < deadline:
+            if self._store.add("heard", 0) >= self._place.world - 1:
+                return
+            time.sleep(0.05)
