@@ -120,10 +120,10 @@ def _try(
     return code, text, _beginning(cell) != before
 
 
-def _beginning(cell: Cell) -> tuple[int, int] | None:
+def _beginning(cell: Cell) -> tuple[int, ...] | None:
     """Another value for each beginning of a cell's run, which writes its metrics anew."""
     try:
         found = (cell.folder / METRICS_FILE).stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 
 from megatron_progressive import cli
 from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime import folder_lock
 from megatron_progressive.runtime.folder_lock import LOCK_NAME, FolderLock
 from megatron_progressive.study import grid_cell, grid_run
+from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_failures import judge
 from megatron_progressive.study.grid_launch import Launch
@@ -140,6 +143,7 @@ def test_cells_of_a_host_that_failed_are_taken_over(
 ) -> None:
     """As after a node failed: the lock it left looks taken for a while."""
     monkeypatch.setattr(grid_run, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.05)
     study = one_cell(tmp_path, corpus)
     (cell,) = study.grid.cells
     lock = study.file("locks", cell)
@@ -209,6 +213,34 @@ def test_a_run_without_a_worker_has_its_cell(tmp_path: Path, corpus: Path) -> No
         launch = counting(tmp_path, "")
         assert grid_cell.run_cell(study, cell, launch) is None
         assert not (tmp_path / "tries").exists()
+
+
+def _look(study: Study, cell: Cell, until: Path, looked: Path) -> None:
+    """Look at a cell until a file is there; say how often in another one."""
+    count = 0
+    while not until.exists():
+        study.owner(cell)
+        count += 1
+    looked.write_text(str(count))
+
+
+def test_nobody_is_turned_away_by_those_who_look(tmp_path: Path, corpus: Path) -> None:
+    study = one_cell(tmp_path, corpus)
+    (cell,) = study.grid.cells
+    context, stop = multiprocessing.get_context("fork"), tmp_path / "stop"
+    counts = [tmp_path / f"looked{number}" for number in range(2)]
+    others = [context.Process(target=_look, args=(study, cell, stop, file)) for file in counts]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(200):
+            with study.lock(cell) as lock:
+                assert lock is not None
+    finally:
+        stop.touch()
+        for other in others:
+            other.join()
+    assert sum(int(file.read_text()) for file in counts) > 200
 
 
 def test_who_looks_at_a_cell_writes_nothing(tmp_path: Path, corpus: Path) -> None:
