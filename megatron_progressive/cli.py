@@ -18,6 +18,8 @@ from megatron_progressive.config import (
     expansion_from_words,
     load,
 )
+from megatron_progressive.runtime.files import WriteFailed
+from megatron_progressive.runtime.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from megatron_progressive.study.grid_state import Study
@@ -368,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0, 1, 2 or 75)."""
+    """Run a command; returns the exit code (0, 1, 2 or 75; 130 after Ctrl-C)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # argparse cannot put an option among a sub-command's open-ended words: options go first
     parser = _parser()
@@ -384,6 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"mprog: {error}", file=sys.stderr)
         return 2
+    except WriteFailed as error:
+        print(f"mprog: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mprog: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader (head, say) has seen enough: nothing to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1

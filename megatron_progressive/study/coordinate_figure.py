@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.study.coordinate import (
     CHANGE,
     DEPTH,
@@ -16,6 +17,7 @@ from megatron_progressive.study.coordinate import (
     WIDTH,
     CoordinateCheck,
 )
+from megatron_progressive.study.drawing import save
 
 _COLOURS = dict(zip(QUANTITIES, ("#0072B2", "#CC79A7", "#D55E00", "#009E73"), strict=True))
 _TITLES = {RMS: "RMS at initialisation", CHANGE: "RMS of the change after {} steps"}
@@ -25,7 +27,7 @@ PNG, JSON = "coordcheck.png", "coordcheck.json"
 def write(check: CoordinateCheck, shapes: Sequence[tuple[str, int, int]], out: Path) -> None:
     """``coordcheck.png`` and ``coordcheck.json`` into ``out``, which is made."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / JSON).write_text(json.dumps(check.to_values(), indent=1) + "\n")
+    write_atomically(out / JSON, json.dumps(check.to_values(), indent=1) + "\n")
     figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
     last = max(m.step for m in check.measurements)
     for row, kind in enumerate((RMS, CHANGE)):
@@ -63,7 +65,7 @@ def write(check: CoordinateCheck, shapes: Sequence[tuple[str, int, int]], out: P
         ha="left",
         fontweight="bold",
     )
-    figure.savefig(out / PNG)
+    save(figure, out / PNG)
 
 
 def text(check: CoordinateCheck) -> str:

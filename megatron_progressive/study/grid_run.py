@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,8 @@ from typing import Any
 from megatron_progressive.config import ConfigError, to_yaml
 from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.runtime.launch import free_port
+from megatron_progressive.runtime.signals import stop_signals
+from megatron_progressive.runtime.tied import start_tied, tied_command
 from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.grid_pilot import WAITS
 from megatron_progressive.study.grid_state import RUNNING, Attempts, Study, code_version
@@ -56,12 +57,12 @@ class Launch:
     def command(self, config: Path) -> list[str]:
         train = [sys.executable, "-m", "megatron_progressive", "train", str(config)]
         if self.srun:
-            return [*shlex.split(self.srun), *train]
+            return tied_command([*shlex.split(self.srun), *train], _STOP)
         return [*train, "--nproc", str(self.nproc)]
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 go to the running cells, which save and stop."""
+    """:func:`.signals.stop_signals` go to the running cells, which save and stop."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -90,8 +91,7 @@ class Signals:
     @contextmanager
     def caught(self) -> Iterator[Signals]:
         """Take the signals meanwhile."""
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
+        previous = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         try:
             yield self
         finally:
@@ -121,10 +121,9 @@ def run_cell(
         write_atomically(path, to_yaml(cell.config))
         while True:
             with open(log, "ab") as out:
-                process = subprocess.Popen(
-                    launch.command(path), stdout=out, stderr=out, env=launch.environment(),
-                    start_new_session=True, pass_fds=(lock,),
-                )  # fmt: skip
+                process = start_tied(
+                    launch.command(path), launch.environment(), (lock,), stdout=out, stderr=out
+                )
                 signals.started(process)
                 code = process.wait()
             if code and signals.came:  # perhaps before it could take the signal

@@ -15,8 +15,11 @@ from megatron_progressive.runtime.distributed import (
     prepare_imports,
     world_group,
 )
+from megatron_progressive.runtime.files import WriteFailed
 from megatron_progressive.runtime.launch import run_workers
+from megatron_progressive.runtime.signals import outlives_its_reader
 from megatron_progressive.state.checkpoint import Progress
+from megatron_progressive.state.contents import DamagedCheckpoint
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.run_folder import check_folder, is_finished
 from megatron_progressive.train.trackers import check_trackers
@@ -67,6 +70,8 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
 def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: list[str]) -> int:
     import torch
 
+    from megatron_progressive.runtime.agreement import RankFailed, cause_line
+
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
@@ -75,10 +80,21 @@ def _rank(config: RunConfig, place: Place, progress: Progress | None, warnings: 
 
             # The folder was read before joining, when no rank could have begun to write it.
             return train(config, progress, warnings)
+    except DamagedCheckpoint:
+        if place.rank:
+            return 2  # all ranks have found it: one says so
+        raise
     except ConfigError:
         raise
-    except Exception as error:  # the last line names the rank and the cause
+    except (RankFailed, WriteFailed) as error:  # nothing to look for in this program
+        _last_line(cause_line(place.rank, error))
+    except Exception as error:
         traceback.print_exc()
-        cause = " ".join(str(error).split()) or "no message"
-        print(f"rank {place.rank}: {type(error).__name__}: {cause}", file=sys.stderr, flush=True)
-        return 1
+        _last_line(cause_line(place.rank, error))
+    return 1
+
+
+def _last_line(line: str) -> None:
+    """Names the rank and the cause."""
+    with outlives_its_reader():
+        print(line, file=sys.stderr, flush=True)

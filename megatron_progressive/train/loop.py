@@ -19,7 +19,7 @@ from megatron_progressive.models.base import ModelShape
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
-from megatron_progressive.state import checkpoint
+from megatron_progressive.state import checkpoint, resuming
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
 from megatron_progressive.state.record import DepthHistory, record_of_run
@@ -39,7 +39,13 @@ class TrainingFailed(RuntimeError):
 class _Run:
     """One run on this rank: what the loop needs behind names."""
 
-    def __init__(self, config: RunConfig, resumed: Progress | None, warnings: list[str]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        resumed: Progress | None,
+        warnings: list[str],
+        damaged: dict[Path, str],
+    ) -> None:
         self.config, self.resumed = config, resumed is not None
         self.world, first = dist.get_world_size(), dist.get_rank() == 0
         self.taus = config.expansion_steps()
@@ -62,6 +68,10 @@ class _Run:
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
             )
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
+            for path, damage in damaged.items():
+                aside = resuming.set_aside(path) if first else path
+                self.warn(self.progress.step, f"{path} is damaged: {damage}; resumed from the one "
+                          f"before, kept as {aside.name}")  # fmt: skip
         else:
             for warning in warnings:
                 self.warn(0, warning)
@@ -84,7 +94,9 @@ class _Run:
             checkpoint.load(state, path)
             self.history = checkpoint.read_description(path)[1].depth_history
         elif self.config.run.init_from is not None:
-            checkpoint.load_weights(state, Path(self.config.run.init_from).expanduser())
+            source = Path(self.config.run.init_from).expanduser()
+            resuming.check_whole(source)
+            checkpoint.load_weights(state, source)
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()
@@ -238,12 +250,18 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
 
     Args:
         resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
+            Where its content is damaged, the run goes on from the one before.
         warnings: what preflight found, recorded at the start of a fresh run.
 
     Raises:
+        ConfigError: on every rank: no checkpoint of the run, or that of ``run.init_from``, is
+            whole.
         TrainingFailed: the loss is not finite.
     """
-    run = _Run(config, resumed, warnings)
+    damaged: dict[Path, str] = {}
+    if resumed is not None:
+        resumed, damaged = resuming.newest_whole(config.folder)
+    run = _Run(config, resumed, warnings, damaged)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.progress.step):  # saved right before it

@@ -9,8 +9,9 @@ from typing import Any, TextIO
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
 from megatron_progressive.models.decisive import decisive
-from megatron_progressive.runtime.files import write_atomically, write_json
-from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
+from megatron_progressive.runtime.files import write_atomically, write_json, writing
+from megatron_progressive.state.checkpoint import Progress
+from megatron_progressive.state.resuming import newest_described
 from megatron_progressive.train.trackers import Trackers
 
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
@@ -22,8 +23,8 @@ def check_folder(config: RunConfig) -> Progress | None:
     Creates nothing.
 
     Raises:
-        ConfigError: the folder holds something else, another configuration, or a newest
-            checkpoint that is not whole.
+        ConfigError: the folder holds something else, another configuration, or checkpoints of
+            which none is whole.
     """
     folder = config.folder
     if not folder.exists():
@@ -40,8 +41,7 @@ def check_folder(config: RunConfig) -> Progress | None:
                 f"run.name: {folder} holds a run with {key}={present.get(key)!r}, got "
                 f"{wanted.get(key)!r}; accepted: the same configuration, or a new run.name"
             )
-    saved = checkpoints(folder)
-    return read_progress(saved[-1]) if saved else None
+    return newest_described(folder)
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -83,7 +83,8 @@ class Recorder:
         self._file: TextIO | None = None
         if not writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(f"making {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / CONFIG_FILE, to_yaml(config))
         # of a run that was stopped early and goes on
         (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
@@ -97,14 +98,16 @@ class Recorder:
     def event(self, kind: str, **values: Any) -> None:
         """Append one event to ``metrics.jsonl``."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": kind, **values}) + "\n")
-            self._file.flush()
+            with writing(f"writing {self.folder / METRICS_FILE}"):
+                self._file.write(json.dumps({"event": kind, **values}) + "\n")
+                self._file.flush()
             self._trackers.event(kind, values)
 
     def sync(self) -> None:
         """Flush to disk: called before a checkpoint, which must not be ahead of the metrics."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(f"writing {self.folder / METRICS_FILE}"):
+                os.fsync(self._file.fileno())
             self._trackers.flush()
 
     def summary(self, **values: Any) -> None:
@@ -115,8 +118,9 @@ class Recorder:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with writing(f"writing {self.folder / METRICS_FILE}"):
+                file.close()  # writes what a full disk has not taken
             self._trackers.close()
 
 
