@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from megatron_progressive.runtime.files import WriteFailed
+from megatron_progressive.runtime.rendezvous import store_answers
 from megatron_progressive.runtime.tied import starter_gone
 
 POLL_SECONDS = 0.5
@@ -56,14 +57,11 @@ def all_succeed(section: str) -> Iterator[None]:
         return
     rank, store, key = dist.get_rank(), c10d._get_default_store(), f"failed/{section}"
     over = threading.Event()
-    try:
-        connection = store.clone()  # type: ignore[attr-defined]  # a wait on one holds its lock
-    except RuntimeError:
-        if not starter_gone.is_set():
-            raise
+    if starter_gone.is_set() or not store_answers():  # there is no hearing from others
         yield
         dist.barrier()
         return
+    connection = store.clone()  # type: ignore[attr-defined]  # a wait on one holds its lock
     watcher = threading.Thread(target=_watch, args=(connection, key, rank, over), daemon=True)
     watcher.start()
     try:

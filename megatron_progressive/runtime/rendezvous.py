@@ -51,6 +51,9 @@ def meet(rank: int, local_rank: int, world: int) -> Any:
     store = PrefixStore(f"ranks of try {attempt}", store)
     notes, here = _Notes(shows=rank == 0), int(store.add("here", 1))
 
+    def missing() -> str:
+        return "1 rank" if here == world - 1 else f"{world - here} ranks"
+
     def all_here() -> bool:
         nonlocal here
         here = int(store.add("here", 0))
@@ -58,10 +61,18 @@ def meet(rank: int, local_rank: int, world: int) -> Any:
 
     _until(
         all_here,
-        lambda: notes.perhaps(f"waiting for {world - here} ranks at {place} ({here} here)"),
-        f"of {world} ranks some did not come to {place}",
+        lambda: notes.perhaps(f"waiting for {missing()} at {place} ({here} here)"),
+        f"not all of {world} ranks came to {place}",
     )
     return store
+
+
+def store_answers() -> bool:
+    """Whether the job's store is there; a new connection to one that is gone would take its
+    time-out to fail. True where it has no address."""
+    if "MASTER_ADDR" not in os.environ:
+        return True
+    return _answers(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
 def _until(done: Callable[[], bool], wait: Callable[[], None], failure: str) -> None:

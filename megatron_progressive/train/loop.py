@@ -94,9 +94,7 @@ class _Run:
             checkpoint.load(state, path)
             self.history = checkpoint.read_description(path)[1].depth_history
         elif self.config.run.init_from is not None:
-            source = Path(self.config.run.init_from).expanduser()
-            resuming.check_whole(source)
-            checkpoint.load_weights(state, source)
+            checkpoint.load_weights(state, Path(self.config.run.init_from).expanduser())
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()
@@ -261,6 +259,8 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
     damaged: dict[Path, str] = {}
     if resumed is not None:
         resumed, damaged = resuming.newest_whole(config.folder)
+    elif config.run.init_from is not None:
+        resuming.check_whole(Path(config.run.init_from).expanduser())
     run = _Run(config, resumed, warnings, damaged)
     try:
         with StopFlag() as flag:
