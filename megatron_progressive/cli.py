@@ -371,16 +371,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, 1, 2 or 75; 130 after Ctrl-C)."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    # argparse cannot put an option among a sub-command's open-ended words: options go first
-    parser = _parser()
-    args, rest = parser.parse_known_args(_options_first(words))
-    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # key=value words after an option
-        args.overrides += rest
     try:
-        code = int(args.call(args, words))
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -395,6 +387,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, say) has seen enough: nothing to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+
+
+def _run(words: list[str]) -> int:
+    # argparse cannot put an option among a sub-command's open-ended words: options go first
+    parser = _parser()
+    args, rest = parser.parse_known_args(_options_first(words))
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value words after an option
+        args.overrides += rest
+    return int(args.call(args, words))
 
 
 _FLAGS = ("--search",)

@@ -14,6 +14,9 @@ from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.rendezvous import TIMEOUT, meet
 from megatron_progressive.runtime.tied import end_with_starter
 
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Slurm's own steps have numbers from here on: batch scripts, interactive shells."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -36,8 +39,9 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
         if _number(environment, "SLURM_NTASKS", 1) == 1:
             return None
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-        # a batch script has the first of its job's tasks in its environment, and no step
-        if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= environment.keys():
+        # a batch script and a shell of salloc may have the first task's number all the same
+        step = _number(environment, "SLURM_STEP_ID", _FIRST_SPECIAL_STEP)
+        if step >= _FIRST_SPECIAL_STEP or "SLURM_PROCID" not in environment:
             raise ConfigError(
                 f"environment: got SLURM_NTASKS={environment['SLURM_NTASKS']} without srun, which "
                 "starts the tasks: this process would wait for them for ever; accepted: `srun "

@@ -79,18 +79,20 @@ def read_listed(checkpoint: Path) -> tuple[dict[str, Any], dict[str, SavedFile]]
     Raises:
         DamagedCheckpoint: it is missing, unreadable or not what was written.
     """
-    unreadable = DamagedCheckpoint(checkpoint, f"{PROGRESS_FILE} is missing or not readable")
     try:
         values: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text("utf-8"))
         own = values.pop(_OWN, None)
-        if own is not None and own != _checksum(values):
-            raise DamagedCheckpoint(checkpoint, _not_as_saved(PROGRESS_FILE))
+        as_saved = own is None or own == _checksum(values)
         hashes = values.pop("sha256", {})
         files = {
             name: SavedFile(size, hashes.get(name)) for name, size in values.pop("files").items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise unreadable from None
+        raise DamagedCheckpoint(
+            checkpoint, f"{PROGRESS_FILE} is missing or not readable"
+        ) from None
+    if not as_saved:
+        raise DamagedCheckpoint(checkpoint, _not_as_saved(PROGRESS_FILE))
     return values, files
 
 
