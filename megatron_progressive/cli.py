@@ -20,6 +20,8 @@ from megatron_progressive.config import (
 )
 from megatron_progressive.config.places import PLACE_ERRORS, check_paths, check_writable, place
 from megatron_progressive.runtime.arguments import Parser, count, positive
+from megatron_progressive.runtime.files import WriteFailed
+from megatron_progressive.runtime.signals import INTERRUPTED
 from megatron_progressive.runtime.terminal import write_plainly
 
 if TYPE_CHECKING:
@@ -398,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0, 1, 2 or 75)."""
+    """Run a command; returns the exit code (0, 1, 2 or 75; 130 after Ctrl-C)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     write_plainly()
     try:
@@ -409,6 +411,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"mprog: {error}", file=sys.stderr)
         return 2
+    except WriteFailed as error:
+        print(f"mprog: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mprog: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader (head, say) has seen enough: nothing to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.config.places import check_writable
-from megatron_progressive.runtime.files import fsync_path
+from megatron_progressive.runtime.files import fsync_path, writing
 
 
 def check_new_folder(out: Path, nbytes: int) -> None:
@@ -39,16 +39,20 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` to write to, which becomes ``out`` at the end.
 
     An error removes it. The writer flushes its files.
+
+    Raises:
+        WriteFailed: the disk is full or fails.
     """
     temporary = _hidden(out)
     shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
-    temporary.mkdir()
-    try:
-        yield temporary
-        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-            fsync_path(folder)
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_path(out.parent)
+    with writing(f"writing {out}"):
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+                fsync_path(folder)
+            os.rename(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_path(out.parent)

@@ -17,9 +17,12 @@ from megatron_progressive.runtime.distributed import (
     prepare_imports,
     world_group,
 )
+from megatron_progressive.runtime.files import WriteFailed
 from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.runtime.leader import Leader
-from megatron_progressive.state.checkpoint import Progress, checkpoints, read_description
+from megatron_progressive.runtime.signals import outlives_its_reader
+from megatron_progressive.state.checkpoint import Progress, checkpoint_path, read_description
+from megatron_progressive.state.contents import DamagedCheckpoint
 from megatron_progressive.state.initial import check_tokenizer, unknown_tokenizer
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.run_folder import look
@@ -66,7 +69,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     data.wait_until_seen(trained_on)
     if place is None and (world > 1 or apart):
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
-    return _rank(config, place or Place(0, 0, 1), warnings, changes, trained_on)
+    return _rank(config, place or Place(0, 0, 1), leader, warnings, changes, trained_on)
 
 
 def _say_finished(config: RunConfig, place: Place | None) -> None:
@@ -89,7 +92,7 @@ def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
     if progress is None:
         check_tokenizer(config)
     else:
-        newest = checkpoints(config.folder)[-1]
+        newest = checkpoint_path(config.folder, progress.step)
         known, at = read_description(newest)[1].data, newest.stat().st_mtime
         begun = data.Begun(str(config.folder), "a new run.name", known, at)
     found, notes = data.settle(config, begun)
@@ -99,6 +102,7 @@ def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
 def _rank(
     config: RunConfig,
     place: Place,
+    leader: Leader,
     warnings: list[str],
     changes: list[str],
     trained_on: data.DataIdentity,
@@ -111,10 +115,12 @@ def _rank(
     """
     import torch
 
+    from megatron_progressive.runtime.agreement import RankFailed, cause_line
+
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        with world_group(place):
+        with world_group(place, leader.store):
             from megatron_progressive.train.loop import train
 
             with sole_job(config) as start:
@@ -123,10 +129,21 @@ def _rank(
                     return 0
                 notes = warnings if start.progress is None else changes
                 return train(config, start.progress, notes, trained_on, start.lock)
+    except DamagedCheckpoint:
+        if place.rank:
+            return 2  # all ranks have found it: one says so
+        raise
     except ConfigError:
         raise
-    except Exception as error:  # the last line names the rank and the cause
+    except (RankFailed, WriteFailed) as error:  # nothing to look for in this program
+        _last_line(cause_line(place.rank, error))
+    except Exception as error:
         traceback.print_exc()
-        cause = " ".join(str(error).split()) or "no message"
-        print(f"rank {place.rank}: {type(error).__name__}: {cause}", file=sys.stderr, flush=True)
-        return 1
+        _last_line(cause_line(place.rank, error))
+    return 1
+
+
+def _last_line(line: str) -> None:
+    """Names the rank and the cause."""
+    with outlives_its_reader():
+        print(line, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.folder_lock import FolderLock
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
-from megatron_progressive.state import checkpoint
+from megatron_progressive.state import checkpoint, resuming
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
 from megatron_progressive.state.record import DepthHistory, record_of_run
@@ -51,6 +51,7 @@ class _Run:
         warnings: list[str],
         trained_on: DataIdentity,
         lock: FolderLock | None,
+        damaged: dict[Path, str],
     ) -> None:
         self.config, self.resumed, self.lock = config, resumed is not None, lock
         self.trained_on = trained_on
@@ -81,6 +82,10 @@ class _Run:
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
             )
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
+            for path, damage in damaged.items():
+                aside = resuming.set_aside(path) if first else path
+                self.warn(self.progress.step, f"{path} is damaged: {damage}; resumed from the one "
+                          f"before, kept as {aside.name}")  # fmt: skip
         for note in self.recorder.notes:
             self.monitor.note(note)
         if not self.resumed:
@@ -323,16 +328,25 @@ def train(
 
     Args:
         resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
+            Where its content is damaged, the run goes on from the one before.
         warnings: recorded first: what preflight found of a fresh run, what has changed of one
             that goes on.
         trained_on: its data, prepared (:func:`.data.settle`).
         lock: of the run folder, on rank 0; looked at before each save.
 
     Raises:
+        ConfigError: on every rank: no checkpoint of the run, or that of ``run.init_from``, is
+            whole.
         TrainingFailed: a training loss, or the last validation's, is not finite; or the folder is
             no longer this job's.
     """
-    run = _Run(config, resumed, warnings, trained_on, lock)
+    damaged: dict[Path, str] = {}
+    if resumed is not None:
+        until = resumed.step if config.run.extend else None
+        resumed, damaged = resuming.newest_whole(config.folder, until)
+    elif config.run.init_from is not None:
+        resuming.check_whole(Path(config.run.init_from))
+    run = _Run(config, resumed, warnings, trained_on, lock, damaged)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.progress.step):  # saved right before it

@@ -22,7 +22,7 @@ from megatron_progressive.models.huggingface.tensors import Entry, NameMap
 from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.progress import show_bytes
 from megatron_progressive.state.boxes import MASTER, PARAM
-from megatron_progressive.state.checkpoint import read_description
+from megatron_progressive.state.checkpoint import read_whole
 from megatron_progressive.state.huggingface.finite import FiniteWeights
 from megatron_progressive.state.huggingface.folder import CONFIG_FILE, listed
 from megatron_progressive.state.huggingface.safetensors import (
@@ -98,7 +98,7 @@ def plan_export(
     """
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConfigError(f"--dtype: got {dtype!r}; accepted: {', '.join(DTYPE_NAMES)}")
-    model = read_description(checkpoint)[1]
+    model = read_whole(checkpoint)[1]
     shape = model.shape
     if not isinstance(shape, TransformerShape):
         raise ConfigError(
