@@ -11,6 +11,7 @@ from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
 from megatron_progressive.engines.kernels import check_kernels
+from megatron_progressive.runtime.agreement import RankFailed, cause_line
 from megatron_progressive.runtime.distributed import (
     Place,
     place_from_environment,
@@ -19,7 +20,7 @@ from megatron_progressive.runtime.distributed import (
 )
 from megatron_progressive.runtime.files import WriteFailed
 from megatron_progressive.runtime.launch import run_workers
-from megatron_progressive.runtime.leader import Leader
+from megatron_progressive.runtime.leader import Leader, LeaderFailed
 from megatron_progressive.runtime.signals import outlives_its_reader
 from megatron_progressive.state.checkpoint import Progress, checkpoint_path, read_description
 from megatron_progressive.state.contents import DamagedCheckpoint
@@ -58,12 +59,16 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     if progress is None:
         warnings += unknown_tokenizer(config)
     check_writable("run.dir", config.folder)
-    leader = Leader(place)
-    if leader.is_me:
-        for warning in warnings if progress is None else ():
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        prepare_imports()
-    values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    try:
+        leader = Leader(place)
+        if leader.is_me:
+            for warning in warnings if progress is None else ():
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            prepare_imports()
+        values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    except (LeaderFailed, TimeoutError) as error:
+        _last_line(cause_line(place.rank if place else 0, error))
+        return 1
     trained_on = data.DataIdentity.from_values(values)
     assert trained_on is not None, values
     data.wait_until_seen(trained_on)
@@ -114,8 +119,6 @@ def _rank(
         changes: said first of one that goes on.
     """
     import torch
-
-    from megatron_progressive.runtime.agreement import RankFailed, cause_line
 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
