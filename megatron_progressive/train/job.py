@@ -11,7 +11,6 @@ from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
 from megatron_progressive.engines.kernels import check_kernels
-from megatron_progressive.runtime.agreement import RankFailed, cause_line
 from megatron_progressive.runtime.distributed import (
     Place,
     place_from_environment,
@@ -67,6 +66,8 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
             prepare_imports()
         values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
     except (LeaderFailed, TimeoutError) as error:
+        from megatron_progressive.runtime.agreement import cause_line
+
         _last_line(cause_line(place.rank if place else 0, error))
         return 1
     trained_on = data.DataIdentity.from_values(values)
@@ -119,6 +120,8 @@ def _rank(
         changes: said first of one that goes on.
     """
     import torch
+
+    from megatron_progressive.runtime.agreement import RankFailed, cause_line
 
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
