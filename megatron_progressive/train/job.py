@@ -17,7 +17,7 @@ from megatron_progressive.runtime.distributed import (
     world_group,
 )
 from megatron_progressive.runtime.launch import run_workers
-from megatron_progressive.runtime.leader import Leader
+from megatron_progressive.runtime.leader import Leader, LeaderFailed
 from megatron_progressive.state.checkpoint import Progress, checkpoints, read_description
 from megatron_progressive.state.initial import check_tokenizer, unknown_tokenizer
 from megatron_progressive.study.preflight import check_run
@@ -64,7 +64,11 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         for warning in warnings if progress is None else ():
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         prepare_imports()
-    values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    try:
+        values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    except LeaderFailed as error:
+        print(f"rank {place.rank if place else 0}: {error}", file=sys.stderr, flush=True)
+        return 1
     trained_on = data.DataIdentity.from_values(values)
     assert trained_on is not None, values
     data.wait_until_seen(trained_on)
