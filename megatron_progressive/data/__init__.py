@@ -14,7 +14,7 @@ from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
 from megatron_progressive.data.progress import Progress
 from megatron_progressive.data.samples import TrainingData
-from megatron_progressive.data.settle import (
+from megatron_progressive.data.settling import (
     Begun,
     as_settled,
     changed_since,

@@ -100,11 +100,11 @@ class Leader:
             answer = json.loads(self._store.get("answer"))
             self._store.add("heard", 1)
         except RuntimeError:  # the store went with it
-            raise LeaderFailed(f"rank 0 ended while it {what}") from None
+            raise LeaderFailed(f"rank 0, which {what}, has ended") from None
         if "refused" in answer:
             raise ConfigError(answer["refused"])
         if "failed" in answer:
-            raise LeaderFailed(f"rank 0 failed while it {what}: {answer['failed']}")
+            raise LeaderFailed(f"rank 0, which {what}, failed: {answer['failed']}")
         return answer["done"]
 
     def _stay_until_heard(self) -> None:
