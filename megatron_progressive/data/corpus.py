@@ -239,9 +239,7 @@ def _hub_name(spec: str) -> tuple[str, str | None]:
     return name, configuration or None
 
 
-def _from_hub(
-    data: DataSection, revision: str | None
-) -> Generator[tuple[Path | None, str]]:
+def _from_hub(data: DataSection, revision: str | None) -> Generator[tuple[Path | None, str]]:
     import datasets
 
     name, configuration = _hub_name(data.corpus)
