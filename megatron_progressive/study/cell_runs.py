@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.data import DATA_FILE, differ, read_identity
 from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.runs import SUMMARY_FILE
 
@@ -33,7 +34,11 @@ def share_runs(cells: Sequence[Cell], folder: Path) -> list[Cell]:
     for cell in cells:
         if cell.fingerprint and _digits(cell.run_name) not in runs:
             own = cell.run_name
-            known = there.get(_digits(own), [])
+            known = [
+                name
+                for name in there.get(_digits(own), [])
+                if not differ(read_identity(folder / name / DATA_FILE), cell.trained_on)
+            ]
             found = sorted({*known, own}, key=lambda name: _rank(folder / name, own))
             run = replace(cell.config.run, name=found[0])
             runs[_digits(own)] = replace(cell.config, run=run)

@@ -1,4 +1,5 @@
-"""Every grid that comes with the code, reported: each arm named, each label one recipe."""
+"""Every grid that comes with the code, reported: each arm named, each label one recipe. Runs are
+made up (``synthetic``), but for two grids whose cells really train."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_progressive import cli
 from megatron_progressive.study import drawing, fits, mixing
 from megatron_progressive.study.grid import load_grid
 from megatron_progressive.study.grid_report import GridReport, make_grid_report
 from megatron_progressive.study.grid_state import Study
 from megatron_progressive.study.labels import arm_words
+from tests.jobs import Jobs
 from tests.study.synthetic import write_study
 
 GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
@@ -55,3 +58,27 @@ def test_every_grid_has_a_report(path: Path, tmp_path: Path) -> None:
     grown = [r for r in report.results if r.cell.config.expansion and not r.cell.unknown]
     assert len({(r.cell.size, r.family) for r in grown}) == len(report.findings)
     assert {r.family for r in report.results} == {law.family for law in report.laws}
+
+
+# Every axis of the grid, in models and runs as small as have all of its phases.
+TINY = [
+    "model.hidden_size=32", "model.num_attention_heads=2", "data.vocab_size=512",
+    "data.sequence_length=32", "train.steps=10", "train.global_batch=4", "train.micro_batch=4",
+    "train.eval_every=1", "train.eval_samples=4", "train.save_every=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ablation_multi_stage_tiny", "ablation_order_tiny"])
+def test_a_grid_runs_and_has_a_report(jobs: Jobs, tmp_path: Path, corpus: Path, name: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / "grids" / f"{name}.yaml"
+    words = [f"study.dir={tmp_path}", f"data.prepared={corpus}", *TINY]
+    prepare = ("tests.study.forked", "prepare", (str(path), None, 0))
+    run = jobs.run(1, tmp_path, ["grid", "run", str(path), "--workers", "2", *words], prepare)
+    assert run.codes == [0], run.output
+    assert cli.main(["grid", "report", str(path), *words]) == 0
+    report = make_grid_report(Study(load_grid(path, words)))
+    assert report.complete
+    check_labels(report)
+    # one start a run, whatever the number of its names
+    starts = [line for line in run.output[0].splitlines() if ": starts (" in line]
+    assert len(starts) == len({result.cell.fingerprint for result in report.results})
