@@ -94,5 +94,3 @@ def test_alone_nobody_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for place in (None, Place(0, 0, 1)):
         assert Leader(place).does(lambda: 3, "counts") == 3
-    with pytest.raises(ConfigError, match="environment: got a job of 2 ranks without MASTER_ADDR"):
-        Leader(Place(1, 1, 2))
