@@ -88,9 +88,7 @@ def read_listed(checkpoint: Path) -> tuple[dict[str, Any], dict[str, SavedFile]]
             name: SavedFile(size, hashes.get(name)) for name, size in values.pop("files").items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedCheckpoint(
-            checkpoint, f"{PROGRESS_FILE} is missing or not readable"
-        ) from None
+        raise DamagedCheckpoint(checkpoint, f"{PROGRESS_FILE} is missing or not readable") from None
     if not as_saved:
         raise DamagedCheckpoint(checkpoint, _not_as_saved(PROGRESS_FILE))
     return values, files
