@@ -42,13 +42,13 @@ def meet(rank: int, local_rank: int, world: int) -> Any:
             lambda: notes.perhaps(f"waiting for {holder} at {place}"),
             f"{holder} did not come to {place}",
         )
-    store = TCPStore(
+    held = TCPStore(
         address, port, is_master=held_by_us, timeout=TIMEOUT, wait_for_workers=False,
         multi_tenant=held_by_us,
     )  # fmt: skip
     # of this try: those that torchrun has started anew do not meet at the marks of before
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"ranks of try {attempt}", store)
+    store = PrefixStore(f"ranks of try {attempt}", held)
     notes, here = _Notes(shows=rank == 0), int(store.add("here", 1))
 
     def missing() -> str:

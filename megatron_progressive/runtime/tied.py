@@ -89,7 +89,7 @@ def _become(number: int, starter: int, command: Sequence[str]) -> None:
     ctypes.CDLL(None).prctl(_SET_PDEATHSIG, number)
     if os.getppid() != starter:  # it was gone before it could be asked
         sys.exit(128 + number)
-    os.execvp(command[0], command)
+    os.execvp(command[0], list(command))
 
 
 if __name__ == "__main__":

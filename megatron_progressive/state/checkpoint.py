@@ -264,7 +264,7 @@ def _write(state: ShardedState, folder: Path) -> dict[str, str]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_progressive.runtime.agreement import FailedElsewhere
 
@@ -335,7 +335,7 @@ def load(state: ShardedState, checkpoint: Path) -> None:
         RuntimeError: a file cannot be read; the message says why.
     """
     from megatron.core import dist_checkpointing
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     wanted = _sharded_tensors(state)
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))

@@ -9,7 +9,8 @@ from typing import Any
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.description import input_words, size_words
 from megatron_progressive.state.boxes import PARAM
-from megatron_progressive.state.checkpoint import PROGRESS_FILE, read_whole
+from megatron_progressive.state.checkpoint import read_whole
+from megatron_progressive.state.contents import PROGRESS_FILE
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import stored_tensors
 

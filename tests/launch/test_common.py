@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def start(folder: Path, body: str, failures: int = 0, **environment: str) -> sub
     return subprocess.Popen(
         ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
-             **environment},
+             "MPROG_PYTHON": sys.executable, **environment},
     )  # fmt: skip
 
 
@@ -134,3 +136,106 @@ def test_the_file_is_optional(tmp_path: Path, words: str, expected: str) -> None
     body = f'mprog_defaults grid.yaml {words}; echo "${{mprog_words[*]}}"'
     process = start(tmp_path, body, MPROG_HOME="/home")
     assert process.communicate(timeout=60)[0].splitlines()[1] == expected
+
+
+FLAGSHIP = "llama3_scaling.sh"
+
+
+def clone_in(folder: Path, venv: str | None) -> Path:
+    """A clone with the launch scripts, and a ``.venv`` whose interpreter does ``venv``."""
+    clone = folder / "a clone"
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    if venv is not None:
+        python = clone / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/bash\n{venv}\n")
+        python.chmod(0o755)
+    return clone
+
+
+def run_script(
+    folder: Path, script: str, *words: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A job's script, with a Slurm that answers and an interpreter that prints what it is told."""
+    for name, body in {"scontrol": "echo node0", "srun": 'echo srun "$@"'}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("MPROG_", "SLURM_"))}
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / script), *words], cwd=folder, capture_output=True, text=True,
+        env={**mine, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "node0", **environment}, check=False, timeout=120,
+    )  # fmt: skip
+
+
+FAILS = "echo \"ModuleNotFoundError: No module named 'yaml'\" >&2; exit 1"
+SAYS = '[ "$1" = -c ] || echo "$0 $*"'
+
+
+def test_the_flagship_takes_the_clones_own_interpreter(tmp_path: Path) -> None:
+    """As after `make demo`, with nothing set."""
+    clone = clone_in(tmp_path, SAYS)
+    done = run_script(tmp_path, FLAGSHIP, SLURM_SUBMIT_DIR=str(clone))
+    assert (done.returncode, done.stderr) == (0, "")
+    python = clone / ".venv" / "bin" / "python"
+    run, report = done.stdout.splitlines()
+    grid = clone / "configs" / "grids" / "llama3.yaml"
+    assert run.startswith(f"{python} -m megatron_progressive grid run --srun srun ")
+    assert run.endswith(f" {grid}")
+    assert report == f"{python} -m megatron_progressive grid report {grid}"
+
+
+def test_an_interpreter_that_is_named_goes_before(tmp_path: Path) -> None:
+    clone = clone_in(tmp_path, "echo not this one; exit 1")
+    mine = tmp_path / "mine"
+    mine.write_text(f"#!/bin/bash\n{SAYS}\n")
+    mine.chmod(0o755)
+    done = run_script(tmp_path, "train.sh", "run.yaml", SLURM_SUBMIT_DIR=str(clone),
+                      MPROG_PYTHON=str(mine))  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.strip().endswith(f"{mine} -m megatron_progressive train run.yaml")
+
+
+@pytest.mark.parametrize("script", ["llama3_scaling.sh", "train.sh", "gpt2_7b.sh", "torchrun.sh"])
+@pytest.mark.parametrize("venv", [None, FAILS])
+def test_an_interpreter_without_the_package_is_said_first(
+    tmp_path: Path, script: str, venv: str | None
+) -> None:
+    clone = clone_in(tmp_path, venv)
+    python = tmp_path / "python3"
+    python.write_text(
+        "#!/bin/bash\necho \"ModuleNotFoundError: No module named 'yaml'\" >&2; exit 1"
+    )
+    python.chmod(0o755)
+    if script == "torchrun.sh":  # it runs where it is
+        done = subprocess.run(
+            ["bash", str(clone / "launch" / script), "run.yaml"], capture_output=True, text=True,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False,
+        )  # fmt: skip
+    else:
+        done = run_script(tmp_path, script, "run.yaml", SLURM_SUBMIT_DIR=str(clone))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    got = "python3" if venv is None else clone / ".venv" / "bin" / "python"
+    assert line.startswith(f"MPROG_PYTHON: got {got}, which cannot run megatron_progressive")
+    assert "(ModuleNotFoundError: No module named 'yaml'); accepted: " in line
+    assert "launch/site.sh" in line
+
+
+def test_a_container_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    clone = clone_in(tmp_path, "exit 1")
+    done = run_script(tmp_path, "train.sh", "run.yaml", SLURM_SUBMIT_DIR=str(clone),
+                      MPROG_SRUN="srun --container-image=nemo")  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.strip().endswith("python3 -m megatron_progressive train run.yaml")
+
+
+def test_a_script_that_does_not_find_the_clone(tmp_path: Path) -> None:
+    done = run_script(tmp_path, FLAGSHIP, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"{tmp_path} is not the clone: submit from the clone, or set MPROG_HOME to it\n"
+    )
+    done = run_script(tmp_path, FLAGSHIP)
+    assert done.returncode != 0
+    assert "submit this script with sbatch" in done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,25 @@ def test_warned_requeued_and_killed_a_run_has_the_same_bits(
     assert {e["world"] for e in read_metrics(config.folder) if e["event"] == "resume"} == {2}
 
 
+def test_tasks_without_srun_are_refused(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """A batch script has Slurm's variables of several tasks, and runs once. With srun in it, one
+    task may also be alone."""
+    (tmp_path / "run.yaml").write_text(to_yaml(run_config(tmp_path, corpus, "run", *WORDS)))
+    mprog = f"{sys.executable} -m megatron_progressive"
+    (tmp_path / "job.sh").write_text(
+        f"#!/bin/bash\n{mprog} train run.yaml\necho code $?\n"
+        f"srun --ntasks=1 --nodes=1 {mprog} train run.yaml train.stop_after=1\necho code $?\n"
+    )
+    job = cluster.submit("--nodes=2", "--ntasks=2", f"--output={tmp_path}/job.log", "job.sh",
+                         cwd=tmp_path, **ENVIRONMENT)  # fmt: skip
+    assert cluster.wait(job, {"COMPLETED", "FAILED"}) == "COMPLETED"
+    refused, code, *rest = log_of(tmp_path).splitlines()
+    assert refused.startswith("mprog: environment: got SLURM_NTASKS=2 without srun")
+    assert code == "code 2"
+    assert "train.stop_after: got 1" in rest[0]  # as one rank
+    assert not (tmp_path / "run").exists()
+
+
 def rank_pids(config: RunConfig) -> list[int]:
     """Processes of this run's ranks, which have Slurm's step as their parent."""
     pids = subprocess.run(["pgrep", "-f", "megatron_progressive train run.yaml"],
@@ -202,16 +222,27 @@ def check_finished(study: Study, names: set[str]) -> None:
     assert {row["cell"] for row in results} == {cell.name for cell in study.grid.cells} == names
 
 
+def a_clone(folder: Path) -> Path:
+    """As ``make install`` leaves it."""
+    clone = folder / "clone"
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    (clone / ".venv").symlink_to(sys.prefix)
+    return clone
+
+
 def test_the_ladder_in_one_job_through_warnings_and_requeue(
     cluster: Cluster, jobs: Jobs, corpus: Path, tmp_path: Path
 ) -> None:
     """The grid that comes with the code, its pilot, cells and report, in slices shorter than the
     interval of saves: each warning saves, and the job goes on from there. SIGTERM to the ranks
-    alone is what preemption sends."""
+    alone is what preemption sends. Submitted from the clone, with nothing set."""
     released = tmp_path / "released"
     words = ladder_words(tmp_path, corpus, "arms=[fixed, zero_layer]", "tau=[pilot]")
-    job = submit(cluster, tmp_path, "llama3_scaling.sh", str(LADDER), *words,
-                 STAGED_SLOW=str(released))  # fmt: skip
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("MPROG_")}
+    job = cluster.submit(
+        "--nodes=2", f"--output={tmp_path}/job.log", "launch/llama3_scaling.sh", str(LADDER),
+        *words, cwd=a_clone(tmp_path), **environment, STAGED_SLOW=str(released),
+    )  # fmt: skip
     pilot = load_grid(LADDER, words).pilot
     assert pilot is not None
     first = min(pilot.cells, key=lambda cell: cell.flops)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from megatron_progressive.config import to_yaml
-from megatron_progressive.state.checkpoint import checkpoints
+from megatron_progressive.state.checkpoint import checkpoints, read_whole
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.train.run_folder import read_metrics
 from tests.pool import Pool
@@ -273,20 +273,46 @@ def test_killed_between_saves_and_started_again(
     assert len(events(config.folder, "expansion")) == 1
 
 
-def test_sigterm_saves_and_exits_75_then_resumes(
+def test_signals_save_and_exit_75_then_the_run_resumes(
     unbroken: Path, corpus: Path, tmp_path: Path, start_job: Start
 ) -> None:
     config = run_config(tmp_path, corpus, "run", "train.micro_batch=2")
     file = tmp_path / "config_in.yaml"
     file.write_text(to_yaml(config))
-    job = start_job(file, 2)
-    wait_for_step(config.folder, 5, job)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(600) == 75
-    (stopped,) = (path.name for path in checkpoints(config.folder))
-    assert 5 <= int(stopped.removeprefix("step_")) < 60
+    step = 5
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP: a terminal that is closed
+        job = start_job(file, 2)
+        wait_for_step(config.folder, step, job)
+        job.send_signal(number)
+        assert job.wait(600) == 75
+        stopped = int(checkpoints(config.folder)[-1].name.removeprefix("step_"))
+        assert step <= stopped < 60
+        step = stopped + 3
     assert start_job(file, 2).wait(600) == 0
     assert losses(config.folder) == losses(unbroken)
+
+
+def test_workers_save_and_end_without_their_launcher(
+    corpus: Path, tmp_path: Path, start_job: Start
+) -> None:
+    """SIGKILL of the launcher, and with it of the store in which the ranks met."""
+    import psutil
+
+    config = run_config(tmp_path, corpus, "run", "train.micro_batch=2", "train.steps=5000",
+                        "train.save_every=0", expansion=[])  # fmt: skip
+    file = tmp_path / "config_in.yaml"
+    file.write_text(to_yaml(config))
+    job = start_job(file, 2)
+    wait_for_step(config.folder, 5, job)
+    workers = psutil.Process(job.pid).children()
+    assert len(workers) == 2
+    job.kill()
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+    (stopped,) = checkpoints(config.folder)
+    assert read_whole(stopped)[0].step == read_metrics(config.folder)[-2]["step"] < 5000
 
 
 def test_config_written_is_the_one_that_ran(unbroken: Path, corpus: Path, tmp_path: Path) -> None:
