@@ -1,6 +1,35 @@
 # shellcheck shell=bash
 # Shared by the launch scripts; source it, do not run it. Settings of the site are in site.sh.
-source "$(dirname "${BASH_SOURCE[0]}")/site.sh"
+mprog_clone=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$mprog_clone/launch/site.sh"
+
+# A container has an interpreter of its own, which is not looked for from here.
+case $MPROG_SRUN in
+    *container* | *singularity* | *apptainer* | *docker* | *podman* | *enroot* | *shifter* | *sarus*)
+        : "${MPROG_PYTHON:=python3}"
+        ;;
+    *)
+        if [ -z "$MPROG_PYTHON" ] && [ -x "$mprog_clone/.venv/bin/python" ]; then
+            MPROG_PYTHON=$mprog_clone/.venv/bin/python
+        fi
+        : "${MPROG_PYTHON:=python3}"
+        # Also what it needs: started in the clone, any interpreter finds the package itself.
+        if ! mprog_why=$("$MPROG_PYTHON" -c '
+from importlib.util import find_spec
+import megatron_progressive.cli
+for name in "torch", "megatron":
+    if find_spec(name) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+' 2>&1); then
+            echo "MPROG_PYTHON: got $MPROG_PYTHON, which cannot run megatron_progressive" \
+                "(${mprog_why##*$'\n'}); accepted: the interpreter of the environment that has it," \
+                "in launch/site.sh or the environment (\`make install\` makes .venv, which is found" \
+                "by itself)" >&2
+            exit 2
+        fi
+        ;;
+esac
+export MPROG_PYTHON
 
 # By default workers that start anew would meet at addresses of before.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

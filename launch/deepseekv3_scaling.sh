@@ -12,5 +12,10 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
-source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
+mprog_home=${MPROG_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}
+if [ ! -f "$mprog_home/launch/common.sh" ]; then
+    echo "$mprog_home is not the clone: submit from the clone, or set MPROG_HOME to it" >&2
+    exit 2
+fi
+source "$mprog_home/launch/common.sh"
 mprog_study configs/grids/deepseek_v3.yaml "$@"

@@ -11,7 +11,12 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
-source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
+mprog_home=${MPROG_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}
+if [ ! -f "$mprog_home/launch/common.sh" ]; then
+    echo "$mprog_home is not the clone: submit from the clone, or set MPROG_HOME to it" >&2
+    exit 2
+fi
+source "$mprog_home/launch/common.sh"
 mprog_defaults configs/gpt2/7b_progressive.yaml "$@"
 mprog_rendezvous
 mprog_run "${mprog_srun[@]}" "${mprog[@]}" train "${mprog_words[@]}"

@@ -4,8 +4,9 @@
 #
 #   source launch/site.sh && sbatch $MPROG_SBATCH --nodes=4 launch/train.sh CONFIG
 
-# Interpreter of the environment that has megatron_progressive.
-: "${MPROG_PYTHON:=python3}"
+# Interpreter of the environment that has megatron_progressive. Empty: that of the clone's own .venv,
+# which `make demo` and `make install` make, where it is there, else python3.
+: "${MPROG_PYTHON:=}"
 # How the ranks of a job start. In a container (Pyxis):
 #   "srun --container-image=IMAGE --container-mounts=/data,/home"
 : "${MPROG_SRUN:=srun}"

@@ -10,6 +10,11 @@
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 # sbatch runs a copy of this file: its own folder is where it was submitted from
-source "${MPROG_HOME:-$SLURM_SUBMIT_DIR}/launch/common.sh"
+mprog_home=${MPROG_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}
+if [ ! -f "$mprog_home/launch/common.sh" ]; then
+    echo "$mprog_home is not the clone: submit from the clone, or set MPROG_HOME to it" >&2
+    exit 2
+fi
+source "$mprog_home/launch/common.sh"
 mprog_rendezvous
 mprog_run "${mprog_srun[@]}" "${mprog[@]}" train "$@"

@@ -18,6 +18,11 @@ from megatron_progressive.config import (
     expansion_from_words,
     load,
 )
+from megatron_progressive.config.places import PLACE_ERRORS, check_paths, check_writable, place
+from megatron_progressive.runtime.arguments import Parser, count, positive
+from megatron_progressive.runtime.files import WriteFailed
+from megatron_progressive.runtime.signals import INTERRUPTED
+from megatron_progressive.runtime.terminal import write_plainly
 
 if TYPE_CHECKING:
     from megatron_progressive.study.grid_state import Study
@@ -27,7 +32,22 @@ def _config(args: argparse.Namespace) -> RunConfig:
     from megatron_progressive.state.initial import with_initial_model
     from megatron_progressive.train.extension import resolved
 
-    return resolved(with_initial_model(load(args.config, args.overrides)))
+    config = load(place("CONFIG", args.config), args.overrides)
+    check_paths(config)
+    return resolved(with_initial_model(config))
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    from megatron_progressive.state.checkpoint import newest_checkpoint
+
+    return newest_checkpoint(place("CHECKPOINT", args.checkpoint))
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """The folder of ``--out``, which is made where it is not there."""
+    out = place("--out", args.out)
+    check_writable("--out", out)
+    return out
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -71,7 +91,7 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
 def _report(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study.report import make_report, record_verdicts, terminal_table
 
-    report = make_report([Path(run) for run in args.runs], Path(args.out))
+    report = make_report([place("RUN", run) for run in args.runs], _out(args))
     record_verdicts(report)
     terminal_table(report)
     return 0
@@ -83,8 +103,10 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.study.grid_launch import Launch
     from megatron_progressive.study.grid_state import Study
 
-    path, verb = Path(args.grid), args.grid_command
-    study = Study(load_grid(path, args.overrides))
+    verb = args.grid_command
+    study = Study(load_grid(place("GRID", args.grid), args.overrides))
+    if verb not in ("plan", "status") and not vars(args).get("dry_run"):
+        study.check_places()
     if verb in ("pilot", "run"):
         launch = Launch(args.nproc, args.srun)
 
@@ -142,10 +164,7 @@ def _coordcheck(args: argparse.Namespace, arguments: list[str]) -> int:
         coordinate.sizes_from_text(f"--{name}", getattr(args, name), [])
         for name in ("widths", "depths")
     )
-    if args.steps < 1 or not args.slope > 0:
-        raise ConfigError(
-            f"--steps, --slope: got {args.steps}, {args.slope}; accepted: from 1, above 0"
-        )
+    out = _out(args)
     shapes = coordinate.shapes_of(config, widths, depths)
     coordinate.check_sizes(config, shapes)
     prepare_imports()
@@ -153,7 +172,7 @@ def _coordcheck(args: argparse.Namespace, arguments: list[str]) -> int:
         check = coordinate.coordinate_check(config, shapes, args.steps, args.slope)
     from megatron_progressive.study.coordinate_figure import text, write
 
-    write(check, shapes, Path(args.out))
+    write(check, shapes, out)
     print(text(check))
     return 0 if check.passed else 1
 
@@ -168,7 +187,7 @@ def _env(args: argparse.Namespace, arguments: list[str]) -> int:
 def _checkpoint_inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.inspection import inspect_checkpoint, render
 
-    found = inspect_checkpoint(Path(args.checkpoint))
+    found = inspect_checkpoint(_checkpoint(args))
     print(json.dumps(found) if args.json else render(found))
     return 0
 
@@ -178,7 +197,7 @@ def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
 
     fields = ("to_layers", "init", "order", "insert", "optimizer_state")
     expansion = expansion_from_words({field: getattr(args, field) for field in fields})
-    plan = plan_expansion(Path(args.checkpoint), Path(args.out), expansion)
+    plan = plan_expansion(_checkpoint(args), place("OUT", args.out), expansion)
     expand_checkpoint(plan)
     print(f"{args.out}: {plan.from_layers} → {plan.progress.num_layers} layers")
     return 0
@@ -187,8 +206,8 @@ def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
 def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.huggingface.exporting import export_checkpoint, plan_export
 
-    tokenizer = Path(args.tokenizer) if args.tokenizer else None
-    plan = plan_export(Path(args.checkpoint), Path(args.out), args.dtype, tokenizer)
+    tokenizer = None if args.tokenizer is None else place("--tokenizer", args.tokenizer)
+    plan = plan_export(_checkpoint(args), place("OUT", args.out), args.dtype, tokenizer)
     export_checkpoint(plan)
     for note in plan.notes:
         print(note, file=sys.stderr)
@@ -199,7 +218,7 @@ def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.state.huggingface.importing import import_folder, plan_import
 
-    plan = plan_import(Path(args.folder), Path(args.out), args.allow)
+    plan = plan_import(place("FOLDER", args.folder), place("OUT", args.out), args.allow)
     import_folder(plan)
     for note in plan.notes:
         print(note, file=sys.stderr)
@@ -208,7 +227,7 @@ def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mprog", description="Zero/one-layer progressive training on Megatron-core."
     )
     parser.add_argument("--version", action="version", version=f"mprog {__version__}")
@@ -225,13 +244,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command(commands, "train", _train, "train; resumes where a checkpoint is")
     takes_config(train)
-    train.add_argument("--nproc", type=int, metavar="N", help="start N local workers")
+    train.add_argument("--nproc", type=count, metavar="N", help="start N local workers")
     plan = command(commands, "plan", _plan, "parameters, FLOPs, memory and saving; trains nothing")
     takes_config(plan)
-    plan.add_argument("--nproc", "--gpus", type=int, metavar="N", help="ranks of the job")
+    plan.add_argument("--nproc", "--gpus", type=count, metavar="N", help="ranks of the job")
     plan.add_argument(
         "--link-gb-per-s",
-        type=float,
+        type=positive,
         metavar="G",
         help="1e9 bytes per second that a rank sends and receives at an expansion, and to other "
         "nodes (default: the GPU's network adapter, or 25)",
@@ -245,19 +264,19 @@ def _parser() -> argparse.ArgumentParser:
         ("peak-tflops", "its dense bf16 peak, 1e12 FLOPs per second"),
         ("mfu", "assumed share of the peak that computing reaches (default: 0.4)"),
     ):
-        plan.add_argument(f"--{name}", type=float, metavar="X", help=what)
+        plan.add_argument(f"--{name}", type=positive, metavar="X", help=what)
     pilot = command(commands, "pilot", _pilot, "measure the mixing time; proposes τ")
     takes_config(pilot)
-    pilot.add_argument("--nproc", type=int, metavar="N", help="start N local workers")
+    pilot.add_argument("--nproc", type=count, metavar="N", help="start N local workers")
     pilot.add_argument(
         "--steps",
-        type=float,
+        type=positive,
         metavar="S",
         help="where its two runs stop: a fraction of the run's steps, or a step (default: 0.25)",
     )
     pilot.add_argument(
         "--at",
-        type=float,
+        type=positive,
         metavar="T",
         help="where one of them is expanded, likewise (default: the end of the warmup)",
     )
@@ -268,9 +287,13 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(coordcheck)
     for name, what in (("widths", "1, 2, 4 times the model's"), ("depths", "1,2,4,8")):
         coordcheck.add_argument(f"--{name}", metavar="N,N,…", help=f"default: {what}")
-    coordcheck.add_argument("--steps", type=int, default=16, metavar="N", help="default: 16")
+    coordcheck.add_argument("--steps", type=count, default=16, metavar="N", help="default: 16")
     coordcheck.add_argument(
-        "--slope", type=float, default=0.2, metavar="S", help="largest that passes (default: 0.2)"
+        "--slope",
+        type=positive,
+        default=0.2,
+        metavar="S",
+        help="largest that passes (default: 0.2)",
     )
     coordcheck.add_argument(
         "--out", metavar="FOLDER", default="coordcheck", help="where to write (default: it)"
@@ -345,19 +368,21 @@ def _parser() -> argparse.ArgumentParser:
             help="replace values of the grid (study.dir=…, seeds=[1,2]) or of all its runs",
         )  # fmt: skip
         if name in ("pilot", "run"):
-            sub.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time")
-            sub.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks of a cell")
+            sub.add_argument(
+                "--workers", type=count, default=1, metavar="N", help="cells at a time"
+            )
+            sub.add_argument("--nproc", type=count, default=1, metavar="N", help="ranks of a cell")
             sub.add_argument(
                 "--srun", default="", metavar="COMMAND",
                 help="inside a Slurm job: srun and its options, to run a cell on the job's tasks",
             )  # fmt: skip
         if name == "submit":
-            sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of a cell")
+            sub.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes of a cell")
             sub.add_argument(
                 "--sbatch", default="", metavar="OPTIONS",
                 help="more options of sbatch for every job: --sbatch='--time=4:00:00 …'",
             )  # fmt: skip
-            sub.add_argument("--array-limit", type=int, metavar="K", help="cells at a time")
+            sub.add_argument("--array-limit", type=count, metavar="K", help="cells at a time")
             sub.add_argument("--dry-run", action="store_true", help="print the commands alone")
         if name == "run":
             sub.add_argument(
@@ -375,8 +400,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0, 1, 2 or 75)."""
+    """Run a command; returns the exit code (0, 1, 2 or 75; 130 after Ctrl-C)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    write_plainly()
+    try:
+        args = _parsed(words)
+        code = int(args.call(args, words))
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        print(f"mprog: {error}", file=sys.stderr)
+        return 2
+    except WriteFailed as error:
+        print(f"mprog: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mprog: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (head, say) has seen enough: nothing to report
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    except OSError as error:  # what no check has seen coming
+        if error.filename is None:
+            raise
+        print(f"mprog: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2 if error.errno in PLACE_ERRORS else 1
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
     # argparse cannot put an option among a sub-command's open-ended words: options go first
     parser = _parser()
     args, rest = parser.parse_known_args(_options_first(words))
@@ -384,16 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # key=value words after an option
         args.overrides += rest
-    try:
-        code = int(args.call(args, words))
-        sys.stdout.flush()
-        return code
-    except ConfigError as error:
-        print(f"mprog: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader (head, say) has seen enough: nothing to report
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 1
+    return args
 
 
 _FLAGS = ("--search",)

@@ -182,40 +182,42 @@ def test_folder_that_is_no_run_folder(corpus: Path, tmp_path: Path, capfd: Any) 
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def _truncate(folder: Path) -> str:
-    victim = max(folder.glob("checkpoints/*/*.distcp"), key=lambda p: p.parent.name)
+def _truncate(checkpoint: Path) -> str:
+    victim = next(checkpoint.glob("*.distcp"))
     os.truncate(victim, victim.stat().st_size // 2)
     return "truncated"
 
 
-def _lose(folder: Path) -> str:
-    max(folder.glob("checkpoints/*/*.distcp"), key=lambda p: p.parent.name).unlink()
+def _lose(checkpoint: Path) -> str:
+    next(checkpoint.glob("*.distcp")).unlink()
     return "missing"
 
 
-def _no_progress(folder: Path) -> str:
-    max(folder.glob("checkpoints/*/progress.json"), key=lambda p: p.parent.name).write_text("{")
+def _no_progress(checkpoint: Path) -> str:
+    (checkpoint / "progress.json").write_text("{")
     return "progress.json"
 
 
-def _no_model(folder: Path) -> str:
+def _no_model(checkpoint: Path) -> str:
     """As a version that did not describe its model has saved it."""
-    for path in folder.glob("checkpoints/*/progress.json"):
-        values = json.loads(path.read_text())
-        del values["model"]
-        path.write_text(json.dumps(values))
+    path = checkpoint / "progress.json"
+    values = json.loads(path.read_text())
+    for key in ("model", "sha256", "checksum"):
+        del values[key]
+    path.write_text(json.dumps(values))
     return "progress.json"
 
 
 @pytest.mark.parametrize("damage", [_truncate, _lose, _no_progress, _no_model])
-def test_damaged_checkpoint(
+def test_damaged_checkpoints(
     finished: Path, corpus: Path, tmp_path: Path, capfd: Any, damage: Callable[[Path], str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     words = ["train.steps=45"]
     # the folder moved: only run.dir differs, which is free
-    needed = ["checkpoint:", damage(tmp_path / "run")]
+    damaged = {damage(checkpoint) for checkpoint in tmp_path.glob("run/checkpoints/*")}
+    needed = ["checkpoint:", "step_0000045 is damaged", "no whole one is before it", *damaged]
     before = contents(tmp_path / "run")
     code, lines = mprog(run_values(tmp_path, corpus, "run"), tmp_path, words, 1, capfd)
     assert_refused(code, lines, needed)
@@ -225,7 +227,7 @@ def test_damaged_checkpoint(
 # name, what is asked for beside the checkpoint, what the line must hold
 EXPAND_TABLE: list[tuple[str, dict[str, str], list[str]]] = [
     ("no such checkpoint", {"checkpoint": "nothing"}, ["no folder", "nothing"]),
-    ("a run folder", {"checkpoint": "run"}, ["progress.json"]),
+    ("a folder of runs", {"checkpoint": "."}, ["is a folder of runs"]),
     ("same depth", {"to-layers": "4"}, ["to_layers: got 4", "more than the 4 layers"]),
     ("no layers", {"to-layers": "0"}, ["to_layers: got 0", "from 1"]),
     ("no number", {"to-layers": "many"}, ["to_layers: got 'many'", "an integer"]),
@@ -263,6 +265,7 @@ def test_offline_copying_from_nothing(finished: Path, tmp_path: Path, capfd: Any
     values = json.loads(path.read_text())
     values["num_layers"] = values["model"]["num_layers"] = 0
     values["model"]["depth_history"] = [[0, 0]]
+    del values["checksum"]
     path.write_text(json.dumps(values))
     code = expand_offline(tmp_path, "source", {"init": "copying"})
     assert_refused(code, capfd.readouterr().err.strip().splitlines(), ["init", "random, zero"])
@@ -274,8 +277,8 @@ def test_damaged_checkpoint_is_neither_inspected_nor_expanded(
     finished: Path, tmp_path: Path, capfd: Any, damage: Callable[[Path], str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    needed = ["checkpoint:", damage(tmp_path / "run")]
     saved = "run/checkpoints/step_0000045"
+    needed = ["checkpoint:", damage(tmp_path / saved)]
     before = contents(tmp_path)
     for command in (["expand", saved, "out", "--to-layers", "6"], ["inspect", saved]):
         words = [str(tmp_path / word) if word in (saved, "out") else word for word in command]

@@ -69,7 +69,7 @@ def final_loss(config: RunConfig) -> float:
     import torch.distributed as dist
 
     from megatron_progressive.engines import make_engine
-    from megatron_progressive.engines.base import GlobalBatch
+    from megatron_progressive.engines.base import GlobalBatch, in_batches
     from megatron_progressive.models import model_shape, tensor_table
     from megatron_progressive.optim.schedule import learning_rate
     from megatron_progressive.runtime.layout import make_layout
@@ -86,10 +86,8 @@ def final_loss(config: RunConfig) -> float:
             loss = engine.train_step(batch, learning_rate(config, step)).loss
             if not math.isfinite(loss) or loss > 2 * SPECIAL:
                 return SPECIAL
-        validation = [
-            GlobalBatch(samples.validation_batch, first, size)
-            for first in range(0, config.train.eval_samples, size)
-        ]
+        count = min(config.train.eval_samples, samples.validation_samples)
+        validation = in_batches(samples.validation_batch, count, size)
         return min(SPECIAL, engine.evaluate(validation))
     finally:
         engine.close()

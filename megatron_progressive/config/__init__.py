@@ -4,16 +4,18 @@ A value that cannot work raises :class:`ConfigError` with one line that names th
 got and what it accepts; the command line turns that into exit code 2.
 """
 
+from megatron_progressive.config.errors import ConfigError
 from megatron_progressive.config.loading import (
     CONFIG_FILE,
+    check_value,
     expansion_from_words,
     from_dict,
     load,
     split_word,
     to_yaml,
+    with_value,
 )
 from megatron_progressive.config.schema import (
-    ConfigError,
     DataSection,
     ExpansionSection,
     KernelsSection,
@@ -49,9 +51,11 @@ __all__ = [
     "RunSection",
     "ScheduleSection",
     "TrainSection",
+    "check_value",
     "expansion_from_words",
     "from_dict",
     "load",
     "split_word",
     "to_yaml",
+    "with_value",
 ]

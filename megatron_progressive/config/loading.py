@@ -2,148 +2,226 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
+import math
+import os
 import re
+import types
 import typing
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from megatron_progressive.config.accepted import BOUNDS, CHOICES
+from megatron_progressive.config.accepted import (
+    BOUNDS,
+    CHOICES,
+    LONGEST_PATH,
+    LONGEST_TEXT,
+    NAMES,
+    PATHS,
+    WORDING,
+)
+from megatron_progressive.config.errors import ConfigError
+from megatron_progressive.config.places import check_name, expanded
 from megatron_progressive.config.schema import (
     FAMILY_DEFAULTS,
-    ConfigError,
+    MISSING,
     ExpansionSection,
     RunConfig,
 )
+from megatron_progressive.config.values import KIND_NAMES, converted, is_null, shown
+from megatron_progressive.config.yaml_text import NotYaml, parsed_word, read_yaml
 
 CONFIG_FILE = "config.yaml"
 """In a run folder: the resolved configuration."""
 
+Override = str | tuple[str, Any]
+"""A ``key=value`` word, or a key and its value."""
+
+_INDEX = re.compile(r"\[(\d+)\]|\.(\d+)(?=\.|\[|$)")
+
+
+class _Kind(typing.NamedTuple):
+    """What a field holds."""
+
+    type: Any
+    """Of it, or of its elements."""
+    is_list: bool
+    optional: bool
+
 
 def _known_keys(cls: type, prefix: str = "") -> list[str]:
     keys = []
-    for name, kind, _ in _field_kinds(cls):
+    for name, kind in _kinds(cls).items():
         keys.append(prefix + name)
-        if is_dataclass(kind):
-            keys += _known_keys(typing.cast(type, kind), prefix + name + ".")
+        if is_dataclass(kind.type):
+            keys += _known_keys(typing.cast(type, kind.type), prefix + name + ".")
     return keys
 
 
-def _field_kinds(cls: type) -> list[tuple[str, Any, bool]]:
-    """(name, type or element type, whether it is a list) of each field."""
+def _kinds(cls: type) -> dict[str, _Kind]:
+    """Of each field."""
     hints = typing.get_type_hints(cls)
-    kinds = []
+    kinds = {}
     for f in fields(cls):
-        kind, is_list = hints[f.name], typing.get_origin(hints[f.name]) is list
-        if is_list or typing.get_origin(kind) is typing.Union:
-            kind = typing.get_args(kind)[0]
-        kinds.append((f.name, kind, is_list))
+        hint, origin = hints[f.name], typing.get_origin(hints[f.name])
+        optional = origin in (typing.Union, types.UnionType)
+        inner = typing.get_args(hint)[0] if origin is list or optional else hint
+        kinds[f.name] = _Kind(inner, origin is list, optional)
     return kinds
 
 
 def _unknown_key(full_key: str) -> ConfigError:
     known = _known_keys(RunConfig)
-    plain = re.sub(r"\[\d+\]|\.\d+", "", full_key)
+    plain = _INDEX.sub("", full_key)
+    if plain in known and plain == full_key:  # at a level where it has no place
+        section, _, leaf = plain.rpartition(".")
+        return ConfigError(f"{full_key}: unknown key; accepted: the key {leaf} in {section}")
     close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     if not close:  # the right key in the wrong section, or a word close to a last part
         leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-        leaf = difflib.get_close_matches(plain.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
-        close = [leaves[leaf[0]]] if leaf else []
+        leaf_of = difflib.get_close_matches(plain.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
+        close = [leaves[leaf_of[0]]] if leaf_of else []
     accepted = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(known)}"
-    return ConfigError(f"{full_key}: unknown key; {accepted}")
+    return ConfigError(f"{shown_key(full_key)}: unknown key; {accepted}")
 
 
-_KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+def shown_key(key: str) -> str:
+    """A key as an error's line can hold it."""
+    return key if key.isprintable() and len(key) <= 80 else shown(key)
 
 
-def _check_keys(values: Any, cls: type, prefix: str) -> None:
-    """Raise on unknown keys and wrong types, naming the whole path (lists included)."""
+def _section(cls: type, values: Any, name: str) -> Any:
+    """A section of the configuration from nested values.
+
+    Args:
+        cls: its dataclass.
+        values: a mapping of its fields.
+        name: of the section; empty for all of the configuration.
+    """
     if not isinstance(values, dict):
-        section = prefix.rstrip(".") or "configuration"
-        raise ConfigError(f"{section}: got {values!r}; accepted: a mapping of keys")
-    kinds = {name: (kind, is_list) for name, kind, is_list in _field_kinds(cls)}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in kinds:
-            raise _unknown_key(name)
-        kind, is_list = kinds[key]
-        if is_list:
-            if not isinstance(value, list):
-                raise ConfigError(f"{name}: got {value!r}; accepted: a list")
-            for index, item in enumerate(value):
-                if is_dataclass(kind):
-                    _check_keys(item, typing.cast(type, kind), f"{name}[{index}].")
-                elif not _fits(item, kind):
-                    accepted = _KIND_NAMES[kind]
-                    raise ConfigError(f"{name}[{index}]: got {item!r}; accepted: {accepted}")
-        elif is_dataclass(kind):
-            _check_keys(value, typing.cast(type, kind), name + ".")
-        elif value is not None and not _fits(value, kind):
-            raise ConfigError(f"{name}: got {value!r}; accepted: {_KIND_NAMES[kind]}")
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if isinstance(value, str):  # YAML reads 1e-3 as text; OmegaConf converts it
-        if kind is str:
-            return True
-        try:
-            kind(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, kind) or (kind is float and isinstance(value, int))
-
-
-def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"CONFIG: no file {path}; accepted: the path of a YAML file")
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"CONFIG: {path} is not YAML: {line}") from None
-    if loaded is None:
-        loaded = {}
-    if not isinstance(loaded, dict):
         raise ConfigError(
-            f"CONFIG: {path} holds {type(loaded).__name__}; accepted: a mapping of sections"
+            f"{name or 'configuration'}: got {shown(values)}; accepted: a mapping of keys"
         )
-    return loaded
+    prefix = f"{name}." if name else ""
+    kinds = _kinds(cls)
+    for key in values:
+        if key not in kinds:
+            raise _unknown_key(f"{prefix}{key}")
+    found = {}
+    for f in fields(cls):
+        kind, field = kinds[f.name], f"{prefix}{f.name}"
+        if f.name in values:
+            found[f.name] = _field(kind, values[f.name], field)
+        elif f.default is NO_DEFAULT and f.default_factory is NO_DEFAULT:
+            found[f.name] = _section(kind.type, {}, field)  # which names the field that lacks
+        elif f.default is MISSING:
+            accepted = WORDING.get(_generic(field), f"{KIND_NAMES[kind.type]} (it has no default)")
+            raise ConfigError(f"{field}: missing; accepted: {accepted}")
+    return cls(**found)
 
 
-def _check_choice(name: str, value: Any) -> None:
-    if value not in CHOICES[name]:
-        accepted = ", ".join(str(c) for c in CHOICES[name] if c is not None)
-        raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
+def _field(kind: _Kind, value: Any, name: str) -> Any:
+    if not kind.is_list:
+        return _item(kind, value, name)
+    if not isinstance(value, list):
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: a list")
+    return [_item(kind, item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
-def _check_fields(section: Any, prefix: str) -> None:
+def _item(kind: _Kind, value: Any, name: str) -> Any:
+    if is_dataclass(kind.type):
+        return _section(typing.cast(type, kind.type), value, name)
+    key = _generic(name)
+    if is_null(value) and not kind.optional and key in CHOICES:
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: {_choices(key)}")
+    if value == "~" and name in PATHS and not kind.optional:
+        return str(value)  # no null, which this field has not, but the home folder
+    return converted(name, value, kind.type, kind.optional)
+
+
+def _generic(name: str) -> str:
+    """A field's name without the numbers of lists."""
+    return _INDEX.sub("", name)
+
+
+def _choices(key: str) -> str:
+    accepted = ", ".join(str(choice) for choice in CHOICES[key] if choice is not None)
+    return accepted + (", or null" if None in CHOICES[key] else "")
+
+
+def check_value(name: str, value: Any, like: str = "", resolved: bool = False) -> None:
+    """Whether a field accepts a value of its kind: one of its choices, or within its bounds.
+
+    Args:
+        name: of the field; numbers of lists are in brackets.
+        value: of the field's kind.
+        like: the field whose limits count, where that is another one.
+        resolved: whether a run has had it already: then it need not be below the upper bound.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    key = _generic(like or name)
+    longest = LONGEST_PATH if key in PATHS else LONGEST_TEXT
+    if isinstance(value, str) and len(value) > longest and key not in NAMES:
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: up to {longest} characters")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: {_choices(key)}")
+    if key in WORDING and not math.isfinite(value):
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: {WORDING[key]}")
+    if key in BOUNDS and value is not None:
+        low, high = BOUNDS[key]
+        # written so that NaN fails too
+        if not (value >= low and (resolved or value <= high)):
+            top = f"{high:.6g}" if isinstance(high, float) else str(high)
+            raise ConfigError(f"{name}: got {shown(value)}; accepted: from {low} to {top}")
+
+
+def _checked(section: Any, prefix: str, resolved: bool) -> Any:
+    """The section with every value accepted, and paths as they are without variables."""
+    changed: dict[str, Any] = {}
     for f in fields(section):
         value, name = getattr(section, f.name), f"{prefix}{f.name}"
         if is_dataclass(value):
-            _check_fields(value, name + ".")
+            changed[f.name] = _checked(value, f"{name}.", resolved)
         elif isinstance(value, list):
-            for item in value:
-                if is_dataclass(item):
-                    _check_fields(item, name + ".")
-                else:
-                    _check_choice(name, item)
-        elif name in CHOICES:
-            _check_choice(name, value)
-        elif name in BOUNDS and value is not None:
-            low, high = BOUNDS[name]
-            # written so that NaN fails too
-            if not ((low is None or value >= low) and (high is None or value <= high)):
-                accepted = f"from {low}" + (f" to {high}" if high is not None else "")
-                raise ConfigError(f"{name}: got {value!r}; accepted: {accepted}")
+            named = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+            changed[f.name] = [
+                _checked(item, f"{at}.", resolved)
+                if is_dataclass(item)
+                else _accepted(at, item, resolved)
+                for at, item in named
+            ]
+        else:
+            changed[f.name] = _accepted(name, value, resolved)
+    return replace(section, **changed)
+
+
+def _accepted(name: str, value: Any, resolved: bool) -> Any:
+    check_value(name, value, resolved=resolved)
+    if value is None:
+        return value
+    if resolved:  # earlier versions left ~ in it
+        return os.path.expanduser(value) if name in PATHS else value
+    if name in NAMES:
+        check_name(name, value)
+        if why := NAMES[name].get(value):
+            raise ConfigError(f"{name}: got {shown(value)}; accepted: another name ({why})")
+    if name in PATHS:
+        return _HUB + expanded(name, value[3:]) if _is_hub(name, value) else expanded(name, value)
+    return value
+
+
+_HUB = "hf:"
+
+
+def _is_hub(name: str, value: str) -> bool:
+    """A folder may stand behind the prefix, too."""
+    return name == "data.corpus" and value.startswith(_HUB) and value != _HUB
 
 
 def split_word(word: str) -> tuple[str, Any]:
@@ -154,46 +232,79 @@ def split_word(word: str) -> tuple[str, Any]:
     """
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{word}: not understood; accepted: key=value words")
+        raise ConfigError(f"{shown_key(word)}: not understood; accepted: key=value words")
     try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: got {text!r}; accepted: a YAML value") from None
+        return key, parsed_word(text, key)
+    except NotYaml:
+        raise ConfigError(
+            f"{shown_key(key)}: got {shown(text)}; accepted: a YAML value (text with its signs in "
+            "quotes)"
+        ) from None
 
 
-def from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> RunConfig:
+def with_value(values: Any, key: str, value: Any) -> Any:
+    """Nested values with another one at a dotted key, as ``expansion.0.at``; the given ones are
+    left as they are.
+
+    A mapping is merged into one that is there, all else is replaced. Sections that are not there
+    are made, entries of lists are not.
+
+    Raises:
+        KeyError: the key leads through what is no mapping and no entry of a list.
+    """
+    part, _, rest = _INDEX.sub(r".\1\2", key).partition(".")
+    if isinstance(values, list):
+        if not part.isdecimal() or int(part) >= len(values):
+            raise KeyError(key)
+        index = int(part)
+        new = with_value(values[index], rest, value) if rest else _merged(values[index], value)
+        return [*values[:index], new, *values[index + 1 :]]
+    if not isinstance(values, dict) or not part or key.endswith("."):
+        raise KeyError(key)
+    if rest:
+        return {**values, part: with_value(values.get(part, {}), rest, value)}
+    return {**values, part: _merged(values.get(part), value)}
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """``above``, with what ``below`` has beside it in mappings."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    both = {key: _merged(below[key], above[key]) for key in below.keys() & above.keys()}
+    return {**below, **above, **both}
+
+
+def from_dict(
+    values: dict[str, Any], overrides: typing.Sequence[Override] = (), *, resolved: bool = False
+) -> RunConfig:
     """A checked configuration from nested ``values`` and ``key=value`` words.
+
+    Args:
+        values: nested mappings of sections and fields.
+        overrides: words, or keys and their values, in order.
+        resolved: whether a run had the values already: names and variables in paths are taken as
+            they are. Otherwise ``~``, ``$NAME`` and ``${NAME}`` in paths
+            (:data:`.accepted.PATHS`) are replaced by what they stand for.
 
     Raises:
         ConfigError: unknown key, wrong type, missing or unaccepted value.
     """
-    plain = OmegaConf.create(copy.deepcopy(values))
-    for word in overrides:
-        key, value = split_word(word)
+    for override in overrides:
+        key, value = split_word(override) if isinstance(override, str) else override
         try:
-            OmegaConf.update(plain, key, value, merge=isinstance(value, dict))
-        except (OmegaConfBaseException, IndexError, TypeError, AttributeError):
+            values = with_value(values, key, value)
+        except KeyError:
             raise _unknown_key(key) from None
-    _check_keys(OmegaConf.to_container(plain), RunConfig, "")
-    family = OmegaConf.select(plain, "model.family")
+    family = values.get("model", {}).get("family") if _has_section(values, "model") else None
     defaults = FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}
-    try:
-        cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), defaults, plain)
-    except OmegaConfBaseException as error:
-        message = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{error.full_key or 'configuration'}: {message}") from None
-    for key in _known_keys(RunConfig):
-        if key.startswith("expansion"):
-            continue
-        if OmegaConf.is_missing(*_parent(cfg, key)):
-            raise ConfigError(f"{key}: missing; accepted: a value (it has no default)")
-    for index in range(len(cfg.expansion)):
-        for key in ("at", "to_layers"):
-            if OmegaConf.is_missing(cfg.expansion[index], key):
-                raise ConfigError(f"expansion[{index}].{key}: missing; accepted: a number")
-    config = typing.cast(RunConfig, OmegaConf.to_object(cfg))
-    _check_fields(config, "")
-    return config
+    for section, below in defaults.items():
+        if section not in values or _has_section(values, section):
+            values = {**values, section: _merged(below, values.get(section, {}))}
+    return typing.cast(RunConfig, _checked(_section(RunConfig, values, ""), "", resolved))
+
+
+def _has_section(values: Any, name: str) -> bool:
+    return isinstance(values, dict) and isinstance(values.get(name), dict)
 
 
 def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
@@ -202,26 +313,23 @@ def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
     Raises:
         ConfigError: unknown key, wrong type or value.
     """
-    _check_keys(words, ExpansionSection, "expansion.")
-    section = ExpansionSection(**{**words, "to_layers": int(words["to_layers"])})  # type: ignore[arg-type]
-    _check_fields(section, "expansion.")
-    return section
+    kinds = _kinds(ExpansionSection)
+    found = {}
+    for key, text in words.items():
+        found[key] = _field(kinds[key], text, f"expansion.{key}")
+        check_value(f"expansion.{key}", found[key])
+    return ExpansionSection(**found)
 
 
-def _parent(cfg: Any, key: str) -> tuple[Any, str]:
-    *path, leaf = key.split(".")
-    for part in path:
-        cfg = cfg[part]
-    return cfg, leaf
-
-
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """A checked configuration from a YAML file and ``key=value`` words.
+def load(
+    path: str | Path, overrides: typing.Sequence[Override] = (), *, resolved: bool = False
+) -> RunConfig:
+    """A checked configuration from a YAML file and ``key=value`` words; see :func:`from_dict`.
 
     Raises:
         ConfigError: no such file, not YAML, unknown key, wrong type or value.
     """
-    return from_dict(_read_yaml(Path(path)), overrides)
+    return from_dict(read_yaml(Path(path), "CONFIG"), overrides, resolved=resolved)
 
 
 def to_yaml(config: RunConfig) -> str:

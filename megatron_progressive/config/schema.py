@@ -6,11 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import MISSING
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: one line for the user, exit code 2."""
+MISSING: Any = "???"
+"""The default of a field that has none: a configuration must give it a value."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +148,10 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     corpus: str = "stdlib"
-    """``stdlib``, a path (folder or .txt, .jsonl, .parquet, ... file), or ``hf:NAME``. ``resnet``:
-    ``shapes`` (pictures drawn as they are read, in ten classes; its default), or a folder with
-    ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...)."""
+    """``stdlib``, a file or folder (plain text, JSON lines or arrays, CSV, TSV, Parquet, Arrow;
+    also .gz, .xz, .bz2, .zst), or ``hf:NAME``. ``resnet``: ``shapes`` (pictures drawn as they are
+    read, in ten classes; its default), or a folder with ``train/CLASS/*.png`` and
+    ``val/CLASS/*.png`` (or .jpg, ...)."""
     tokenizer: str = "bpe"
     """``bpe`` (byte-level, trained on the corpus), a folder or file, or a Hugging Face name."""
     vocab_size: Optional[int] = None
@@ -165,9 +163,11 @@ class DataSection:
     num_classes: Optional[int] = None
     """``resnet``: classes of the pictures (default: the preset's)."""
     text_field: str = "text"
-    """Field or column that holds the text in JSONL, Parquet and Hugging Face corpora."""
+    """Field or column that holds the text in JSON, CSV, TSV, Parquet, Arrow and Hugging Face
+    corpora."""
     validation_fraction: float = 0.02
-    """Share of documents held out for validation, chosen by a hash of their content."""
+    """Share of documents held out for validation, chosen by a hash of their content; copies that
+    differ by white space, letter case or Unicode's composition are on one side."""
     max_bytes: int = 0
     """Bytes of text to read from the corpus; 0 reads all of it."""
     prepared: Optional[str] = None
@@ -190,7 +190,8 @@ class TrainSection:
     eval_every: int = 100
     """Steps between validations; the last step is always validated."""
     eval_samples: int = 128
-    """Validation samples a validation reads (rounded up to whole global batches)."""
+    """Validation samples a validation reads: the first ones of the split, the same whatever the
+    batch and the layout. A split that has fewer is read once, and a warning says so."""
     save_every: int = 300
     """Steps between checkpoints; 0 saves only before each expansion and at the end."""
     keep_checkpoints: int = 2

@@ -14,7 +14,7 @@ from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
 from megatron_progressive.data.progress import Progress
 from megatron_progressive.data.samples import TrainingData
-from megatron_progressive.data.settle import (
+from megatron_progressive.data.settling import (
     Begun,
     as_settled,
     changed_since,
@@ -36,6 +36,9 @@ class Data(Protocol):
 
     def train_batch(self, first_sample: int, count: int) -> Any: ...
     def validation_batch(self, first: int, count: int) -> Any: ...
+    @property
+    def validation_samples(self) -> int | None:
+        """Samples of the validation split; None where there are as many as one asks for."""
 
 
 def _is_text(config: RunConfig) -> bool:

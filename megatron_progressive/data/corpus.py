@@ -210,7 +210,7 @@ def open_corpus(data: DataSection) -> Corpus:
             raise ConfigError(f"data.corpus: got {spec!r}; accepted: {ACCEPTED}")
         local = Path(_hub_name(spec)[0])
         return Corpus(data, local if local.is_dir() else None)
-    root = Path(spec).expanduser()
+    root = Path(spec)
     try:
         mode = root.stat().st_mode if spec else 0
     except PermissionError:

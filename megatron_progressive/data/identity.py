@@ -103,7 +103,7 @@ def image_identity(config: RunConfig, num_classes: int) -> DataIdentity:
     corpus = config.data.corpus
     if corpus == shapes.NAME:
         return DataIdentity(_digest([shapes.NAME])[:40], corpus)
-    folder, root = image_folder.open_folder(corpus, num_classes), Path(corpus).expanduser()
+    folder, root = image_folder.open_folder(corpus, num_classes), Path(corpus)
     files = [path for split in folder.files.values() for path in split]
     try:
         sizes = [path.stat().st_size for path in files]

@@ -44,7 +44,7 @@ def open_folder(corpus: str, num_classes: int) -> Folder:
         ConfigError: no such folder, a split without classes or a class without pictures, another
             number of classes, or a validation class that training lacks.
     """
-    root = Path(corpus).expanduser()
+    root = Path(corpus)
     accepted = (
         f"accepted: shapes, or a folder with {TRAIN}/CLASS/*.png and {VALIDATION}/CLASS/*.png"
     )
@@ -109,6 +109,11 @@ class ImageFolder:
 
     def __init__(self, folder: Folder, seed: int, size: int) -> None:
         self.folder, self.seed, self.size = folder, seed, size
+
+    @property
+    def validation_samples(self) -> int:
+        """Pictures of the validation split."""
+        return len(self.folder.files[VALIDATION])
 
     def train(self, first: int, count: int) -> Pictures:
         """Draws ``first`` to ``first + count`` of training: each epoch has every picture once."""

@@ -42,6 +42,11 @@ class ImageData:
             folder = image_folder.open_folder(config.data.corpus, shape.num_classes)
             self._source = image_folder.ImageFolder(folder, config.run.seed, shape.image_size)
 
+    @property
+    def validation_samples(self) -> int | None:
+        """Pictures of the validation split; None where they are drawn."""
+        return self._source.validation_samples
+
     def train_batch(self, first_sample: int, count: int) -> LabelledImages:
         """Draws ``first_sample`` to ``first_sample + count`` of training."""
         return _labelled(*self._source.train(first_sample, count))

@@ -112,7 +112,7 @@ def prepared_folder(config: RunConfig) -> Path:
             or ``run.dir`` is inside the corpus.
     """
     if config.data.prepared is not None:
-        return Path(config.data.prepared).expanduser()
+        return Path(config.data.prepared)
     corpus, parent = open_corpus(config.data), Path(config.run.dir) / "data"
     for folder in corpus.listing().folders:
         if parent.resolve().is_relative_to(folder.resolve()):

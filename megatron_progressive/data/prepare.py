@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.config.places import check_writable
 from megatron_progressive.data.corpus import Corpus, open_corpus
 from megatron_progressive.data.manifest import (
     FORMAT,
@@ -42,7 +43,7 @@ from megatron_progressive.data.tokenizer import (
 )
 from megatron_progressive.models import transformer_shape
 from megatron_progressive.runtime.distributed import place_from_environment
-from megatron_progressive.runtime.files import fsync_path
+from megatron_progressive.runtime.files import fsync_path, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +76,7 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
     Raises:
         ConfigError: the corpus or the tokenizer is missing or unfit, all documents are in one
             split, or the folder is there but is not a whole prepared corpus.
+        WriteFailed: the disk is full or fails.
     """
     folder = prepared_folder(config)
     if _is_occupied(folder):
@@ -86,17 +88,19 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
     corpus = open_corpus(config.data).pinned()  # read twice: for the tokenizer, for its tokens
     # before anything is written: fails fast on a tokenizer that is missing or too large
     tokenizer = load_tokenizer(config.data, transformer_shape(config).vocab_size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder)
+    check_writable("run.dir" if config.data.prepared is None else "data.prepared", folder.parent)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
-    temporary.mkdir()
-    try:
-        with contextlib.ExitStack() as stack:
-            tell = progress or stack.enter_context(show_progress())
-            _write(config, corpus, tokenizer, temporary, tell)
-        _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(f"preparing {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        temporary.mkdir()
+        try:
+            with contextlib.ExitStack() as stack:
+                tell = progress or stack.enter_context(show_progress())
+                _write(config, corpus, tokenizer, temporary, tell)
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     if progress is None:
         for line in read_manifest(folder).summary():
             say(line)

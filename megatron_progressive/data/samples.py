@@ -174,6 +174,11 @@ class TrainingData:
         train, validation = (Samples(folder / s, length) for s in ("train", "validation"))
         return cls(train, validation, manifest, config.run.seed)
 
+    @property
+    def validation_samples(self) -> int:
+        """Samples of the validation split."""
+        return len(self.validation)
+
     def train_batch(self, first_sample: int, count: int) -> torch.Tensor:
         """Draws ``first_sample`` to ``first_sample + count`` of training: int64 [count, S + 1]."""
         draws = np.arange(first_sample, first_sample + count, dtype=np.int64)

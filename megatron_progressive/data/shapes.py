@@ -40,6 +40,9 @@ class Shapes:
         self.size = size
         self._train, self._validation = _key(f"train/{seed}"), _key("validation")
 
+    validation_samples: int | None = None
+    """As many as one asks for: they are drawn."""
+
     def train(self, first: int, count: int) -> Pictures:
         """Pictures ``first`` to ``first + count`` of training."""
         return _draw(self._train, first, count, self.size)

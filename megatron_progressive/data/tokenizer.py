@@ -215,7 +215,7 @@ def _local_files(name: str) -> list[Path]:
     Raises:
         ConfigError: a folder without a tokenizer, or a path that does not exist.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return [path]
     if path.is_dir():

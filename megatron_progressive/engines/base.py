@@ -38,6 +38,53 @@ class GlobalBatch:
             for m in range(self.count // (size * ranks))
         ]
 
+    def filled(self, size: int, rank: int, ranks: int, multiple: int = 1) -> list[tuple[Any, int]]:
+        """The same for a batch of any count, of which the losses are asked only: each micro-batch
+        of ``size`` samples, and how many of its first ones count.
+
+        All ranks have as many micro-batches, of one size, as pipelines and collectives need. The
+        samples that follow the batch fill up what its count leaves over; they do not count.
+
+        Args:
+            multiple: of how many micro-batches a rank is to have; more of them are filled up.
+        """
+        group = size * ranks * multiple
+        number = -(-self.count // group) * multiple
+        offsets = [(m * ranks + rank) * size for m in range(number)]
+        return [
+            (self.read(self.first + offset, size), min(size, max(0, self.count - offset)))
+            for offset in offsets
+        ]
+
+    def share_of_mean(self, means: Sequence[Any], counted: Sequence[int], ranks: int) -> float:
+        """This data-parallel rank's part of the batch's mean loss, to be summed over ``ranks``.
+
+        Args:
+            means: mean loss of the samples that count in each micro-batch.
+            counted: how many these are.
+        """
+        if len(set(counted)) == 1 and counted[0] * len(counted) * ranks == self.count:
+            return sum(float(mean) for mean in means) / len(means) / ranks
+        weighed = zip(means, counted, strict=True)
+        return sum(float(mean) * count for mean, count in weighed if count) / self.count
+
+
+def in_batches(
+    read: Callable[[int, int], Any], samples: int, size: int, first: int = 0
+) -> list[GlobalBatch]:
+    """Samples ``first`` to ``first + samples`` in batches of ``size``; the last may be smaller."""
+    ends = range(first, first + samples, size)
+    return [GlobalBatch(read, at, min(size, first + samples - at)) for at in ends]
+
+
+def mean_over(batches: Sequence[GlobalBatch], means: Sequence[float]) -> float:
+    """Mean loss over all samples of some batches, from the mean of each."""
+    counts = [batch.count for batch in batches]
+    if len(set(counts)) == 1:
+        return sum(means) / len(means)
+    weighed = zip(means, counts, strict=True)
+    return sum(mean * count for mean, count in weighed) / sum(counts)
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -75,7 +122,8 @@ class Engine(Protocol):
         """One optimizer step. ``stop`` is this rank's wish to stop, shared in the metrics."""
 
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
-        """Mean cross-entropy, nats per token or image, without an update."""
+        """Mean cross-entropy over the samples of all batches, nats per token or image, without an
+        update. A batch may have any count, whatever the micro-batch and the ranks."""
 
     def state(self) -> ShardedState:
         """This rank's boxes, as views. In a new engine weights are unset, all else is zero."""

@@ -22,7 +22,12 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines import deepspeed_state
-from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
+from megatron_progressive.engines.base import (
+    GlobalBatch,
+    StepMetrics,
+    mean_over,
+    sum_over_ranks,
+)
 from megatron_progressive.engines.expert_load import ExpertLoad
 from megatron_progressive.engines.kernels import kernels_here
 from megatron_progressive.engines.megatron_model import (
@@ -93,7 +98,8 @@ class DeepSpeedEngine:
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        samples = self._samples(batch)
+        micro = self.config.train.micro_batch
+        samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
         # losses of their own that Megatron-core adds in the backward pass
         scale = torch.full((1,), 1 / len(samples), device=self._device)
         MoEAuxLossAutoScaler.set_loss_scale(scale)
@@ -101,7 +107,7 @@ class DeepSpeedEngine:
         losses = []
         for number, sample in enumerate(samples, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(samples))
-            loss = self._loss(sample)
+            loss = self._loss(sample, micro)
             losses.append(loss.detach())
             self.engine.backward(loss / len(samples), scale_wrt_gas=False)
         self._load.read()
@@ -109,7 +115,8 @@ class DeepSpeedEngine:
             _update_router_expert_bias([self.engine.module], self._transformer)
             reset_model_temporary_tensors(self._transformer, [self.engine.module])
         self.engine.step()
-        total, stops, counts = self._sum_over_ranks(losses, float(stop), self._load.counts)
+        share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
+        total, stops, counts = sum_over_ranks(share, float(stop), self._load.counts, self._device)
         if isinstance(self.optimizer, ReplicatedOptimizer):
             norm = self.optimizer.grad_norm
         else:
@@ -119,13 +126,19 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
         self.engine.eval()
-        means = [
-            self._sum_over_ranks([self._loss(s) for s in self._samples(b)])[0] for b in batches
-        ]
+        means = [self._mean_of(batch) for batch in batches]
         self.engine.train()
         if self._stage == 3:
             deepspeed_state.release(self.engine)
-        return sum(means) / len(means)
+        return mean_over(batches, means)
+
+    def _mean_of(self, batch: GlobalBatch) -> float:
+        """The mean loss of a batch of any count. Collective."""
+        micro, ranks = self.config.train.micro_batch, self.layout.data
+        samples = batch.filled(micro, self.groups.data_rank, ranks)
+        losses = [self._loss(sample, counted) for sample, counted in samples]
+        share = batch.share_of_mean(losses, [counted for _, counted in samples], ranks)
+        return sum_over_ranks(share, 0.0, None, self._device)[0]
 
     def state(self) -> ShardedState:
         return deepspeed_state.sharded_state(
@@ -167,25 +180,14 @@ class DeepSpeedEngine:
             },
         }
 
-    def _samples(self, batch: GlobalBatch) -> list[torch.Tensor]:
-        micro = self.config.train.micro_batch
-        return batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
-
-    def _loss(self, sample: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of one micro-batch."""
+    def _loss(self, sample: torch.Tensor, counted: int) -> torch.Tensor:
+        """Mean cross-entropy of the first ``counted`` samples of one micro-batch; 0 of none."""
         sample = sample.to(self._device, non_blocking=True)
         positions = self._positions.expand(sample.size(0), -1)
         losses: torch.Tensor = self.engine(
             sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
         )
-        return losses.float().mean()
-
-    def _sum_over_ranks(
-        self, losses: list[torch.Tensor], stop: float = 0.0, counts: torch.Tensor | None = None
-    ) -> tuple[float, float, torch.Tensor]:
-        """The global mean loss, and the sums of ``stop`` and ``counts``."""
-        share = sum(float(loss) for loss in losses) / len(losses)
-        return sum_over_ranks(share / self.layout.data, stop, counts, self._device)
+        return losses[:counted].float().mean() if counted else losses.new_zeros(())
 
 
 class ReplicatedOptimizer(FlatOptimizer):

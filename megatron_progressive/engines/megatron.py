@@ -20,7 +20,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
+from megatron_progressive.engines.base import (
+    GlobalBatch,
+    StepMetrics,
+    mean_over,
+    sum_over_ranks,
+)
 from megatron_progressive.engines.expert_load import ExpertLoad
 from megatron_progressive.engines.kernels import kernels_here
 from megatron_progressive.engines.megatron_model import (
@@ -125,14 +130,17 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(batch, forward_only=False)
+        micro = self.config.train.micro_batch
+        samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
+        losses = self._run([(one, micro) for one in samples], forward_only=False)
         for group in self.optimizer.param_groups if self._names else ():
             # an optimizer with several tensors in a group has their factors itself
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.prepare_grads()
         grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
-        total, stops, counts = self._sum_over_ranks(losses, float(stop), self._load.counts)
+        share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
+        total, stops, counts = self._sum_over_ranks(share, float(stop), self._load.counts)
         return StepMetrics(total, grad_norm, stops > 0, self._load.busiest(counts))
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
@@ -143,10 +151,20 @@ class MegatronEngine:
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
         for chunk in self.chunks:
             chunk.eval()
-        means = [self._sum_over_ranks(self._run(b, forward_only=True))[0] for b in batches]
+        means = [self._mean_of(batch) for batch in batches]
         for chunk in self.chunks:
             chunk.train()
-        return sum(means) / len(means)
+        return mean_over(batches, means)
+
+    def _mean_of(self, batch: GlobalBatch) -> float:
+        """The mean loss of a batch of any count. Collective."""
+        micro, ranks, layout = self.config.train.micro_batch, self.layout.data, self.layout
+        # the interleaved schedule takes micro-batches in groups of one a stage
+        group = layout.pipeline if layout.virtual_pipeline > 1 else 1
+        samples = batch.filled(micro, self.groups.data_rank, ranks, group)
+        losses = self._run(samples, forward_only=True)
+        counted = [count for _, count in samples][: len(losses)]
+        return self._sum_over_ranks(batch.share_of_mean(losses, counted, ranks))[0]
 
     def state(self) -> ShardedState:
         if self._gathers_late:  # the next forward pass would
@@ -171,41 +189,45 @@ class MegatronEngine:
         # would stay until some later collection.
         gc.collect()
 
-    def _run(self, batch: GlobalBatch, forward_only: bool) -> list[torch.Tensor]:
-        """The mean loss of each of this rank's micro-batches (none but on the last stage)."""
-        micro = self.config.train.micro_batch
-        samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
+    def _run(
+        self, samples: list[tuple[torch.Tensor, int]], forward_only: bool
+    ) -> list[torch.Tensor]:
+        """The mean loss of the samples that count in each of this rank's micro-batches (none but
+        on the last stage)."""
         results = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(samples) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(samples),
             seq_length=self.shape.sequence_length,
-            micro_batch_size=micro,
+            micro_batch_size=self.config.train.micro_batch,
             forward_only=forward_only,
         )
         return [result["loss"] for result in results] if self.groups.last_stage else []
 
-    def _forward_step(self, samples: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
-        sample = next(samples).to(self._device, non_blocking=True)
+    def _forward_step(
+        self, samples: Iterator[tuple[torch.Tensor, int]], model: Any
+    ) -> tuple[Any, Any]:
+        tokens, counted = next(samples)
+        sample = tokens.to(self._device, non_blocking=True)
         positions = self._positions.expand(sample.size(0), -1)
         output = model(
             sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
         )
-        return output, partial(_mean_loss)
+        return output, partial(_mean_loss, counted=counted)
 
     def _sum_over_ranks(
-        self, losses: list[torch.Tensor], stop: float = 0.0, counts: torch.Tensor | None = None
+        self, share: float, stop: float = 0.0, counts: torch.Tensor | None = None
     ) -> tuple[float, float, torch.Tensor]:
         """The global mean loss, and the sums of ``stop`` and ``counts``."""
-        share = sum(float(loss) for loss in losses) / len(losses) if losses else 0.0
         if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
             share = 0.0
-        return sum_over_ranks(share / self.layout.data, stop, counts, self._device)
+        return sum_over_ranks(share, stop, counts, self._device)
 
 
-def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    mean = losses.float().mean()
+def _mean_loss(losses: torch.Tensor, counted: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of the first ``counted`` samples of losses [samples, tokens]; 0 of none."""
+    mean = losses[:counted].float().mean() if counted else losses.new_zeros((), dtype=torch.float32)
     # a clone: the schedule divides the loss in place by the number of micro-batches
     return mean, {"loss": mean.detach().clone()}
 

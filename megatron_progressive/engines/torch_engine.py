@@ -14,7 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.engines.base import GlobalBatch, StepMetrics, sum_over_ranks
+from megatron_progressive.engines.base import (
+    GlobalBatch,
+    StepMetrics,
+    mean_over,
+    sum_over_ranks,
+)
 from megatron_progressive.engines.torch_buffers import FlatModel
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
@@ -47,22 +52,28 @@ class TorchEngine:
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
         self._flat.zero_gradients()
-        samples, losses = self._samples(batch), []
-        for pixels, labels in samples:
-            loss = self._loss(pixels, labels)
+        micro, ranks = self.config.train.micro_batch, self.layout.data
+        samples, losses = batch.micro_batches(micro, dist.get_rank(), ranks), []
+        for sample in samples:
+            loss = self._loss(sample, micro)
             (loss / len(samples)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         norm = self._flat.step(lr, self.config.optim.clip_grad)
-        total, stops = self._sum_over_ranks(losses, float(stop))
+        share = batch.share_of_mean(losses, [micro] * len(losses), ranks)
+        total, stops, _ = sum_over_ranks(share, float(stop), None, self._device)
         return StepMetrics(total, norm, stops > 0)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
-        means = [
-            self._sum_over_ranks([self._loss(*sample) for sample in self._samples(batch)])[0]
-            for batch in batches
-        ]
-        return sum(means) / len(means)
+        return mean_over(batches, [self._mean_of(batch) for batch in batches])
+
+    def _mean_of(self, batch: GlobalBatch) -> float:
+        """The mean loss of a batch of any count. Collective."""
+        micro, ranks = self.config.train.micro_batch, self.layout.data
+        samples = batch.filled(micro, dist.get_rank(), ranks)
+        losses = [self._loss(sample, counted) for sample, counted in samples]
+        share = batch.share_of_mean(losses, [counted for _, counted in samples], ranks)
+        return sum_over_ranks(share, 0.0, None, self._device)[0]
 
     def state(self) -> ShardedState:
         return self._flat.state()
@@ -77,20 +88,15 @@ class TorchEngine:
         del self._model, self._flat
         gc.collect()  # parameters and the hooks on them refer to each other
 
-    def _samples(self, batch: GlobalBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(pixels, labels) of this rank's micro-batches."""
-        micro = self.config.train.micro_batch
-        return batch.micro_batches(micro, dist.get_rank(), self.layout.data)
-
-    def _loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of one micro-batch."""
-        logits = self._model(pixels.to(self._device, self._dtype, non_blocking=True))
-        return F.cross_entropy(logits.float(), labels.to(self._device, non_blocking=True))
-
-    def _sum_over_ranks(self, losses: list[torch.Tensor], stop: float = 0.0) -> tuple[float, float]:
-        """The global mean loss, and the sum of ``stop``."""
-        share = sum(float(loss) for loss in losses) / len(losses)
-        return sum_over_ranks(share / self.layout.data, stop, None, self._device)[:2]
+    def _loss(self, sample: tuple[torch.Tensor, torch.Tensor], counted: int) -> torch.Tensor:
+        """Mean cross-entropy of the first ``counted`` samples of one micro-batch, (pixels,
+        labels); 0 of none."""
+        pixels, labels = sample
+        logits = self._model(pixels.to(self._device, self._dtype, non_blocking=True)).float()
+        labels = labels.to(self._device, non_blocking=True)
+        if not counted:
+            return logits.new_zeros(())
+        return F.cross_entropy(logits[:counted], labels[:counted])
 
 
 def _check(parameters: dict[str, torch.nn.Parameter], table: dict[str, TensorSpec]) -> None:

@@ -17,7 +17,7 @@ from megatron_progressive.models.base import TensorSpec, layer_number, with_laye
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.progress import show_bytes
 from megatron_progressive.state.boxes import MASTER, PARAM, Key, whole
-from megatron_progressive.state.checkpoint import Progress, read_description, seal
+from megatron_progressive.state.checkpoint import Progress, read_whole, seal
 from megatron_progressive.state.new_folder import check_new_folder, new_folder
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import Slots, StoredTensor, stored_tensors
@@ -62,7 +62,7 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
         ConfigError: no whole checkpoint, a depth or policy that does not fit it, or an ``out``
             that is there or has no room.
     """
-    progress, model = read_description(checkpoint)
+    progress, model = read_whole(checkpoint)
     depth, target = progress.num_layers, expansion.to_layers
     check_depths(expansion, depth, "expansion", f"of {checkpoint}")
     shape = replace(model.shape, num_layers=target)

@@ -9,11 +9,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Any
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.rendezvous import TIMEOUT, meet
+from megatron_progressive.runtime.tied import end_with_starter
 
-TIMEOUT = timedelta(minutes=30)
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Slurm's own steps have numbers from here on: batch scripts, interactive shells."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,49 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
     """Rank and world as torchrun or Slurm set them; None outside a job.
 
     Raises:
-        ConfigError: some of the variables are set and others not, or not numbers.
+        ConfigError: some of the variables are set and others not, not numbers, or not of one job;
+            a Slurm job of several tasks in which ``srun`` has not started this process.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if "RANK" not in environment:
+        if _number(environment, "SLURM_NTASKS", 1) == 1:
+            return None
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    elif "RANK" not in environment:
-        return None
+        # a batch script and a shell of salloc may have the first task's number all the same
+        step = _number(environment, "SLURM_STEP_ID", _FIRST_SPECIAL_STEP)
+        if step >= _FIRST_SPECIAL_STEP or "SLURM_PROCID" not in environment:
+            raise ConfigError(
+                f"environment: got SLURM_NTASKS={environment['SLURM_NTASKS']} without srun, which "
+                "starts the tasks: this process would wait for them for ever; accepted: `srun "
+                "mprog …`, one of launch/*.sh, or without SLURM_NTASKS (`env -u SLURM_NTASKS mprog "
+                "…`) for ranks of this host alone"
+            )
+    place = Place(*(_number(environment, name) for name in names))
+    if not (0 <= place.rank < place.world and 0 <= place.local_rank < place.world):
+        got = ", ".join(f"{name}={environment[name]}" for name in names)
+        raise ConfigError(f"environment: got {got}; accepted: ranks from 0, below {names[2]}")
+    if place.world > 1 or "MASTER_ADDR" in environment:
+        if not environment.get("MASTER_ADDR"):
+            raise ConfigError(
+                "environment: got no MASTER_ADDR; accepted: the name or address of rank 0's host, "
+                "as launch/*.sh and torchrun set it"
+            )
+        if not 0 < _number(environment, "MASTER_PORT") < 1 << 16:
+            raise ConfigError(
+                f"environment: got MASTER_PORT={environment['MASTER_PORT']}; accepted: from 1 to "
+                f"{(1 << 16) - 1}"
+            )
+    return place
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    got = environment.get(name)
+    if got is None and default is not None:
+        return default
     try:
-        return Place(*(int(environment[name]) for name in names))
-    except (KeyError, ValueError):
-        got = ", ".join(f"{name}={environment.get(name)}" for name in names)
-        raise ConfigError(f"environment: got {got}; accepted: all three, as numbers") from None
+        return int(got or "")
+    except ValueError:
+        raise ConfigError(f"environment: got {name}={got}; accepted: a number") from None
 
 
 def prepare_imports() -> None:
@@ -61,14 +95,26 @@ def prepare_imports() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    # how Megatron-core calls it
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"torch\.distributed\.checkpoint"
+        )
 
 
 @contextmanager
-def world_group(place: Place) -> Iterator[None]:
+def world_group(place: Place, store: Any = None) -> Iterator[None]:
     """The world process group (NCCL with CUDA, gloo without), destroyed at the end.
 
     Alone (``world`` 1, outside a job) it needs no address.
+
+    Args:
+        store: where all ranks have met already (:func:`.rendezvous.meet`); None: they meet now.
+
+    Raises:
+        TimeoutError: not all ranks came.
     """
+    end_with_starter()
     prepare_imports()
     import torch
     import torch.distributed as dist
@@ -83,12 +129,14 @@ def world_group(place: Place) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     alone = place.world == 1 and "MASTER_ADDR" not in os.environ
+    if store is None:
+        store = HashStore() if alone else meet(place.rank, place.local_rank, place.world)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         rank=place.rank,
         world_size=place.world,
         timeout=TIMEOUT,
-        store=HashStore() if alone else None,
+        store=store,
     )
     try:
         yield

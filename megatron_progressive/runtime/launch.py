@@ -1,7 +1,8 @@
 """Local workers for ``mprog train --nproc N``.
 
 Not torchrun's agent: the exit codes 2 and 75 must reach the caller, and a signal must reach
-each worker once and leave it the time to save.
+each worker once and leave it the time to save. Workers end when this process is gone
+(:mod:`.tied`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+
+from megatron_progressive.runtime.signals import outlives_its_reader, stop_signals
+from megatron_progressive.runtime.tied import start_tied
 
 GRACE_SECONDS = 30.0
 """How long the others get to end by themselves once one worker has failed."""
@@ -39,7 +43,9 @@ def run_workers(command: Sequence[str], nproc: int) -> int:
     """Run ``command`` in ``nproc`` processes of one job; returns the job's exit code.
 
     The ranks meet in a store that this process holds (no port is picked twice). The code is
-    that of the first worker that failed. SIGTERM, SIGINT and SIGUSR1 are passed on.
+    that of the first worker that failed; 128 and the signal's number where a signal came before
+    the workers could save. :func:`.signals.stop_signals` are passed on as SIGTERM, which ends a
+    worker that cannot save yet without a word.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -53,20 +59,22 @@ def run_workers(command: Sequence[str], nproc: int) -> int:
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     workers: list[subprocess.Popen[bytes]] = []
+    came: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(number)
+                worker.send_signal(signal.SIGTERM)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    previous = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         for rank in range(nproc):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of its own: Ctrl-C reaches the workers through pass_on alone.
-            workers.append(subprocess.Popen(command, env=own, start_new_session=True))
-        return _wait(workers)
+            workers.append(start_tied(command, own))
+            if came:  # while it began
+                workers[-1].send_signal(signal.SIGTERM)
+        return _wait(workers, came)
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -76,7 +84,7 @@ def run_workers(command: Sequence[str], nproc: int) -> int:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+def _wait(workers: list[subprocess.Popen[bytes]], came: list[int]) -> int:
     failed_at: float | None = None
     first_failure: tuple[int, int] | None = None
     while True:
@@ -92,8 +100,19 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
     if first_failure is None:
         return 0
     rank, code = first_failure
+    if code == -signal.SIGTERM and came:
+        name = signal.Signals(came[0]).name
+        line = (
+            "interrupted" if came[0] == signal.SIGINT else f"ended by {name} before it could save"
+        )
+        _say(f"mprog: {line}")
+        return 128 + came[0]
     if code < 0:  # it could not say so itself
-        name = signal.Signals(-code).name
-        print(f"rank {rank}: killed by {name}", file=sys.stderr, flush=True)
+        _say(f"rank {rank}: killed by {signal.Signals(-code).name}")
         return 1
     return code
+
+
+def _say(line: str) -> None:
+    with outlives_its_reader():
+        print(line, file=sys.stderr, flush=True)

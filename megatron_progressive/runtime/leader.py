@@ -1,20 +1,20 @@
 """What rank 0 does alone before there is a process group, however long it takes.
 
-The ranks meet in a store of their own, at the address where the process group meets later. Those
-that wait there look now and then: no time limit ends them, but rank 0's failure or death does.
+The ranks meet in the store that the process group uses later (:mod:`.rendezvous`). Those that wait
+there look now and then: no time limit ends them, but rank 0's failure or death does.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.distributed import TIMEOUT, Place, prepare_imports
+from megatron_progressive.runtime.distributed import Place, prepare_imports
+from megatron_progressive.runtime.rendezvous import meet
 
 POLL_SECONDS = 1.0
 """Between two looks of a rank that waits."""
@@ -38,32 +38,18 @@ class Leader:
         """Outside a job, and in one of a single rank, nobody is met.
 
         Raises:
-            ConfigError: the job does not say where its ranks meet.
+            TimeoutError: not all ranks came.
         """
         self._place = place
-        self._store: Any = None
+        self.store: Any = None
+        """Where the ranks meet, for the process group as well; None where nobody is met."""
         if place is None or place.world == 1:
             return
-        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise ConfigError(
-                f"environment: got a job of {place.world} ranks without MASTER_ADDR and "
-                "MASTER_PORT; accepted: both, as torchrun and launch/train.sh set them"
-            )
         prepare_imports()
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        held_elsewhere = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=place.rank == 0 and not held_elsewhere,
-            timeout=TIMEOUT,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        # torchrun may keep one store while it starts the ranks anew
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"megatron_progressive/{attempt}", store)
+        self.store = meet(place.rank, place.local_rank, place.world)
+        self._store = PrefixStore("leader", self.store)
 
     @property
     def is_me(self) -> bool:
@@ -81,7 +67,7 @@ class Leader:
             ConfigError: rank 0 did, with the same line.
             LeaderFailed: on the others, where rank 0 failed otherwise or is gone.
         """
-        if self._store is None:
+        if self.store is None:
             return act()
         if not self.is_me:
             return self._waited_for(what)
@@ -114,11 +100,11 @@ class Leader:
             answer = json.loads(self._store.get("answer"))
             self._store.add("heard", 1)
         except RuntimeError:  # the store went with it
-            raise LeaderFailed(f"rank 0 ended while it {what}") from None
+            raise LeaderFailed(f"rank 0, which {what}, has ended") from None
         if "refused" in answer:
             raise ConfigError(answer["refused"])
         if "failed" in answer:
-            raise LeaderFailed(f"rank 0 failed while it {what}: {answer['failed']}")
+            raise LeaderFailed(f"rank 0, which {what}, failed: {answer['failed']}")
         return answer["done"]
 
     def _stay_until_heard(self) -> None:

@@ -2,32 +2,46 @@
 
 Each slot of each global tensor is one entry, ``name/slot``, of ``torch_dist`` format, saved
 as the boxes that ranks hold and read back as the boxes that they will hold: loading on
-another layout is the same operation. ``progress.json`` is written last and lists the size of
-every file, so that a checkpoint without it, or whose files disagree, is not one; it also
-describes the model (:class:`.record.ModelRecord`). Reading it needs no torch.
+another layout is the same operation. ``progress.json`` is written last and lists size and
+checksum of every file, so that a checkpoint without it, or whose files disagree, is not one
+(:mod:`.contents`); it also describes the model (:class:`.record.ModelRecord`). Reading it needs
+no torch.
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import logging
 import os
 import queue
 import re
 import shutil
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.files import fsync_path, write_json
+from megatron_progressive.config import CONFIG_FILE, ConfigError
+from megatron_progressive.runtime.files import fsync_path, write_json, writing
 from megatron_progressive.state.boxes import MASTER, PARAM, WEIGHT_SLOTS, Piece, ShardedState
+from megatron_progressive.state.contents import (
+    PROGRESS_FILE,
+    DamagedCheckpoint,
+    SavedFile,
+    content_damage,
+    listed,
+    read_listed,
+    sha256_of,
+    size_damage,
+    with_own_checksum,
+)
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import stored_tensors
 from megatron_progressive.state.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.state.tokenizer_files import copy_tokenizer
 
-PROGRESS_FILE = "progress.json"
 _NAME = re.compile(r"step_(\d{7,})")
 
 
@@ -70,56 +84,105 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """The progress that a checkpoint holds, after checking that all its files are whole.
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path stands for: of a run folder, or its folder of checkpoints, the
+    newest one, and standard error says which; anything else is left to the reader.
 
     Raises:
-        ConfigError: a file is missing or truncated.
+        ConfigError: a run folder that has none yet, or a folder of several runs.
+    """
+    if (path / PROGRESS_FILE).exists() or not path.is_dir():
+        return path
+    run = path.parent if path.name == checkpoint_path(path, 0).parent.name else path
+    if (run / CONFIG_FILE).is_file():
+        found = checkpoints(run)
+        if not found:
+            raise ConfigError(
+                f"checkpoint: {run} is a run folder without a checkpoint; accepted: one that has "
+                "saved"
+            )
+        if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID")):
+            said = f"{path} is a run folder; its newest checkpoint is {found[-1]}"
+            print(said, file=sys.stderr, flush=True)
+        return found[-1]
+    for runs in (path, path / "cells"):  # of a study
+        if any((folder / CONFIG_FILE).is_file() for folder in runs.glob("*/")):
+            raise ConfigError(
+                f"checkpoint: {path} is a folder of runs; accepted: one of them, or one of its "
+                "checkpoints"
+            )
+    return path
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The progress that a checkpoint holds, after checking that all its files are there.
+
+    Raises:
+        ConfigError: as :func:`read_description`.
     """
     return read_description(checkpoint)[0]
 
 
 def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
-    """Progress and model of a checkpoint, after checking that all its files are whole.
+    """Progress and model of a checkpoint, after a look at its files' sizes.
 
     Raises:
-        ConfigError: no such folder, or a file is missing or truncated.
+        ConfigError: no such folder.
+        DamagedCheckpoint: a file is missing or of another size.
     """
+    return _described(checkpoint)[:2]
+
+
+def read_whole(checkpoint: Path) -> tuple[Progress, ModelRecord]:
+    """As :func:`read_description`, after reading all files: their content is what was saved."""
+    progress, model, files = _described(checkpoint)
+    if damage := content_damage(checkpoint, files):
+        raise DamagedCheckpoint(checkpoint, damage)
+    return progress, model
+
+
+def _described(checkpoint: Path) -> tuple[Progress, ModelRecord, dict[str, SavedFile]]:
     if not checkpoint.is_dir():
         raise ConfigError(
             f"checkpoint: no folder {checkpoint}; accepted: a checkpoint, as "
             "RUN/checkpoints/step_0001200"
         )
+    values, files = read_listed(checkpoint)
     try:
-        values: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text())
-        sizes = values.pop("files")
         model = ModelRecord.from_values(values.pop("model"))
         progress = Progress(**values)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"checkpoint: {checkpoint} has no readable {PROGRESS_FILE}; accepted: a whole "
-            "checkpoint (remove this one to resume from the one before)"
+    except (ValueError, KeyError, TypeError):
+        raise DamagedCheckpoint(
+            checkpoint, f"{PROGRESS_FILE} does not describe a checkpoint of this version"
         ) from None
-    for name, size in sizes.items():
-        path = checkpoint / name
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            got = "missing" if actual is None else f"truncated to {actual} of {size} bytes"
-            raise ConfigError(
-                f"checkpoint: {path} is {got}; accepted: a whole checkpoint (remove "
-                f"{checkpoint.name} to resume from the one before)"
-            )
-    return progress, model
+    if damage := size_damage(checkpoint, files):
+        raise DamagedCheckpoint(checkpoint, damage)
+    return progress, model, files
 
 
-def seal(folder: Path, progress: Progress, model: ModelRecord) -> None:
-    """Make the files in ``folder`` a checkpoint: flush them to disk, then describe them."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in files:
+def files_of(checkpoint: Path) -> dict[str, SavedFile]:
+    """The files of a checkpoint, by name, after a look at their sizes; raises as
+    :func:`read_description`."""
+    return _described(checkpoint)[2]
+
+
+def seal(
+    folder: Path, progress: Progress, model: ModelRecord, sha256: Mapping[str, str] | None = None
+) -> None:
+    """Make the files in ``folder`` a checkpoint: flush them to disk, then describe them.
+
+    Args:
+        sha256: of files whose hash is known.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in paths:
         fsync_path(path)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    values = {**asdict(progress), "model": model.to_values(), "files": sizes}
-    write_json(folder / PROGRESS_FILE, values)
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    hashes = dict(sha256 or {})
+    hashes |= sha256_of(folder, [name for name in names if name not in hashes])
+    files = {name: SavedFile(path.stat().st_size, hashes[name]) for name, path in names.items()}
+    values = {**asdict(progress), "model": model.to_values(), **listed(files)}
+    write_json(folder / PROGRESS_FILE, with_own_checksum(values))
 
 
 def _sharded_tensors(state: ShardedState) -> dict[str, Any]:
@@ -152,36 +215,41 @@ def save(
     """Write a checkpoint of a run folder. Collective over all ranks.
 
     The files go to a hidden folder that is renamed when all is on disk, so an interrupted
-    save leaves the previous checkpoint untouched. Keeps the newest ``keep`` (0: all), and those
-    of ``protected`` steps. ``tokenizer`` is the folder of the model's, which goes along.
+    save leaves the previous checkpoint untouched; one that fails is removed. Keeps the newest
+    ``keep`` (0: all), and those of ``protected`` steps. ``tokenizer`` is the folder of the
+    model's, which goes along.
+
+    Raises:
+        WriteFailed: the disk is full or fails.
+        RankFailed: it failed on another rank.
     """
     import torch.distributed as dist
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # Saves are synchronous, in this process: a plain queue does for the results. By default
-    # Megatron-core starts a manager process on every rank (seconds) that outlives the save.
-    filesystem_async._results_queue = queue.SimpleQueue()
+    from megatron_progressive.runtime.agreement import all_succeed
+
     final = checkpoint_path(folder, progress.step)
     temporary = final.with_name(f".{final.name}.tmp")
     first = dist.get_rank() == 0
+    what = f"saving step {progress.step} to {final}"
+    try:
+        with all_succeed(what), writing(what):
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            dist.barrier()
+            hashes = _write(state, temporary)
+            if first:
+                if tokenizer is not None:
+                    copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
+                seal(temporary, progress, model, hashes)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                fsync_path(final.parent)
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    # Whole coverage is the engine's own invariant (tested); Megatron's check of it gathers
-    # every shard's metadata on rank 0.
-    dist_checkpointing.save(
-        _sharded_tensors(state), str(temporary), validate_access_integrity=False
-    )
-    dist.barrier()
-    if first:
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
-        seal(temporary, progress, model)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        fsync_path(final.parent)
         kept = {checkpoint_path(folder, step) for step in protected}
         for old in checkpoints(folder)[:-keep] if keep else ():
             if old not in kept:
@@ -190,13 +258,84 @@ def save(
     return final
 
 
+def _write(state: ShardedState, folder: Path) -> dict[str, str]:
+    """Write the pieces of all ranks; returns the hashes of their files, each from the rank that
+    wrote it. Collective over all ranks."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import CheckpointException
+
+    from megatron_progressive.runtime.agreement import FailedElsewhere
+
+    # Saves are synchronous, in this process: a plain queue does for the results. By default
+    # Megatron-core starts a manager process on every rank (seconds) that outlives the save.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    failed: Exception | None = None
+    with _errors_of(filesystem_async) as errors:
+        try:
+            # Whole coverage is the engine's own invariant (tested); Megatron's check of it
+            # gathers every shard's metadata on rank 0.
+            dist_checkpointing.save(
+                _sharded_tensors(state), str(folder), validate_access_integrity=False
+            )
+        except CheckpointException as error:  # no Exception, and on every rank
+            if errors:
+                failed = errors[0]
+            elif rank in error.failures:
+                failed = RuntimeError(_root(error.failures[rank][0]))
+            else:
+                failed = FailedElsewhere("a save that another rank could not finish")
+    if failed is not None:
+        raise failed  # here, where it keeps its own context
+    own = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
+    hashes: list[dict[str, str]] = [{}] * world
+    dist.all_gather_object(hashes, sha256_of(folder, own))
+    return {name: value for of_rank in hashes for name, value in of_rank.items()}
+
+
+@contextmanager
+def _errors_of(writer: Any) -> Iterator[list[Exception]]:
+    """What fails in the threads of Megatron-core's writer, which logs its text and drops it
+    (0.19.2: dist_checkpointing/strategies/filesystem_async.py)."""
+    errors: list[Exception] = []
+    owner, write = writer.FileSystemWriterAsync, writer.FileSystemWriterAsync.write_preloaded_data
+
+    @functools.wraps(write)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        result = write(*args, **kwargs)
+        if isinstance(result[1], Exception):
+            errors.append(result[1])
+        return result
+
+    logger = logging.getLogger(writer.__name__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    owner.write_preloaded_data = staticmethod(noting)
+    try:
+        yield errors
+    finally:
+        owner.write_preloaded_data = staticmethod(write)
+        logger.setLevel(level)
+
+
+def _root(error: BaseException) -> str:
+    """The first cause of an error, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def load(state: ShardedState, checkpoint: Path) -> None:
     """Fill every piece from a checkpoint of any layout. Collective over all ranks.
 
     Raises:
         KeyError: the checkpoint lacks a tensor, or holds it in another shape.
+        RuntimeError: a file cannot be read; the message says why.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
 
     wanted = _sharded_tensors(state)
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
@@ -205,7 +344,11 @@ def load(state: ShardedState, checkpoint: Path) -> None:
         if found is None or tuple(found.global_shape) != tuple(tensor.global_shape):
             shape = "nothing" if found is None else tuple(found.global_shape)
             raise KeyError(f"{checkpoint}: {tensor.key} is {shape}, not {tensor.global_shape}")
-    loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    except CheckpointException as error:  # no Exception
+        roots = [_root(failure) for failure, _ in error.failures.values()] or ["on another rank"]
+        raise RuntimeError(f"{roots[0]} while loading {checkpoint}") from None
     for index, piece in enumerate(state.pieces):
         if loaded[str(index)].data_ptr() != piece.data.data_ptr():
             piece.data.copy_(loaded[str(index)])

@@ -16,7 +16,7 @@ from megatron_progressive.data.tokenizer import is_tokenizer, load_tokenizer
 from megatron_progressive.models import FAMILIES, transformer_shape
 from megatron_progressive.models.base import ModelShape, TransformerShape
 from megatron_progressive.models.family import PARTS
-from megatron_progressive.state.checkpoint import checkpoints, read_description
+from megatron_progressive.state.checkpoint import checkpoints, newest_checkpoint, read_description
 from megatron_progressive.state.tokenizer_files import FOLDER
 
 _TRAINING = {"mup", "mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
@@ -26,7 +26,8 @@ _DATA_FIELDS = {field.name for field in fields(DataSection)}
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
-    """The configuration with the sizes of ``run.init_from``'s model where it sets none.
+    """The configuration with the sizes of ``run.init_from``'s model where it sets none, and with
+    that checkpoint's own path where it names a run's folder.
 
     A run that has checkpoints of its own goes on from those: its folder's configuration then
     gives the sizes, and ``run.init_from`` may be gone.
@@ -39,13 +40,14 @@ def with_initial_model(config: RunConfig) -> RunConfig:
         return config
     own = _own_configuration(config)
     if own is not None:
-        config = _with_tokenizer(config, own.data.tokenizer)
+        config = _with_tokenizer(_from(config, own.run.init_from), own.data.tokenizer)
         return _filled(config, _sizes_of_configuration(own))
-    checkpoint = Path(start).expanduser()
     try:
+        checkpoint = newest_checkpoint(Path(config.run.init_from))
         shape = read_description(checkpoint)[1].shape
     except ConfigError as error:
         raise ConfigError(f"run.init_from: {error}") from None
+    config = _from(config, str(checkpoint))
     if config.model.family != shape.family:
         raise ConfigError(
             f"model.family: got {config.model.family!r}; accepted: {shape.family} (the model of "
@@ -93,17 +95,17 @@ def check_tokenizer(config: RunConfig) -> None:
     """
     if config.run.init_from is None:
         return
-    checkpoint = Path(config.run.init_from).expanduser()
+    checkpoint = Path(config.run.init_from)
     kept = checkpoint / FOLDER
     if not _keeps_tokenizer(checkpoint):
         return
     if config.data.prepared is not None:
         field, got = "data.prepared", config.data.prepared
-        name = str(Path(got).expanduser() / FOLDER)
+        name = str(Path(got) / FOLDER)
         read_manifest(prepared_folder(config))
     else:
         field, got, name = "data.tokenizer", config.data.tokenizer, config.data.tokenizer
-    if Path(name).expanduser().resolve() == kept.resolve():
+    if Path(name).resolve() == kept.resolve():
         return
     size = transformer_shape(config).vocab_size
     theirs, ours = (
@@ -122,9 +124,23 @@ def _own_configuration(config: RunConfig) -> RunConfig | None:
     path = config.folder / CONFIG_FILE
     if not path.is_file() or not checkpoints(config.folder):
         return None
-    own = load(path)
-    same = (own.run.init_from, own.model.family) == (config.run.init_from, config.model.family)
+    own = load(path, resolved=True)
+    same = own.model.family == config.model.family and _means(
+        config.run.init_from, own.run.init_from
+    )
     return own if same else None
+
+
+def _means(given: str | None, checkpoint: str | None) -> bool:
+    """Whether ``given`` is the checkpoint, or the folder of its run, which may have newer ones."""
+    if given is None or checkpoint is None:
+        return given == checkpoint
+    places = Path(checkpoint), *list(Path(checkpoint).parents)[:2]
+    return Path(given) in places
+
+
+def _from(config: RunConfig, checkpoint: str | None) -> RunConfig:
+    return replace(config, run=replace(config.run, init_from=checkpoint))
 
 
 def sizes_of_model(shape: ModelShape) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.description import input_words, size_words
 from megatron_progressive.state.boxes import PARAM
-from megatron_progressive.state.checkpoint import PROGRESS_FILE, read_description
+from megatron_progressive.state.checkpoint import PROGRESS_FILE, read_whole
 from megatron_progressive.state.record import ModelRecord
 from megatron_progressive.state.stored import stored_tensors
 
@@ -27,7 +27,7 @@ def inspect_checkpoint(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no whole checkpoint.
     """
-    progress, model = read_description(checkpoint)
+    progress, model = read_whole(checkpoint)
     tensors, by_slot = [], dict[str, int]()
     params = 0
     for name, slots in stored_tensors(checkpoint).items():

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.runtime.files import fsync_path
+from megatron_progressive.config.places import check_writable
+from megatron_progressive.runtime.files import fsync_path, writing
 
 
 def check_new_folder(out: Path, nbytes: int) -> None:
@@ -20,6 +21,7 @@ def check_new_folder(out: Path, nbytes: int) -> None:
         raise ConfigError(
             f"out: no folder {out.parent}; accepted: a name in a folder that is there"
         )
+    check_writable("out", out, added=len(_hidden(out).name) - len(out.name))
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
         raise ConfigError(
@@ -28,21 +30,29 @@ def check_new_folder(out: Path, nbytes: int) -> None:
         )
 
 
+def _hidden(out: Path) -> Path:
+    return out.with_name(f".{out.name}.tmp")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` to write to, which becomes ``out`` at the end.
 
     An error removes it. The writer flushes its files.
+
+    Raises:
+        WriteFailed: the disk is full or fails.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = _hidden(out)
     shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
-    temporary.mkdir()
-    try:
-        yield temporary
-        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-            fsync_path(folder)
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_path(out.parent)
+    with writing(f"writing {out}"):
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+                fsync_path(folder)
+            os.rename(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_path(out.parent)

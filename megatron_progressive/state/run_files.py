@@ -73,7 +73,7 @@ def read_summary(folder: Path) -> tuple[dict[str, Any] | None, str]:
     path = folder / SUMMARY_FILE
     try:
         loaded = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, ""
     except (ValueError, RecursionError):
         loaded = None

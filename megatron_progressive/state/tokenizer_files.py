@@ -43,10 +43,10 @@ def usage_of(checkpoint: Path) -> Path | None:
         if folder is not None and usage_files(folder):
             return folder
     try:
-        start = load(checkpoint.resolve().parent.parent / CONFIG_FILE).run.init_from
+        start = load(checkpoint.resolve().parent.parent / CONFIG_FILE, resolved=True).run.init_from
     except ConfigError:
         return None
-    if start is None or not usage_files(first := Path(start).expanduser() / FOLDER):
+    if start is None or not usage_files(first := Path(start) / FOLDER):
         return None
     other = own is not None and tokenizer_files(first) and _vocabulary(first) != _vocabulary(own)
     return None if other else first

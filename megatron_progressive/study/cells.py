@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import ConfigError, RunConfig, from_dict
+from megatron_progressive.config import ConfigError, RunConfig, check_value, from_dict
+from megatron_progressive.config.loading import Override
+from megatron_progressive.config.places import check_name, check_run_file_name
+from megatron_progressive.config.values import converted, shown
 from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.decisive import decisive
@@ -151,10 +154,15 @@ class SizeCells:
             ConfigError: no such size, or a configuration that does not hold.
         """
         if not isinstance(size, dict) or not {"name", "to_layers"} <= size.keys():
-            raise ConfigError(f"sizes: got {size!r}; accepted: mappings with name and to_layers")
+            raise ConfigError(
+                f"sizes: got {shown(size)}; accepted: mappings with name and to_layers"
+            )
         if "expansion" in run:
             raise ConfigError("run.expansion: got one; accepted: none (the arms have their own)")
-        self.name, self.seed, self.layers = str(size["name"]), seed, int(size["to_layers"])
+        self.name, self.seed = converted("sizes: name", size["name"], str), seed
+        check_name("sizes: name", self.name)
+        self.layers = converted("sizes: to_layers", size["to_layers"], int)
+        check_value("sizes: to_layers", self.layers, like="expansion.to_layers")
         changes = {key: value for key, value in size.items() if key not in ("name", "to_layers")}
         self._after = {
             key.removeprefix(_AFTER): changes.pop(key)
@@ -162,14 +170,15 @@ class SizeCells:
             if key.startswith(_AFTER)
         }
         self._axes, self._data = axes or {}, data
-        words = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + [*overrides]
-        words += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
-        self.config = from_dict(run, words)
+        words: list[Override] = [*changes.items(), *overrides, ("run.seed", seed)]
+        config = from_dict(run, words)
+        self.config = replace(config, run=replace(config.run, dir=str(folder)))
         # the schedule that is configured anyway leaves no mark: names do not depend on the list
         self._mark = ""
         if schedule is not None and schedule != self.config.schedule.name:
             self._mark = f"-{schedule}"
-            self.config = from_dict(run, [*words, f"schedule.name={schedule}"])
+            named = replace(self.config.schedule, name=schedule)
+            self.config = replace(self.config, schedule=named)
         self._setting = {SCHEDULE: self.config.schedule.name}
 
     def distinguish(self, kinds: Sequence[str]) -> None:
@@ -220,7 +229,7 @@ class SizeCells:
             expansion[-1]["parallel"] = self._after
         else:
             values["parallel"].update(self._after)
-        return from_dict(values)
+        return from_dict(values, resolved=True)
 
     def _named(
         self, what: str, arm: str, config: RunConfig, axes: Mapping[str, str] | None = None,
@@ -229,6 +238,7 @@ class SizeCells:
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
         trained_on = self.trained_on(config)
         folder = name if unknown else self.choose_name(name, config, [""])
+        check_run_file_name(f"cell {name}", folder)
         placed = replace(config, run=replace(config.run, name=folder))
         axes = {**self._setting, **(axes or {})}
         return Cell(

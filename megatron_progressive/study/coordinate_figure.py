@@ -16,6 +16,7 @@ from megatron_progressive.study.coordinate import (
     WIDTH,
     CoordinateCheck,
 )
+from megatron_progressive.study.drawing import save
 
 _COLOURS = dict(zip(QUANTITIES, ("#0072B2", "#CC79A7", "#D55E00", "#009E73"), strict=True))
 _TITLES = {RMS: "RMS at initialisation", CHANGE: "RMS of the change after {} steps"}
@@ -63,7 +64,7 @@ def write(check: CoordinateCheck, shapes: Sequence[tuple[str, int, int]], out: P
         ha="left",
         fontweight="bold",
     )
-    figure.savefig(out / PNG)
+    save(figure, out / PNG)
 
 
 def text(check: CoordinateCheck) -> str:

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
+from megatron_progressive.runtime.files import writing
+
 GROWN_COLOURS = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9")
 """Of runs that grow."""
 FIXED_COLOURS = ("#333333", "#777777")
@@ -121,5 +123,10 @@ class _Placed:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with writing(f"writing {path}"):
+        try:
+            figure.savefig(temporary, format="png")
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        os.replace(temporary, path)

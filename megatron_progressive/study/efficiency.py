@@ -18,6 +18,8 @@ from megatron_progressive.study.fits import (
     rows_of,
 )
 
+_ROUNDING = 1e-9  # of a logarithm: the largest cell's own FLOPs are not beyond it
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -34,13 +36,14 @@ class Efficiency:
     """Whether it lies outside of what either arm has measured."""
 
 
-def _computes(rows: Array, losses: Array) -> Array:
-    """FLOPs with which each row of (A, alpha, E) has each loss; infinite where it never has."""
+def _log_computes(rows: Array, losses: Array) -> Array:
+    """Logarithm of the FLOPs with which each row of (A, alpha, E) has each loss; infinite where it
+    never has."""
     above, alpha = losses - rows[:, 2], rows[:, 1]
-    reached = (above > 0) & (alpha > 0)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        computes = np.exp(np.log(rows[:, 0] / above) / alpha)
-    return np.where(reached, computes, np.inf)
+    reached = (above > 0) & (alpha > 0) & (rows[:, 0] > 0)
+    found = np.full(len(rows), np.inf)
+    found[reached] = (np.log(rows[reached, 0]) - np.log(above[reached])) / alpha[reached]
+    return found
 
 
 def efficiency_at_loss(arm: Fit, reference: Fit, loss: float) -> Efficiency:
@@ -86,19 +89,25 @@ def _efficiency(
     arm: Fit, reference: Fit, rows: Array, other: Array, losses: Array,
     compute: float | None = None,
 ) -> Efficiency:  # fmt: skip
-    mine = _computes(rows, losses)
-    theirs = _computes(other, losses) if compute is None else np.full(len(rows), compute)
+    # as logarithms: a law that hardly falls has a loss with 0 FLOPs, or with more than there are
+    mine = _log_computes(rows, losses)
+    theirs = (
+        _log_computes(other, losses) if compute is None else np.full(len(rows), np.log(compute))
+    )
     # where neither has the loss there is no factor: such samples count for neither side
-    with np.errstate(invalid="ignore"):
-        factors = theirs / mine
+    known = np.isfinite(mine) | np.isfinite(theirs)
+    factors = np.full(len(rows), np.nan)
+    with np.errstate(over="ignore"):
+        factors[known] = np.exp(theirs[known] - mine[known])
+        at_reference = compute or float(np.exp(theirs[0]))
     draws = factors[1:]
     inside = all(
-        fit.inputs[0][0] <= at <= fit.inputs[0][1]
+        np.log(fit.inputs[0][0]) - _ROUNDING <= at <= np.log(fit.inputs[0][1]) + _ROUNDING
         for fit, at in ((arm, mine[0]), (reference, theirs[0]))
     )
     return Efficiency(
         loss=finite(losses[0]),
-        compute=finite(theirs[0]),
+        compute=finite(at_reference),
         factor=interval(float(factors[0]), draws[~np.isnan(draws)]),
         extrapolated=not inside,
     )

@@ -7,8 +7,9 @@ Two forms, with natural logarithms throughout:
 
 The procedure is that of Hoffmann et al. 2022 (arXiv 2203.15556), appendix D.2: a Huber loss with
 delta = 1e-3 of the difference in *log* loss, the log of the sum taken as a log-sum-exp of its
-terms, minimised by L-BFGS from a grid of starts of which the best is kept. Logarithms of C, N and
-D are centred first, which changes the conditioning and not the optimum.
+terms, minimised from a grid of starts of which the best is kept. The minimiser is
+:mod:`.law_solver`'s, which takes all samples of a bootstrap at once. Logarithms of C, N and D are
+centred first, which changes the conditioning and not the optimum.
 
 Intervals are percentiles of a bootstrap that draws every cell's log loss anew around the fit, with
 normal noise of the cells' own spread, itself drawn from its chi-squared distribution with as many
@@ -16,23 +17,27 @@ degrees of freedom as there are cells beyond parameters. Drawing cells with repl
 would say too much of the few cells that studies have: with four, intervals of 95 % held the known
 efficiency in 68 % of 25 pairs of synthetic arms, against 96 % this way. An outlier, which hardly
 moves the fit, widens them.
+
+Where an interval says hardly more than what is allowed anyway, the cells do not determine that
+parameter: a note says so, and its coefficient has no value, which could be any power of ten.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
-from scipy.special import huber
+from numpy.typing import ArrayLike
 
 from megatron_progressive.config import ConfigError
-
-DELTA = 1e-3
-"""Residual of log loss at which the objective turns from quadratic to linear (appendix D.2)."""
+from megatron_progressive.study.law_solver import (
+    LARGEST_EXPONENT,
+    Array,
+    best_of,
+    grid_starts,
+    projected_starts,
+    residuals,
+)
 
 LEVEL = 0.95
 """Nominal coverage of every interval."""
@@ -40,17 +45,18 @@ LEVEL = 0.95
 DRAWS = 400
 """Bootstrap samples."""
 
-_LARGEST_EXPONENT = 3.0
-_START_EXPONENTS = (0.05, 0.2, 0.6, 1.2)
-_START_FLOORS = (0.3, 0.7, 0.95)  # E of a start, as a share of the lowest loss
 _NAMES = {1: ("A", "alpha", "E"), 2: ("A", "B", "alpha", "beta", "E")}
-
-Array = NDArray[np.float64]
+_LARGEST = 20.0  # noise of a bootstrap's log loss: one degree of freedom knows no bound
+_DRAW_TOLERANCE = 1e-6  # of a draw's optimum: far below the spread between draws
+_EDGE = 1e-6  # of an allowed range: so near to a bound is at it
+_NONE = 1e-4  # of the lowest loss: an E so small is none
+_EXACT = 1e-6  # residual of log loss, of cells that lie on their law
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its bootstrap interval; None stands for one that has no finite value."""
+    """A number and its bootstrap interval; None stands for one that has no finite value, or none
+    that the cells determine."""
 
     value: float | None
     low: float | None
@@ -80,6 +86,9 @@ class Fit:
     """The same of each bootstrap sample."""
     notes: list[str] = field(default_factory=list)
     """What the cells cannot tell."""
+    undetermined: list[str] = field(default_factory=list)
+    """Parameters that the cells do not determine, which are no finding: exponents and E with a
+    note that says why, and the coefficients of these exponents."""
 
 
 def fit_compute(compute: ArrayLike, loss: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Fit:
@@ -157,86 +166,47 @@ def _checked(inputs: dict[str, ArrayLike], loss: ArrayLike) -> tuple[Array, Arra
     return np.stack([values[name] for name in inputs], axis=1), values["loss"]
 
 
-def _objective(theta: Array, logs: Array, log_loss: Array) -> tuple[float, Array]:
-    """Huber loss over delta^2 and its gradient.
-
-    Args:
-        theta: (log coefficients, exponents, log E), of k + k + 1 numbers.
-        logs: centred logarithms of the inputs, (cells, k).
-    """
-    count = logs.shape[1]
-    terms = np.empty((len(logs), count + 1))
-    terms[:, :count] = theta[:count] - theta[count:-1] * logs
-    terms[:, count] = theta[-1]
-    predicted = np.logaddexp.reduce(terms, axis=1)
-    # over delta: the minimiser's tolerances are absolute near 1
-    residual = (predicted - log_loss) / DELTA
-    slope = np.clip(residual, -1, 1) / DELTA
-    shares = slope[:, None] * np.exp(terms - predicted[:, None])
-    gradient = np.concatenate(
-        [shares[:, :count].sum(0), -(shares[:, :count] * logs).sum(0), [shares[:, count].sum()]]
-    )
-    return float(huber(1.0, residual).sum()), gradient
-
-
-def _minimum(starts: Sequence[Array], logs: Array, log_loss: Array, tolerance: float) -> Array:
-    """The best of the local optima reached from ``starts``."""
-    count = logs.shape[1]
-    bounds = [(None, None)] * count + [(0.0, _LARGEST_EXPONENT)] * count
-    # log-sum-exp needs some E; that small it is none
-    bounds += [(float(log_loss.min()) - 12, float(log_loss.max()))]
-    found = [
-        minimize(
-            _objective, start, (logs, log_loss), "L-BFGS-B", jac=True, bounds=bounds,
-            options={"maxiter": 2000, "maxfun": 4000, "ftol": tolerance, "gtol": 1e-7},
-        )
-        for start in starts
-    ]  # fmt: skip
-    return np.asarray(min(found, key=lambda one: float(one.fun)).x)
-
-
-def _starts(logs: Array, log_loss: Array) -> list[Array]:
-    """A grid over exponents and E, with coefficients that put the centre of the cells right."""
-    count, losses = logs.shape[1], np.exp(log_loss)
-    starts = []
-    for floor in _START_FLOORS:
-        rest = np.log((np.median(losses) - floor * losses.min()) / count)
-        for exponents in itertools.product(_START_EXPONENTS, repeat=count):
-            log_floor = np.log(floor * losses.min())
-            starts.append(np.array([*[rest] * count, *exponents, log_floor]))
-    return starts
-
-
 def _fit(form: str, inputs: Array, losses: Array, draws: int, seed: int) -> Fit:
     cells, count = inputs.shape
     centre = np.log(inputs).mean(axis=0)
-    logs, log_loss = np.log(inputs) - centre, np.log(losses)
-    best = _minimum(_starts(logs, log_loss), logs, log_loss, 1e-13)
+    logs, log_loss = np.log(inputs) - centre, np.log(losses)[None]
+    starts = np.concatenate([grid_starts(logs, log_loss[0]), projected_starts(logs, log_loss)])
+    best = best_of(starts[None], logs, log_loss)
+    residual = residuals(best, logs, log_loss)[0][0]
     random = np.random.default_rng(seed)
-    predicted = np.logaddexp.reduce(
-        np.column_stack([best[:count] - best[count:-1] * logs, np.full(cells, best[-1])]), axis=1
-    )
-    residual = log_loss - predicted
-    spare = cells - len(best)
-    sampled = []
-    for _ in range(draws):
-        spread = np.sqrt(residual @ residual / random.chisquare(spare))
-        drawn = predicted + spread * random.standard_normal(cells)
-        sampled.append(_minimum([best], logs, drawn, 1e-9))
-    names, law = list(_NAMES[count]), _natural(best, centre)
-    rows = [_natural(theta, centre) for theta in sampled]
+    spare = cells - best.shape[1]
+    spread = np.sqrt(residual @ residual / random.chisquare(spare, (draws, 1)))
+    noise = np.clip(spread * random.standard_normal((draws, cells)), -_LARGEST, _LARGEST)
+    drawn = log_loss + residual + noise
+    # the optimum of the cells is near most draws' own; where the valley is long, not near all
+    both = np.stack([np.repeat(best, draws, axis=0), projected_starts(logs, drawn)], axis=1)
+    names, law = list(_NAMES[count]), _natural(best[0], centre)
+    rows = [_natural(theta, centre) for theta in best_of(both, logs, drawn, _DRAW_TOLERANCE)]
     table = np.array(rows).reshape(-1, len(names))
+    found = {name: interval(law[i], table[:, i]) for i, name in enumerate(names)}
+    open_ones = _undetermined(found, float(losses.min()))
+    for coefficient, exponent in zip(names[:count], names[count:-1], strict=True):
+        if exponent in open_ones:  # what it is multiplied with may be anything, and so it
+            found[coefficient] = Interval(None, None, None)
+            open_ones[coefficient] = ""
+    rms = float(np.sqrt(np.mean(residual**2)))
+    notes = [f"the cells do not determine {name}: {why}" for name, why in open_ones.items() if why]
+    if "E" not in open_ones and law[-1] < _NONE * losses.min():
+        notes.append("E is 0: the cells do not bend towards a floor")
+    if spare == 1 and rms > _EXACT:
+        notes.append(f"{cells} cells for {len(names)} parameters: intervals rest on one residual")
     return Fit(
         form=form,
-        parameters={name: interval(law[i], table[:, i]) for i, name in enumerate(names)},
+        parameters=found,
         cells=cells,
         inputs=[[float(column.min()), float(column.max())] for column in inputs.T],
-        rms_log_residual=float(np.sqrt(np.mean(residual**2))),
+        rms_log_residual=rms,
         seed=seed,
         names=names,
         best=law,
         draws=rows,
-        notes=_notes(best, names, count, float(log_loss.min())),
+        notes=notes,
+        undetermined=sorted(open_ones, key=names.index),
     )
 
 
@@ -247,14 +217,38 @@ def _natural(theta: Array, centre: Array) -> list[float]:
     return [*map(float, coefficients), *map(float, theta[count:-1]), float(np.exp(theta[-1]))]
 
 
-def _notes(theta: Array, names: list[str], count: int, lowest: float) -> list[str]:
-    notes = []
-    for name, exponent in zip(names[count:-1], theta[count:-1], strict=True):
-        if not 1e-6 < exponent < _LARGEST_EXPONENT - 1e-6:
-            notes.append(f"{name} is at the bound {exponent:g}: the cells do not determine it")
-    if theta[-1] < lowest - 11:
-        notes.append("E is 0: the cells do not bend towards a floor")
-    return notes
+def _undetermined(found: dict[str, Interval], lowest: float) -> dict[str, str]:
+    """Why the cells do not determine an exponent or E, by its name; those they do are not there.
+
+    An exponent is open where it or an end of its interval is at a bound of what is allowed (from 0,
+    a law that does not fall, to 3), and either where the interval spans more than half of that.
+
+    Args:
+        found: parameters and their intervals.
+        lowest: loss of the best cell: E is allowed from 0 to it.
+    """
+    reasons: dict[str, str] = {}
+    for name, one in found.items():
+        if name in ("A", "B") or one.value is None:
+            continue
+        exponent = name != "E"
+        highest = LARGEST_EXPONENT if exponent else lowest
+        low, high = (one.value if end is None else end for end in (one.low, one.high))
+        edge = _EDGE * highest
+        if exponent and not edge < one.value < highest - edge:
+            reasons[name] = f"it is at the bound {_short(one.value)}"
+        elif high - low > highest / 2 or (exponent and not edge < low <= high < highest - edge):
+            reasons[name] = (
+                f"{100 * LEVEL:.0f} % interval {_short(low)} to {_short(high)}, allowed 0 to "
+                f"{_short(highest)}"
+            )
+        elif not exponent and any(found[other].value < edge for other in reasons):
+            reasons[name] = "a law that does not fall has no floor"
+    return reasons
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-3 else "0"
 
 
 def interval(value: float, draws: Array) -> Interval:

@@ -3,16 +3,16 @@ seeds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from megatron_progressive.config import ConfigError, split_word
+from megatron_progressive.config import ConfigError, check_value, split_word, with_value
+from megatron_progressive.config.places import check_name, expanded
+from megatron_progressive.config.values import converted, is_null, shown
+from megatron_progressive.config.yaml_text import read_yaml
 from megatron_progressive.study.cell_runs import share_runs
 from megatron_progressive.study.cells import (
     ARMS,
@@ -94,26 +94,31 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     Raises:
         ConfigError: no such file, an unknown key or arm, or a cell that cannot run.
     """
-    values, words = _with_overrides(_read(path), overrides)
+    values, words = _with_overrides(read_yaml(path, "GRID"), overrides)
     _check_keys(values, _KEYS, "")
-    study = values.get("study") or {}
+    study = _mapping(values, "study")
     _check_keys(study, _STUDY_KEYS, "study.")
-    name = str(study.get("name", path.stem))
-    folder = Path(str(study.get("dir", "studies"))) / name
+    name = converted("study.name", study.get("name", path.stem), str)
+    check_name("study.name", name)
+    directory = converted("study.dir", study.get("dir", "studies"), str)
+    folder = Path(expanded("study.dir", directory)) / name
     arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT])
     for arm in arms:
-        if arm not in ARMS and not DEEPER_SOURCE.fullmatch(str(arm)):
-            raise ConfigError(f"arms: got {arm!r}; accepted: {', '.join(ARMS)}, N_layers")
+        if not isinstance(arm, str) or (arm not in ARMS and not DEEPER_SOURCE.fullmatch(arm)):
+            raise ConfigError(f"arms: got {shown(arm)}; accepted: {', '.join(ARMS)}, N_layers")
     taus = _taus(values)
-    inits, seeds = _listed(values, "init", ["copying"]), _seeds(values)
+    inits, seeds = _texts(values, "init", ["copying"], "", "expansion.init"), _seeds(values)
+    schedules: list[str | None] = [None]
+    if "schedule" in values:
+        schedules = _texts(values, "schedule", [], "", "schedule.name")
     axes = _axes(values)
     settled = StudyData(folder)
     bases = [
         SizeCells(
-            values.get("run") or {}, size, seed, folder / "cells", schedule, axes, words, settled
+            _mapping(values, "run"), size, seed, folder / "cells", schedule, axes, words, settled
         )
         for size in _sizes(values)
-        for schedule in _listed(values, "schedule", [None])
+        for schedule in schedules
         for seed in seeds
     ]
     kinds = kind_keys(bases)
@@ -121,11 +126,11 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         base.distinguish(kinds)
     if not bases:
         raise ConfigError(f"sizes: got none in {path}; accepted: a list of sizes")
-    pilot, asked = None, values.get("pilot")
-    if asked is not None or PILOT in taus:
-        _check_keys(asked or {}, PILOT_KEYS, "pilot.")
+    pilot, asked = None, _mapping(values, "pilot")
+    if not is_null(values.get("pilot")) or PILOT in taus:
+        _check_keys(asked, PILOT_KEYS, "pilot.")
         first = {base.name: base for base in reversed(bases)}  # of each size
-        pilot = grid_pilot(asked or {}, list(first.values())[::-1], arms, inits[0], folder)
+        pilot = grid_pilot(asked, list(first.values())[::-1], arms, inits[0], folder)
     cells: dict[str, Cell] = {}
     for base in bases:
         tau_of = pilot.tau_of if pilot is not None else lambda config: (1, "")
@@ -152,54 +157,47 @@ def _warnings(cells: dict[str, Cell]) -> list[str]:
     return warnings
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"GRID: no file {path}; accepted: the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"GRID: {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"GRID: {path} holds no mapping; accepted: {', '.join(_KEYS)}")
-    return values
-
-
 def _with_overrides(
     values: dict[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The file's values with the words of its keys, and the words of the cells' configuration."""
-    changed, words = OmegaConf.create(values), []
+    words = []
     for word in overrides:
         key, value = split_word(word)
         if key in ("run.name", "run.dir", "run.seed"):
-            raise ConfigError(f"{key}: got {value!r}; accepted: study.name, study.dir, seeds")
+            raise ConfigError(f"{key}: got {shown(value)}; accepted: study.name, study.dir, seeds")
         # schedule.name=… is the cells', schedule=[…] the grid's
         own = key in _KEYS or key.split(".")[0] in ("study", "expansion", "pilot")
         if not own or key == "run":
             words.append(word)
             continue
         try:
-            OmegaConf.update(changed, key, value, merge=False)
-        except (OmegaConfBaseException, IndexError, TypeError, AttributeError):
+            values = with_value(values, key, value)
+        except KeyError:
             raise ConfigError(f"{key}: unknown key; accepted: {', '.join(_KEYS)}") from None
-    plain = OmegaConf.to_container(changed)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}, words
+    return values, words
 
 
 def _axes(values: dict[str, Any]) -> dict[str, list[str]]:
-    spread = values.get("expansion") or {}
+    spread = _mapping(values, "expansion")
     _check_keys(spread, EXPANSION_KEYS, "expansion.")
     # in one order, whatever the file's: names of cells follow it
-    axes = {key: _listed(spread, key, [], "expansion.") for key in EXPANSION_KEYS if key in spread}
-    return {key: [str(value) for value in found] for key, found in axes.items()}
+    return {
+        key: _texts(spread, key, [], "expansion.", f"expansion.{key}")
+        for key in EXPANSION_KEYS
+        if key in spread
+    }
 
 
 def _taus(values: dict[str, Any]) -> list[Any]:
-    taus = _listed(values, "tau", [0.8])
-    for tau in taus:
-        if tau != PILOT and (isinstance(tau, bool) or not isinstance(tau, int | float)):
-            raise ConfigError(f"tau: got {tau!r}; accepted: fractions, steps, or {PILOT}")
+    taus: list[Any] = []
+    for tau in _listed(values, "tau", [0.8]):
+        try:
+            taus.append(PILOT if tau == PILOT else converted("tau", tau, float))
+        except ConfigError:
+            taus.append(math.nan)
+        if taus[-1] != PILOT and not 0 < taus[-1] < math.inf:
+            raise ConfigError(f"tau: got {shown(tau)}; accepted: fractions, steps, or {PILOT}")
     return taus
 
 
@@ -214,30 +212,46 @@ def _sizes(values: dict[str, Any]) -> list[Any]:
 
 
 def _seeds(values: dict[str, Any]) -> list[int]:
-    seeds = _listed(values, "seeds", [1])
+    seeds = [converted("seeds", seed, int) for seed in _listed(values, "seeds", [1])]
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"seeds: got {seed!r}; accepted: integers")
+        check_value("seeds", seed, like="run.seed")
     return seeds
 
 
 def _retries(study: dict[str, Any]) -> int:
-    retries = study.get("retries", 2)
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise ConfigError(f"study.retries: got {retries!r}; accepted: an integer from 0")
+    retries: int = converted("study.retries", study.get("retries", 2), int)
+    if retries < 0:
+        raise ConfigError(f"study.retries: got {retries}; accepted: an integer from 0")
     return retries
 
 
 def _listed(values: dict[str, Any], key: str, default: list[Any], prefix: str = "") -> list[Any]:
     found = values.get(key, default)
     if not isinstance(found, list):
-        raise ConfigError(f"{prefix}{key}: got {found!r}; accepted: a list")
+        raise ConfigError(f"{prefix}{key}: got {shown(found)}; accepted: a list")
     return found
+
+
+def _texts(
+    values: dict[str, Any], key: str, default: list[Any], prefix: str, field: str
+) -> list[Any]:
+    """A list of choices of a field."""
+    found = [
+        converted(f"{prefix}{key}", item, str) for item in _listed(values, key, default, prefix)
+    ]
+    for item in found:
+        check_value(f"{prefix}{key}", item, like=field)
+    return found
+
+
+def _mapping(values: dict[str, Any], key: str) -> Any:
+    """What is given under a key; an empty mapping where nothing is."""
+    return {} if is_null(values.get(key)) else values[key]
 
 
 def _check_keys(values: Any, known: tuple[str, ...], prefix: str) -> None:
     if not isinstance(values, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: got {values!r}; accepted: a mapping")
+        raise ConfigError(f"{prefix.rstrip('.')}: got {shown(values)}; accepted: a mapping")
     for key in values:
         if key not in known:
             raise ConfigError(f"{prefix}{key}: unknown key; accepted: {', '.join(known)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 
 from megatron_progressive.runtime.files import write_atomically
@@ -13,6 +12,7 @@ from megatron_progressive.runtime.folder_lock import (
     FolderLock,
     owner_of,
 )
+from megatron_progressive.runtime.tied import start_tied
 from megatron_progressive.study.cells import Cell
 from megatron_progressive.study.grid_data import cell_file
 from megatron_progressive.study.grid_failures import NO_PROGRAM_CODE, judge
@@ -105,9 +105,9 @@ def _try(
     with open(log, "ab") as out:
         start = out.tell()
         try:
-            process = subprocess.Popen(
-                launch.command(study.file("configs", cell, ".yaml")), stdout=out, stderr=out,
-                env=launch.environment(), start_new_session=True,
+            process = start_tied(
+                launch.command(study.file("configs", cell, ".yaml")), launch.environment(),
+                stdout=out, stderr=out,
             )  # fmt: skip
         except OSError as error:
             return NO_PROGRAM_CODE, str(error), False

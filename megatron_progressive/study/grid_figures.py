@@ -106,7 +106,7 @@ def laws(
                 axes.fill_between(x_law, low, high, color=look.colour, alpha=0.13, linewidth=0)
             axes.plot(x_law, middle, color=look.colour, linewidth=2)
             end = (x_law[-1], middle[-1])
-            if look.name == family:
+            if look.name == family and "alpha" not in fit.undetermined:
                 text += f"  α = {fit.best[1]:.2f}"
         if text not in [label[2] for label in labels]:
             labels.append((*end, text, look.colour))

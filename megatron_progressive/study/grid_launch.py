@@ -16,6 +16,8 @@ from typing import Any
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.launch import free_port
+from megatron_progressive.runtime.signals import stop_signals
+from megatron_progressive.runtime.tied import tied_command
 
 _STOP = signal.SIGUSR1
 """Asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks at once."""
@@ -54,12 +56,12 @@ class Launch:
     def command(self, config: Path) -> list[str]:
         train = [sys.executable, "-m", "megatron_progressive", "train", str(config)]
         if self.srun:
-            return [*shlex.split(self.srun), *train]
+            return tied_command([*shlex.split(self.srun), *train], _STOP)
         return [*train, "--nproc", str(self.nproc)]
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 go to the running cells, which save and stop."""
+    """:func:`.signals.stop_signals` go to the running cells, which save and stop."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -88,8 +90,7 @@ class Signals:
     @contextmanager
     def caught(self) -> Iterator[Signals]:
         """Take the signals meanwhile."""
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
+        previous = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         try:
             yield self
         finally:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.description import size_columns
 from megatron_progressive.study.cells import ONE_LAYER, ZERO_LAYER
-from megatron_progressive.study.fits import Interval
+from megatron_progressive.study.fits import Fit, Interval
 from megatron_progressive.study.flops import step_tokens
+from megatron_progressive.study.grid_figures import factor_text
 from megatron_progressive.study.grid_laws import Law
 from megatron_progressive.study.grid_results import Result, sizes_of
 from megatron_progressive.study.grid_state import FINISHED
@@ -192,7 +193,7 @@ def _law_table(laws: list[Law], names: tuple[str, ...]) -> str:
     rows = []
     for law in laws:
         if law.fit is not None:
-            found = [_interval(law.fit.parameters[name]) for name in names]
+            found = [_parameter(law.fit, name) for name in names]
             residual = f"{100 * law.fit.rms_log_residual:.2f} %"
             rows.append([law.family, str(law.fit.cells), *found, residual])
     if not rows:
@@ -216,6 +217,12 @@ def refusals(laws: list[Law]) -> list[str]:
     ]
 
 
+def _parameter(fit: Fit, name: str) -> str:
+    """A parameter of a law; of one that the cells do not determine no number, which a reader would
+    take for a finding."""
+    return "not determined" if name in fit.undetermined else _interval(fit.parameters[name])
+
+
 def _interval(found: Interval) -> str:
     low, high = (_digits(value) for value in (found.low, found.high))
     return f"{_digits(found.value)} ({low} to {high})"
@@ -223,6 +230,15 @@ def _interval(found: Interval) -> str:
 
 def _digits(value: float | None) -> str:
     return "open" if value is None else f"{value:.3g}"
+
+
+def _factor(found: Interval) -> str:
+    """A factor and its interval; powers of ten that no run could have are ends without a number."""
+    value, low, high = (
+        "open" if number is None else factor_text(number) if number else "0"
+        for number in (found.value, found.low, found.high)
+    )
+    return f"{value} ({low} to {high})"
 
 
 def _savings(report: GridReport) -> str:
@@ -239,7 +255,7 @@ def _savings(report: GridReport) -> str:
         rows.append(
             [saving.size, saving.family, saving.reference, _digits(found.loss),
              "–" if found.compute is None else flops_text(found.compute),
-             _interval(found.factor), "extrapolated" if found.extrapolated else ""]
+             _factor(found.factor), "extrapolated" if found.extrapolated else ""]
         )  # fmt: skip
     never = "<p>A factor of 0: its law does not come down to that loss.</p>"
     note = never if any(saving.efficiency.factor.value == 0 for saving in report.savings) else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.config.values import converted, shown
 from megatron_progressive.data import DataIdentity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import decay_steps
@@ -132,20 +133,19 @@ def grid_pilot(
     """
     names = [base.name for base in bases]
     smallest = min(bases, key=lambda b: parameter_count(model_shape(b.config, b.layers)))
-    size = str(values.get("size", smallest.name))
+    size = converted("pilot.size", values.get("size", smallest.name), str)
     if size not in names:
         raise ConfigError(f"pilot.size: got {size!r}; accepted: {', '.join(names)}")
     sources = [arm for arm in arms if arm in SOURCES]
     source = values.get("source", sources[0] if sources else None)
     if source not in SOURCES:
-        got = "none among the arms" if source is None else repr(source)
+        got = "none among the arms" if source is None else shown(source)
         raise ConfigError(f"pilot.source: got {got}; accepted: {', '.join(SOURCES)}")
-    steps, at = values.get("steps"), values.get("at")
-    for key, value in (("steps", steps), ("at", at)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(
-                f"pilot.{key}: got {value!r}; accepted: a fraction below 1, or a step"
-            )
+    try:
+        steps, at = (converted(key, values.get(key), float, True) for key in ("steps", "at"))
+    except ConfigError as error:
+        said = str(error).split("; accepted")[0]
+        raise ConfigError(f"pilot.{said}; accepted: a fraction below 1, or a step") from None
     base = bases[names.index(size)]
     config = base.grown(source, ASSUMED, init)
     try:

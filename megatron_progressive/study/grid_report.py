@@ -124,16 +124,23 @@ def make_grid_report(study: Study) -> GridReport:
 
 
 def _laws_title(laws: list[Law]) -> str:
-    fits = [law for law in laws if law.fit is not None]
-    if not fits:
+    known = [law for law in laws if law.fit is not None]
+    if not known:
         return "Loss against FLOPs; too few cells for a law"
-    alphas = [law.fit.parameters["alpha"] for law in fits if law.fit is not None]
-    lows = [0.0 if one.low is None else one.low for one in alphas]
-    highs = [math.inf if one.high is None else one.high for one in alphas]
-    if max(lows) <= min(highs):
+    ends = []  # of the intervals of the exponents that are known: beyond them, no number
+    for law in known:
+        if law.fit is not None and "alpha" not in law.fit.undetermined:
+            alpha = law.fit.parameters["alpha"]
+            high = math.inf if alpha.high is None else alpha.high
+            ends.append((alpha.low or 0.0, high, law.family))
+    if len(ends) < min(2, len(known)):
+        return "Loss against FLOPs: the cells do not determine the exponents α of the laws"
+    if len(known) == 1:
+        return f"Loss against FLOPs: α of {ends[0][2]} from {ends[0][0]:.2g} to {ends[0][1]:.2g}"
+    steep, flat = max(ends), min(ends, key=lambda end: end[1])
+    if steep[0] <= flat[1]:
         return "Loss against FLOPs: the exponents α of the laws cannot be told apart"
-    steepest = max(fits, key=lambda law: law.fit.best[1] if law.fit else 0.0)
-    return f"Loss against FLOPs: exponents α differ, the steepest is that of {steepest.family}"
+    return f"Loss against FLOPs: the law of {steep[2]} falls more steeply than that of {flat[2]}"
 
 
 def _frontier_title(results: list[Result]) -> str:

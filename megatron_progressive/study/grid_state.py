@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive import __version__
+from megatron_progressive.config.places import check_paths, check_writable
 from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.folder_lock import (
     LOCK_NAME,
@@ -88,6 +89,16 @@ class Study:
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.folder = grid, grid.folder
+
+    def check_places(self) -> None:
+        """Whether the study's folder can be written, and what its cells read can be read.
+
+        Raises:
+            ConfigError: one cannot.
+        """
+        check_writable("study.dir", self.folder)
+        for data in {str(cell.config.data): cell.config for cell in self.grid.cells}.values():
+            check_paths(data)
 
     def file(self, kind: str, cell: Cell, ending: str = "") -> Path:
         """A cell's file in the study's folder ``kind``."""

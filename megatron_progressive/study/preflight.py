@@ -30,6 +30,8 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     Raises:
         ConfigError: a phase cannot run; one line that names the field, its value and the fix.
     """
+    if world < 1:
+        raise ConfigError(f"--nproc: got {world}; accepted: from 1")
     check_schedule(config)
     _check_expansions(config)
     _check_stop(config)
@@ -108,7 +110,7 @@ def _check_stop(config: RunConfig) -> None:
 def _expansion_step(field: str, at: float, steps: int) -> int:
     """``at`` as a step that at least one other step follows."""
     accepted = f"accepted: a fraction below 1, or a step from 1 to {steps - 1}"
-    if not math.isfinite(at) or (at > 1 and at != int(at)):
+    if not math.isfinite(at) or at > steps or (at > 1 and at != int(at)):
         raise ConfigError(f"{field}: got {at}; {accepted}")
     step = int(at) if at >= 1 else round(at * steps)
     if not 1 <= step < steps:

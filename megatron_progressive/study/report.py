@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,13 +133,18 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def record_verdicts(report: Report) -> None:
-    """Add each finished progressive run's verdict to its own ``summary.json``."""
+    """Add each finished progressive run's verdict to its own ``summary.json``, where it may be
+    written; else standard error says so."""
     finished = {row.folder for row in report.rows if row.finished}
     for verdict in report.verdicts:
         folder = Path(verdict.folder)
-        values, _ = read_summary(folder)
-        if values is not None and verdict.folder in finished:
-            write_json(folder / SUMMARY_FILE, {**values, **verdict_fields(report, folder)})
+        path, (values, _) = folder / SUMMARY_FILE, read_summary(folder)
+        if values is None or verdict.folder not in finished:
+            continue
+        try:
+            write_json(path, {**values, **verdict_fields(report, folder)})
+        except PermissionError:  # somebody else's run, compared with one's own
+            print(f"note: {path} is not written to: Permission denied", file=sys.stderr)
 
 
 def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:

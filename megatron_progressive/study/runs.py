@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
+from megatron_progressive.config.places import check_readable
 from megatron_progressive.data import DATA_FILE, DataIdentity, read_identity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.base import ModelShape
@@ -142,13 +143,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: no run folder, no metrics in it, or a configuration that cannot be read.
     """
+    check_readable("RUN", folder)
     if not folder.is_dir():
         raise ConfigError(f"RUN: no folder {folder}; accepted: a run folder")
     for name in (CONFIG_FILE, METRICS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"RUN: {folder} has no {name}; accepted: a run folder")
+        check_readable("RUN", folder / name)
     try:
-        config = load(folder / CONFIG_FILE)
+        config = load(folder / CONFIG_FILE, resolved=True)
     except ConfigError as error:
         raise ConfigError(f"RUN: {folder / CONFIG_FILE}: {error}") from None
     metrics = _metrics(folder)

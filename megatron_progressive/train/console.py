@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.runtime.progress import short_time
+from megatron_progressive.runtime.signals import outlives_its_reader
 
 __all__ = ["Monitor", "short_time"]
 
@@ -53,10 +54,11 @@ class Monitor:
 
     def note(self, text: str) -> None:
         """One line that stays: an expansion, a warning, a save."""
-        if self._live is not None:
-            self._live.console.print(text, highlight=False)
-        elif self._shows:
-            print(f"{self._config.run.name}: {text}", file=sys.stderr, flush=True)
+        with outlives_its_reader():
+            if self._live is not None:
+                self._live.console.print(text, highlight=False)
+            elif self._shows:
+                print(f"{self._config.run.name}: {text}", file=sys.stderr, flush=True)
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
         """A training step is done."""
@@ -71,7 +73,8 @@ class Monitor:
         speed = f"{tokens_per_s / 1e3:.1f}k {self._unit}/s"
         line = f"loss {loss:.4f}  lr {lr:.2e}  {speed}  left {left}"
         if self._live is not None:
-            self._live.update(self._task, completed=step, line=f"{step}/{total}  {line}")
+            with outlives_its_reader():
+                self._live.update(self._task, completed=step, line=f"{step}/{total}  {line}")
         else:
             self.note(f"step {step}/{total}  {line}")
 
@@ -86,4 +89,5 @@ class Monitor:
 
     def close(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with outlives_its_reader():
+                self._live.stop()

@@ -36,14 +36,16 @@ def resolved(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"run.extend: got true, and no run is in {folder}; accepted: false for a new run"
         )
-    present = load(folder / CONFIG_FILE)
+    present = load(folder / CONFIG_FILE, resolved=True)
     if present.schedule.name != "wsd":
         raise ConfigError(
             f"run.extend: got true for a run with schedule.name {present.schedule.name}, whose "
             f"learning rate falls all along; accepted: wsd"
         )
     # The file that is given may still be the one that the run began with.
-    earlier = [load(path) for path in sorted(folder.glob(f"{_until('*')}/{CONFIG_FILE}"))]
+    earlier = [
+        load(path, resolved=True) for path in sorted(folder.glob(f"{_until('*')}/{CONFIG_FILE}"))
+    ]
     known = extends(config, present)  # resolved already
     if not known and not any(_same_but_for_steps(config, one) for one in (present, *earlier)):
         key, was, got = _difference(config, present)

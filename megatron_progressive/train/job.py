@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.config.places import check_writable
 from megatron_progressive.engines.kernels import check_kernels
 from megatron_progressive.runtime.distributed import (
     Place,
@@ -16,9 +17,12 @@ from megatron_progressive.runtime.distributed import (
     prepare_imports,
     world_group,
 )
+from megatron_progressive.runtime.files import WriteFailed
 from megatron_progressive.runtime.launch import run_workers
-from megatron_progressive.runtime.leader import Leader
-from megatron_progressive.state.checkpoint import Progress, checkpoints, read_description
+from megatron_progressive.runtime.leader import Leader, LeaderFailed
+from megatron_progressive.runtime.signals import outlives_its_reader
+from megatron_progressive.state.checkpoint import Progress, checkpoint_path, read_description
+from megatron_progressive.state.contents import DamagedCheckpoint
 from megatron_progressive.state.initial import check_tokenizer, unknown_tokenizer
 from megatron_progressive.study.preflight import check_run
 from megatron_progressive.train.run_folder import look
@@ -41,9 +45,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         raise ConfigError(
             f"--nproc: got {nproc} in a job of {place.world} ranks; accepted: no --nproc here"
         )
-    world = place.world if place else nproc or 1
-    if world < 1:
-        raise ConfigError(f"--nproc: got {nproc}; accepted: from 1")
+    world = place.world if place else 1 if nproc is None else nproc
     warnings = check_run(config, world)
     check_kernels(config)
     check_trackers(config)
@@ -55,18 +57,25 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         check_free(config)
     if progress is None:
         warnings += unknown_tokenizer(config)
-    leader = Leader(place)
-    if leader.is_me:
-        for warning in warnings if progress is None else ():
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        prepare_imports()
-    values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    check_writable("run.dir", config.folder)
+    try:
+        leader = Leader(place)
+        if leader.is_me:
+            for warning in warnings if progress is None else ():
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            prepare_imports()
+        values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+    except (LeaderFailed, TimeoutError) as error:
+        from megatron_progressive.runtime.agreement import cause_line
+
+        _last_line(cause_line(place.rank if place else 0, error))
+        return 1
     trained_on = data.DataIdentity.from_values(values)
     assert trained_on is not None, values
     data.wait_until_seen(trained_on)
     if place is None and (world > 1 or apart):
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
-    return _rank(config, place or Place(0, 0, 1), warnings, changes, trained_on)
+    return _rank(config, place or Place(0, 0, 1), leader, warnings, changes, trained_on)
 
 
 def _say_finished(config: RunConfig, place: Place | None) -> None:
@@ -89,7 +98,7 @@ def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
     if progress is None:
         check_tokenizer(config)
     else:
-        newest = checkpoints(config.folder)[-1]
+        newest = checkpoint_path(config.folder, progress.step)
         known, at = read_description(newest)[1].data, newest.stat().st_mtime
         begun = data.Begun(str(config.folder), "a new run.name", known, at)
     found, notes = data.settle(config, begun)
@@ -99,6 +108,7 @@ def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
 def _rank(
     config: RunConfig,
     place: Place,
+    leader: Leader,
     warnings: list[str],
     changes: list[str],
     trained_on: data.DataIdentity,
@@ -111,10 +121,12 @@ def _rank(
     """
     import torch
 
+    from megatron_progressive.runtime.agreement import RankFailed, cause_line
+
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        with world_group(place):
+        with world_group(place, leader.store):
             from megatron_progressive.train.loop import train
 
             with sole_job(config) as start:
@@ -123,10 +135,21 @@ def _rank(
                     return 0
                 notes = warnings if start.progress is None else changes
                 return train(config, start.progress, notes, trained_on, start.lock)
+    except DamagedCheckpoint:
+        if place.rank:
+            return 2  # all ranks have found it: one says so
+        raise
     except ConfigError:
         raise
-    except Exception as error:  # the last line names the rank and the cause
+    except (RankFailed, WriteFailed) as error:  # nothing to look for in this program
+        _last_line(cause_line(place.rank, error))
+    except Exception as error:
         traceback.print_exc()
-        cause = " ".join(str(error).split()) or "no message"
-        print(f"rank {place.rank}: {type(error).__name__}: {cause}", file=sys.stderr, flush=True)
-        return 1
+        _last_line(cause_line(place.rank, error))
+    return 1
+
+
+def _last_line(line: str) -> None:
+    """Names the rank and the cause."""
+    with outlives_its_reader():
+        print(line, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
 from megatron_progressive.engines import make_engine
-from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
 from megatron_progressive.engines.kernels import kernels_line
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
@@ -22,7 +22,7 @@ from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.folder_lock import FolderLock
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
-from megatron_progressive.state import checkpoint
+from megatron_progressive.state import checkpoint, resuming
 from megatron_progressive.state.checkpoint import Progress
 from megatron_progressive.state.init import initialise_all
 from megatron_progressive.state.record import DepthHistory, record_of_run
@@ -51,6 +51,7 @@ class _Run:
         warnings: list[str],
         trained_on: DataIdentity,
         lock: FolderLock | None,
+        damaged: dict[Path, str],
     ) -> None:
         self.config, self.resumed, self.lock = config, resumed is not None, lock
         self.trained_on = trained_on
@@ -60,6 +61,8 @@ class _Run:
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
         self.data = open_data(as_settled(config, trained_on))
+        there, wanted = self.data.validation_samples, config.train.eval_samples
+        self.eval_samples = wanted if there is None else min(wanted, there)
         self.started = time.perf_counter() - self.progress.wall_s
         self.train_wall = self.progress.train_wall_s
         self.eval_loss, self.evaluated = float("nan"), 0  # after that step
@@ -79,10 +82,25 @@ class _Run:
                 "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
             )
             self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
+            for path, damage in damaged.items():
+                aside = resuming.set_aside(path) if first else path
+                self.warn(self.progress.step, f"{path} is damaged: {damage}; resumed from the one "
+                          f"before, kept as {aside.name}")  # fmt: skip
         for note in self.recorder.notes:
             self.monitor.note(note)
+        if not self.resumed:
+            warnings = [*warnings, *self._short_of_samples()]
         for warning in [*warnings, *self.recorder.warnings]:
             self.warn(self.progress.step, warning)
+
+    def _short_of_samples(self) -> list[str]:
+        wanted, corpus = self.config.train.eval_samples, self.config.data.corpus
+        if self.eval_samples == wanted:
+            return []
+        return [
+            f"train.eval_samples is {wanted:,}, but the validation split of {corpus} has "
+            f"{self.eval_samples:,}: validations read each of these once"
+        ]
 
     def shape(self, expansions: int) -> ModelShape:
         if expansions == 0:
@@ -102,7 +120,10 @@ class _Run:
             checkpoint.load(state, path)
             self.history = checkpoint.read_description(path)[1].depth_history
         elif self.config.run.init_from is not None:
-            checkpoint.load_weights(state, Path(self.config.run.init_from).expanduser())
+            # rank 0's: where it was given as a run's folder, that run may have saved meanwhile
+            source = [self.config.run.init_from]
+            dist.broadcast_object_list(source)
+            checkpoint.load_weights(state, Path(source[0]))
         else:
             initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
         engine.loaded()
@@ -169,7 +190,8 @@ class _Run:
         done = self.progress.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
-        probe = GlobalBatch(self.data.validation_batch, 0, config.train.global_batch)
+        count = min(config.train.global_batch, self.eval_samples)
+        probe = GlobalBatch(self.data.validation_batch, 0, count)
         self.engine, event = expand(
             self.engine,
             expansion,
@@ -204,10 +226,7 @@ class _Run:
         """Validate after ``step``, and record it."""
         train = self.config.train
         size = train.global_batch
-        batches = [
-            GlobalBatch(self.data.validation_batch, first, size)
-            for first in range(0, train.eval_samples, size)
-        ]
+        batches = in_batches(self.data.validation_batch, self.eval_samples, size)
         self.eval_loss, self.evaluated = self.engine.evaluate(batches), step
         tokens = step * size * self.engine.shape.sample_units
         self.recorder.event(
@@ -309,16 +328,25 @@ def train(
 
     Args:
         resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
+            Where its content is damaged, the run goes on from the one before.
         warnings: recorded first: what preflight found of a fresh run, what has changed of one
             that goes on.
         trained_on: its data, prepared (:func:`.data.settle`).
         lock: of the run folder, on rank 0; looked at before each save.
 
     Raises:
+        ConfigError: on every rank: no checkpoint of the run, or that of ``run.init_from``, is
+            whole.
         TrainingFailed: a training loss, or the last validation's, is not finite; or the folder is
             no longer this job's.
     """
-    run = _Run(config, resumed, warnings, trained_on, lock)
+    damaged: dict[Path, str] = {}
+    if resumed is not None:
+        until = resumed.step if config.run.extend else None
+        resumed, damaged = resuming.newest_whole(config.folder, until)
+    elif config.run.init_from is not None:
+        resuming.check_whole(Path(config.run.init_from))
+    run = _Run(config, resumed, warnings, trained_on, lock, damaged)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.progress.step):  # saved right before it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_progressive.config import ConfigError, RunConfig, to_yaml
+from megatron_progressive.config.places import check_writable
 from megatron_progressive.data import DATA_FILE, as_settled, read_identity
 from megatron_progressive.runtime.distributed import place_from_environment
 from megatron_progressive.runtime.files import write_atomically
@@ -25,7 +26,8 @@ def run_pilot(
     pilot = plan_pilot(config, steps, at)
     place = place_from_environment()
     for arm, _ in pilot.files:
-        check_run(arm, nproc or 1 if place is None else place.world)
+        check_run(arm, place.world if place else 1 if nproc is None else nproc)
+    check_writable("run.dir", pilot.folder)
     if place is None or place.rank == 0:
         pilot.folder.mkdir(parents=True, exist_ok=True)
         for arm, path in pilot.files:

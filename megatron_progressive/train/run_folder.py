@@ -9,10 +9,11 @@ from typing import Any, TextIO
 
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
 from megatron_progressive.models.decisive import decisive
-from megatron_progressive.runtime.files import json_text, write_atomically, write_json
+from megatron_progressive.runtime.files import json_text, write_atomically, write_json, writing
 from megatron_progressive.runtime.folder_lock import LOCK_NAME
 from megatron_progressive.state import run_files
-from megatron_progressive.state.checkpoint import Progress, checkpoints, read_progress
+from megatron_progressive.state.checkpoint import Progress, read_progress
+from megatron_progressive.state.resuming import newest_described
 from megatron_progressive.state.run_files import METRICS_FILE, SUMMARY_FILE, read_summary
 from megatron_progressive.train.extension import branch, extends, set_aside
 from megatron_progressive.train.trackers import Trackers
@@ -30,8 +31,8 @@ def check_folder(config: RunConfig) -> Progress | None:
     Creates nothing.
 
     Raises:
-        ConfigError: the folder holds something else, another configuration, or a newest
-            checkpoint that is not whole.
+        ConfigError: the folder holds something else, another configuration, or checkpoints of
+            which none is whole.
     """
     folder = config.folder
     if not folder.exists():
@@ -44,7 +45,7 @@ def check_folder(config: RunConfig) -> Progress | None:
 
 
 def _checked(config: RunConfig, folder: Path) -> Progress | None:
-    before = load(folder / CONFIG_FILE)
+    before = load(folder / CONFIG_FILE, resolved=True)
     if extends(config, before):
         return read_progress(branch(folder, before))
     present, wanted = decisive(before), decisive(config)
@@ -55,8 +56,7 @@ def _checked(config: RunConfig, folder: Path) -> Progress | None:
                 f"run.name: {folder} holds a run with {key}={present.get(key)!r}, got "
                 f"{wanted.get(key)!r}; accepted: the same configuration, or a new run.name{longer}"
             )
-    saved = checkpoints(folder)
-    return read_progress(saved[-1]) if saved else None
+    return newest_described(folder)
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -114,7 +114,8 @@ class Recorder:
         self._file: TextIO | None = None
         if not writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(f"making {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._set_aside(config, progress)
         shown = replace(config, run=replace(config.run, extend=False))
         write_atomically(self.folder / CONFIG_FILE, to_yaml(shown))
@@ -161,14 +162,16 @@ class Recorder:
     def event(self, kind: str, **values: Any) -> None:
         """Append one event to ``metrics.jsonl``."""
         if self._file is not None:
-            self._file.write(json_text({"event": kind, **values}) + "\n")
-            self._file.flush()
+            with writing(f"writing {self.folder / METRICS_FILE}"):
+                self._file.write(json_text({"event": kind, **values}) + "\n")
+                self._file.flush()
             self._trackers.event(kind, values)
 
     def sync(self) -> None:
         """Flush to disk: called before a checkpoint, which must not be ahead of the metrics."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(f"writing {self.folder / METRICS_FILE}"):
+                os.fsync(self._file.fileno())
             self._trackers.flush()
 
     def summary(self, **values: Any) -> None:
@@ -179,8 +182,9 @@ class Recorder:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with writing(f"writing {self.folder / METRICS_FILE}"):
+                file.close()  # writes what a full disk has not taken
             self._trackers.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from megatron_progressive.models import model_shape
 from megatron_progressive.state import checkpoint, streamed
 from megatron_progressive.state.checkpoint import read_description
 from megatron_progressive.state.inspection import inspect_checkpoint
+from tests.disk import small_disk
 from tests.engines import cases
 from tests.expansion.cases import loaded, saved_and_expanded
 from tests.pool import Pool
@@ -187,22 +189,29 @@ def source(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_expansion_that_fails_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    command = ["checkpoint", "expand", str(source), str(tmp_path / "out"), "--to-layers", "3"]
+    """The disk is full in the middle, where there was room at the start."""
     write, calls = streamed.TensorWriter.write, []
+    with small_disk(tmp_path / "disk") as disk, contextlib.ExitStack() as until:
+        out = disk.folder / "out"
+        command = ["checkpoint", "expand", str(source), str(out), "--to-layers", "3"]
 
-    def full_disk(self: Any, key: Any, tensor: Any) -> None:
-        calls.append(key)
-        if len(calls) == 20:
-            raise OSError("disk full")
-        write(self, key, tensor)
+        def on_a_disk_that_fills(self: Any, key: Any, tensor: Any) -> None:
+            calls.append(key)
+            if len(calls) == 8:
+                until.enter_context(disk.full())
+            write(self, key, tensor)
 
-    monkeypatch.setattr(streamed.TensorWriter, "write", full_disk)
-    with pytest.raises(OSError, match="disk full"):
-        cli.main(command)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
+        monkeypatch.setattr(streamed.TensorWriter, "write", on_a_disk_that_fills)
+        assert cli.main(command) == 1
+        monkeypatch.undo()
+        last = capfd.readouterr().err.strip().splitlines()[-1]
+        assert last == f"mprog: {disk.words} while writing {out}"
+        until.close()
+        assert list(disk.folder.iterdir()) == []
+    (tmp_path / "disk").rmdir()
+    command[3] = str(tmp_path / "out")
     # a killed one leaves its hidden folder, which the next one replaces
     (tmp_path / ".out.tmp").mkdir()
     (tmp_path / ".out.tmp" / "__0_0.distcp").write_text("half")

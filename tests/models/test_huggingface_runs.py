@@ -104,7 +104,7 @@ def steps_of(run: Path) -> list[tuple[int, float, int]]:
 
 
 def test_runs_start_from_imported_weights(
-    jobs: Jobs, corpus: Path, tmp_path: Path, imported: tuple[Any, Path]
+    jobs: Jobs, corpus: Path, tmp_path: Path, imported: tuple[Any, Path], capsys: Any
 ) -> None:
     """One grows offline before it, one in the job; both end as models that generate text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,7 +149,10 @@ def test_runs_start_from_imported_weights(
     for name in ("in_job",):
         out = tmp_path / f"{name}_out"
         path = checkpoint_path(tmp_path / name, 6)
+        capsys.readouterr()
         assert cli.main(["export", "hf", str(path), str(out)]) == 0
+        instead = "eos_token_id: 0, which ends the run's documents, instead of 2"
+        assert instead in capsys.readouterr().err
         tokenizer = AutoTokenizer.from_pretrained(out)
         trained = AutoModelForCausalLM.from_pretrained(out)
         assert (trained.config.num_hidden_layers, trained.config.vocab_size) == (4, 515)

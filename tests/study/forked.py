@@ -64,7 +64,7 @@ class ForkedRun:
 def prepare(grid: str, steps: int | None, number: int) -> None:
     """Fork this grid's runs; send this process a signal once its cells have done ``steps`` more
     training steps (None: never)."""
-    from megatron_progressive.study import grid_cell
+    from megatron_progressive.runtime import tied
     from megatron_progressive.study.grid import load_grid
     from megatron_progressive.study.grid_state import Study
 
@@ -76,7 +76,7 @@ def prepare(grid: str, steps: int | None, number: int) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(subprocess, name)
 
-    grid_cell.subprocess = Forking()  # type: ignore[attr-defined, assignment]
+    tied.subprocess = Forking()  # type: ignore[attr-defined, assignment]
     if steps is None:
         return
     study = Study(load_grid(Path(grid)))

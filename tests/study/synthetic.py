@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import RunConfig, from_dict, to_yaml
+from megatron_progressive.data import DATA_FILE, DataIdentity
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.runtime.files import write_json
@@ -44,15 +45,19 @@ def three_arms(folder: Path, final: dict[str, float] | None = None, **more: Any)
 
 def write_run(
     config: RunConfig, final: float, stop_at: int | None = None, finished: bool = True,
-    seconds_per_tflop: float = 0.05, warning: str | None = None,
+    seconds_per_tflop: float = 0.05, warning: str | None = None, content: str = "",
 ) -> Path:  # fmt: skip
     """Write the folder of one run whose validation loss ends exactly at ``final``.
 
     The curve falls like a power law above a floor, by a part of its height with the decay of
-    the learning rate, spikes at each expansion and relaxes exponentially.
+    the learning rate, spikes at each expansion and relaxes exponentially. ``content`` is the
+    fingerprint of its data, which is not recorded where there is none.
     """
     folder = config.folder
     folder.mkdir(parents=True)
+    if content:
+        identity = DataIdentity(content, config.data.corpus, "0" * 64, "/gone")
+        write_json(folder / DATA_FILE, identity.to_values())
     (folder / "config.yaml").write_text(to_yaml(config))
     random_ = random.Random(config.run.seed)
     steps, taus = config.train.steps, config.expansion_steps()

@@ -4,11 +4,15 @@ optimiser; what cannot be fitted is refused."""
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import time
+import warnings
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from scipy.optimize import least_squares
+from scipy.special import huber
+from scipy.stats import binom
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.study.efficiency import (
@@ -16,7 +20,14 @@ from megatron_progressive.study.efficiency import (
     efficiency_at_loss,
     pareto,
 )
-from megatron_progressive.study.fits import fit_compute, fit_size_tokens, predict
+from megatron_progressive.study.fits import (
+    LEVEL,
+    Interval,
+    fit_compute,
+    fit_size_tokens,
+    predict,
+)
+from megatron_progressive.study.law_solver import DELTA, LARGEST_EXPONENT
 
 COMPUTE = np.logspace(17, 20, 12)
 E, A, ALPHA = 1.7, 900.0, 0.15
@@ -57,9 +68,12 @@ def test_it_is_the_optimum_of_another_method() -> None:
     assert fit.parameters["alpha"].value == pytest.approx(wanted[2], rel=1e-4)
 
 
-def test_intervals_cover_about_as_often_as_they_say() -> None:
-    """Also with as few cells as a study has; the factor between two arms of one law is 1."""
-    covered, seeds = {"E": 0, "alpha": 0, "factor": 0}, 40
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """Also with as few cells as a study has; the factor between two arms of one law is 1. Fewer
+    than ``least`` of 80 have a chance of 1 % where 95 % are covered, and of 97 % where 80 % are."""
+    covered, seeds = {"E": 0, "alpha": 0, "factor": 0}, 80
+    least = int(binom.ppf(0.01, seeds, LEVEL))
+    assert binom.cdf(least - 1, seeds, 0.8) > 0.95
     compute = COMPUTE[::2]
     for seed in range(seeds):
         fit, other = (
@@ -73,7 +87,75 @@ def test_intervals_cover_about_as_often_as_they_say() -> None:
         ):
             assert found.low is not None
             covered[name] += found.low <= known and (found.high is None or known <= found.high)
-    assert min(covered.values()) >= 0.8 * seeds, covered
+    assert min(covered.values()) >= least, covered
+
+
+def test_noisy_cells_reach_the_optimum_of_another_method_and_soon() -> None:
+    """Beyond delta the objective is hardly smooth, which is where minimisers crawl."""
+    random = np.random.default_rng(0)
+    compute = np.array([1e15, 3e15, 1e16, 3e16])
+    loss = 2 + 50 / compute**0.1 + random.normal(0, 0.05, 4)
+    started = time.process_time()
+    fit = fit_compute(compute, loss)
+    assert time.process_time() - started < 5
+    logs = np.log(compute) - np.log(compute).mean()
+
+    def residual(theta: np.ndarray) -> np.ndarray:
+        return np.logaddexp(theta[0], theta[1] - theta[2] * logs) - np.log(loss)
+
+    limits = ([-20, -20, 0], [2, 20, LARGEST_EXPONENT])
+    wanted = min(
+        least_squares(
+            residual, [np.log(floor), 0.1, alpha], bounds=limits, loss="huber", f_scale=DELTA,
+            xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=5000,
+        ).cost
+        for floor in (1.0, 2.0, 2.8)
+        for alpha in (0.1, 0.5, 1.5)
+    )  # fmt: skip
+    best = [np.log(fit.best[2]), np.log(fit.best[0]) - fit.best[1] * np.log(compute).mean(),
+            fit.best[1]]  # fmt: skip
+    mine = DELTA**2 * float(huber(1.0, residual(np.array(best)) / DELTA).sum())
+    assert mine <= wanted * (1 + 1e-6)
+
+
+FOUR = np.array([1e15, 3e15, 1e16, 3e16])
+
+
+@pytest.mark.parametrize(
+    ("compute", "loss"),
+    [
+        (FOUR, 2 + 50 / FOUR**0.1 + np.random.default_rng(0).normal(0, 0.05, 4)),
+        (FOUR, [4.0, 3.6, 9.0, 3.1]),  # one run went wrong
+        (FOUR, [3.0, 3.0, 3.0, 3.0]),
+        (FOUR, [3.0, 3.1, 3.2, 3.3]),
+        (FOUR, [3.0, 3.3, 3.0, 3.3]),
+        ([1e15, 1.0001e15, 1e16, 1.0001e16], [4, 4.01, 3.5, 3.49]),  # two places, not four
+        ([1e15, 1.1e15, 1.2e15, 1.3e15], [3.0, 2.98, 2.99, 2.97]),  # too close together
+    ],
+)
+def test_what_the_cells_do_not_determine_is_said_and_no_finding(
+    compute: np.ndarray, loss: np.ndarray
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = fit_compute(compute, loss)
+    for name in ("alpha", "E"):
+        assert any(f"the cells do not determine {name}" in note for note in fit.notes), fit.notes
+    assert set(fit.undetermined) == {"A", "alpha", "E"}
+    assert fit.parameters["A"] == Interval(None, None, None)  # could be any power of ten
+    assert all(np.isfinite(fit.best))
+    json.dumps(asdict(fit), allow_nan=False)
+
+
+def test_an_exponent_of_sizes_alone_is_said_to_be_open() -> None:
+    """Of two inputs one may be told and the other not."""
+    sizes, tokens = (g.ravel() for g in np.meshgrid(np.logspace(7, 9, 4), np.logspace(9, 11, 4)))
+    loss = 1.69 + 406.4 / sizes**0.34 + 1e-9 / tokens  # tokens change nothing
+    random = np.random.default_rng(2)
+    fit = fit_size_tokens(sizes, tokens, loss * np.exp(0.003 * random.standard_normal(16)))
+    assert {"B", "beta"} <= set(fit.undetermined)
+    assert fit.parameters["B"].value is None
+    assert not {"A", "alpha"} & set(fit.undetermined)
 
 
 def test_one_spoiled_cell_moves_it_little_and_squares_much() -> None:
@@ -141,6 +223,21 @@ def test_an_arm_with_a_higher_floor_has_no_efficiency_below_it() -> None:
     assert efficiency_at_loss(arm, fixed, 1.0).factor.value is None  # neither has
     growing = [efficiency_at_compute(arm, fixed, c).factor.value for c in (1e18, 1e19, 1e20)]
     assert growing == sorted(growing, reverse=True)
+
+
+def test_laws_that_never_meet_warn_of_nothing() -> None:
+    """A law that hardly falls has some loss with 0 FLOPs, another one with infinitely many."""
+    fixed = fit_compute(COMPUTE, law(COMPUTE), draws=8)
+    rows = [[1.0, 1e-4, 1.0], [1.0, 1e-4, 1.0], [9.0, 1e-4, 1.0], [1.0, 0.0, 1.0], [1.0, 3.0, 9.0]]
+    arm = replace(fixed, best=rows[0], draws=rows[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        below = efficiency_at_compute(arm, fixed, 1e18)
+        above = efficiency_at_compute(fixed, arm, 1e18)
+    # its loss is below that of the other with any FLOPs: as many times fewer as one likes
+    assert below.factor.value is None
+    assert below.factor.low == 0
+    assert above.factor.value == pytest.approx(0, abs=1e-5)
 
 
 def test_the_interval_of_the_factor_holds_the_known_one_and_is_reproducible() -> None:

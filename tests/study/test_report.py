@@ -203,7 +203,8 @@ def test_seeds_are_paired_and_summarised(tmp_path: Path) -> None:
     folders = []
     for seed, ours, theirs in ((1, 2.525, 2.5), (2, 2.58, 2.51)):
         seeded = with_seed(config, seed)
-        folders += [write_run(seeded, ours), write_run(fixed_size(seeded), theirs)]
+        runs = ((seeded, ours), (fixed_size(seeded), theirs))
+        folders += [write_run(run, loss, content="a") for run, loss in runs]
     report = make_report(folders, tmp_path / "out")
     gaps = [verdict.loss_gap_percent for verdict in report.verdicts]
     assert gaps == pytest.approx([1.0, 100 * (2.58 / 2.51 - 1)])

@@ -198,42 +198,6 @@ def test_multi_stage_expansion_and_summary(pool: Pool, corpus: Path, tmp_path: P
     assert yaml.safe_load((config.folder / "config.yaml").read_text())["train"]["steps"] == 60
 
 
-def failing_save(config: Any) -> str:
-    """Train until a save fails in its last moment; returns the error."""
-    from megatron_progressive.state import checkpoint
-
-    rename, calls = checkpoint.os.replace, []
-
-    def fail_on_the_second_checkpoint(source: Any, target: Any) -> None:
-        if Path(target).name.startswith("step_"):
-            calls.append(target)
-            if len(calls) == 2:
-                raise OSError("disk full")
-        rename(source, target)
-
-    checkpoint.os.replace = fail_on_the_second_checkpoint  # type: ignore[assignment]
-    try:
-        train_here(config)
-    except OSError as error:
-        return str(error)
-    finally:
-        checkpoint.os.replace = rename
-    return "no error"
-
-
-def test_an_interrupted_save_leaves_the_one_before(
-    pool: Pool, corpus: Path, tmp_path: Path
-) -> None:
-    config = run_config(tmp_path, corpus, "broken", "train.keep_checkpoints=1")
-    assert pool.run(1, failing_save, config) == ["disk full"]
-    assert [path.name for path in checkpoints(config.folder)] == ["step_0000020"]
-    whole = run_config(tmp_path, corpus, "whole")
-    pool.run(1, train_here, whole)
-    pool.run(1, train_here, config)
-    assert losses(config.folder) == losses(whole.folder)
-    assert not list(config.folder.glob("checkpoints/.*"))
-
-
 Start = Callable[[Path, int], "subprocess.Popen[bytes]"]
 
 

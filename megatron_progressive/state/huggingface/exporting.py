@@ -22,7 +22,7 @@ from megatron_progressive.models.huggingface.tensors import Entry, NameMap
 from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.progress import show_bytes
 from megatron_progressive.state.boxes import MASTER, PARAM
-from megatron_progressive.state.checkpoint import read_description
+from megatron_progressive.state.checkpoint import read_whole
 from megatron_progressive.state.huggingface.finite import FiniteWeights
 from megatron_progressive.state.huggingface.folder import CONFIG_FILE, listed
 from megatron_progressive.state.huggingface.safetensors import (
@@ -98,7 +98,7 @@ def plan_export(
     """
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConfigError(f"--dtype: got {dtype!r}; accepted: {', '.join(DTYPE_NAMES)}")
-    model = read_description(checkpoint)[1]
+    progress, model = read_whole(checkpoint)
     shape = model.shape
     if not isinstance(shape, TransformerShape):
         raise ConfigError(
@@ -140,7 +140,9 @@ def plan_export(
     tokenizer = tokenizer or own
     if tokenizer is None:
         notes.append("no tokenizer found: exported without one (--tokenizer FOLDER)")
-    more, generation = _usage(usage, tokenizer, HUGGING_FACE[shape.family].model_type)
+    model_type = HUGGING_FACE[shape.family].model_type
+    more, generation, passed = _usage(usage, tokenizer, model_type, progress.step > 0)
+    notes += passed
     # both names of the type: transformers 5 reads either, other readers know one
     config = {**config, **more, "dtype": kept, "torch_dtype": kept}
     parts = tuple(_parts(HUGGING_FACE[shape.family].name_map(shape), kept))
@@ -150,12 +152,13 @@ def plan_export(
 
 
 def _usage(
-    usage: Path | None, tokenizer: Path | None, model_type: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``config.json`` has beside the model itself, and ``generation_config.json``.
+    usage: Path | None, tokenizer: Path | None, model_type: str, trained: bool
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What ``config.json`` has beside the model itself, ``generation_config.json``, and what the
+    user should know.
 
     An imported model's are its own; tokens that neither names are the tokenizer's, or without
-    one those of transformers' class.
+    one those of transformers' class. A model that was trained ends its texts as its corpus does.
     """
     found = None if usage is None else read_object(usage / GENERATION)
     kept = (None if usage is None else read_object(usage / KEPT_CONFIG)) or {}
@@ -167,10 +170,18 @@ def _usage(
         tokens = special_tokens(tokenizer)
     elif not own:  # not the class's, which mean nothing here
         tokens = dict.fromkeys(TOKENS)
+    notes, end = [], tokens.get("eos_token_id") if trained else None
+    for values in (kept, found or {}):
+        if end is None or "eos_token_id" not in values:
+            continue
+        ends = values["eos_token_id"]
+        if end not in (ends if isinstance(ends, list) else [ends]):
+            values["eos_token_id"] = end
+            notes = [f"eos_token_id: {end}, which ends the run's documents, instead of {ends}"]
     tokens |= {key: found[key] for key in TOKENS if found and found.get(key) is not None}
     kept = {**tokens, **kept}
     ids = {key: kept[key] for key in TOKENS if key in kept}
-    return kept, {"_from_model_config": True, **ids} if found is None else found
+    return kept, {"_from_model_config": True, **ids} if found is None else found, notes
 
 
 def _check_stored(

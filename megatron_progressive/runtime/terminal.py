@@ -1,0 +1,25 @@
+"""Output on terminals that have not all signs."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+
+_PLAIN = {"τ": "tau", "→": "->", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "²": "^2", "–": "-"}
+_HANDLER = "megatron_progressive.plain"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(sign, "?") for sign in signs), error.end
+
+
+def write_plainly() -> None:
+    """From now on, standard output and error write signs that their encoding lacks in ASCII (τ as
+    tau) instead of failing."""
+    codecs.register_error(_HANDLER, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a test's or an embedder's need not have it
+            stream.reconfigure(errors=_HANDLER)
