@@ -28,7 +28,7 @@ def _few_draws() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "DPI", 30)
         for function in (fits.fit_compute, fits.fit_size_tokens, mixing.mixing_time):
-            patch.setitem(function.__kwdefaults__, "draws", 20)
+            patch.setitem(function.__kwdefaults__, "draws", 5)
         yield
 
 
