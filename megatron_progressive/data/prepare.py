@@ -42,7 +42,6 @@ from megatron_progressive.data.tokenizer import (
     training_sample,
 )
 from megatron_progressive.models import transformer_shape
-from megatron_progressive.runtime.distributed import place_from_environment
 from megatron_progressive.runtime.files import fsync_path, writing
 
 if TYPE_CHECKING:
@@ -156,8 +155,7 @@ def check(config: RunConfig) -> None:
 def _recall(manifest: Manifest) -> None:
     """Say what a preparation left out: who trains on it may not be who prepared it."""
     line = manifest.reading.left_out_line() if manifest.reading else ""
-    place = place_from_environment()
-    if line and (place is None or place.rank == 0):
+    if line:
         say(f"{manifest.corpus}: {line}")
 
 
