@@ -336,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         help="float32 (master weights where there are) or bfloat16 (default: the model's)",
     )
     export.add_argument(
-        "--tokenizer", metavar="FOLDER", help="default: the checkpoint's or its run's"
+        "--tokenizer", metavar="FOLDER", help="default: the one that the checkpoint keeps"
     )
     imports = commands.add_parser("import", help="others' models").add_subparsers(
         dest="import_command", required=True, metavar="FORMAT"

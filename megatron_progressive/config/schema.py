@@ -153,7 +153,8 @@ class DataSection:
     read, in ten classes; its default), or a folder with ``train/CLASS/*.png`` and
     ``val/CLASS/*.png`` (or .jpg, ...)."""
     tokenizer: str = "bpe"
-    """``bpe`` (byte-level, trained on the corpus), a folder or file, or a Hugging Face name."""
+    """``bpe`` (byte-level, trained on the corpus; with ``run.init_from`` the one that the
+    checkpoint keeps), a folder or file, or a Hugging Face name."""
     vocab_size: Optional[int] = None
     """Vocabulary of the model; ``bpe`` is trained to this size (default: the preset's)."""
     sequence_length: Optional[int] = None

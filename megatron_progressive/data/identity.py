@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def prepared_identity(folder: Path) -> DataIdentity:
         fingerprint=_digest({**splits, "tokenizer": tokenizer})[:40],
         corpus=manifest.corpus,
         tokenizer=tokenizer,
-        prepared=str(folder.resolve()),
+        # links stay: where they lead to may have another name on another host
+        prepared=os.path.abspath(folder),
     )
 
 

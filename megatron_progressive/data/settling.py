@@ -81,7 +81,7 @@ def settle(
         if kept is not None:
             manifest = read_manifest(kept)
             check_fit(config, manifest)
-            goes_on = replace(known, prepared=str(kept.resolve()))
+            goes_on = replace(known, prepared=os.path.abspath(kept))
             if _listing(config) in (None, manifest.fingerprint):
                 return goes_on, []
             return goes_on, [

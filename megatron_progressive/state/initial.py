@@ -55,9 +55,17 @@ def with_initial_model(config: RunConfig) -> RunConfig:
         )
     sizes = sizes_of_model(shape)
     _check_given(config, sizes, shape, checkpoint)
-    if _keeps_tokenizer(checkpoint) and config.data.prepared is None:
-        config = _with_tokenizer(config, str(checkpoint / FOLDER))
-    return _filled(config, sizes)
+    return _filled(with_initial_tokenizer(config), sizes)
+
+
+def with_initial_tokenizer(config: RunConfig) -> RunConfig:
+    """The configuration with the tokenizer that ``run.init_from`` keeps instead of ``bpe``."""
+    if config.run.init_from is None or config.data.prepared is not None:
+        return config
+    checkpoint = Path(config.run.init_from).expanduser()
+    if not _keeps_tokenizer(checkpoint):
+        return config
+    return _with_tokenizer(config, str(checkpoint / FOLDER))
 
 
 def _keeps_tokenizer(checkpoint: Path) -> bool:

@@ -78,12 +78,18 @@ def render(found: dict[str, Any]) -> str:
         ("model", f"{shape.family}, {', '.join(size_words(shape))}, {label} {sizes}{experts}"),
         ("optimizer", model["optimizer"] + (f" (embeddings: {embeddings})" if embeddings else "")
                       + f", {model['precision']}, seed {model['seed']}"),
+        *([("trained on", _data_words(model["data"]))] if model.get("data") else []),
         ("saved by", model["layout"]),
         ("files", f"{totals['files']} ({_size(totals['file_bytes'])})"),
     ]  # fmt: skip
     lines = [f"Checkpoint {found['checkpoint']}"]
     lines += [f"  {label:<12}{text}" for label, text in facts]
     return "\n".join([*lines, "", *_table(found)])
+
+
+def _data_words(data: dict[str, Any]) -> str:
+    where = f", prepared as {data['prepared']}" if data["prepared"] else ""
+    return f"{data['corpus']} ({data['fingerprint'][:12]}{where})"
 
 
 def _table(found: dict[str, Any]) -> list[str]:

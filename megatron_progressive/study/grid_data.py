@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_progressive.data import DATA_FILE, Begun, DataIdentity, read_ident
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.files import fsync_path, write_json
+from megatron_progressive.state.initial import with_initial_tokenizer
 
 if TYPE_CHECKING:
     from megatron_progressive.study.cells import Cell
@@ -69,13 +71,14 @@ class StudyData:
         if known is not None or begun:
             at = min(((f / CONFIG_FILE).stat().st_mtime for f in begun), default=0.0)
             before = Begun(what, "a new study.name", known, at)
-        found, notes = data.settle(config, before)
+        asked = with_initial_tokenizer(config)  # as a cell's own start would
+        found, notes = data.settle(asked, before)
         if known is not None and found.prepared != known.prepared:  # the same, elsewhere
             write_json(self._file(config), found.to_values())
         elif known is None:
             mine, found = found, self._record(config, found)
             if data.differ(mine, found):  # another worker was first, on what was there before
-                found, notes = data.settle(config, Begun(what, "a new study.name", found))
+                found, notes = data.settle(asked, Begun(what, "a new study.name", found))
         for note in notes:
             say(note)
         return found
@@ -87,7 +90,7 @@ class StudyData:
         """Write it where no other worker has; returns what is there then."""
         file = self._file(config)
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.{os.uname().nodename}.tmp")
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")
         temporary.write_text(json.dumps(found.to_values(), indent=2) + "\n", encoding="utf-8")
         fsync_path(temporary)
         try:

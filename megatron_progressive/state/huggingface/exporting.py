@@ -89,7 +89,7 @@ def plan_export(
         out: the folder to make.
         dtype: of the weights: ``float32`` (the master weights where there are) or ``bfloat16``;
             by default that in which the model computes.
-        tokenizer: its folder; by default the checkpoint's or its run's, if there is one.
+        tokenizer: its folder; by default the one that the checkpoint keeps, if it does.
 
     Raises:
         ConfigError: no whole checkpoint, a model that transformers' class cannot be, another
