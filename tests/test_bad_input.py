@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.config import from_dict, to_yaml
+from megatron_progressive.state.initial import with_initial_model
 from tests.pool import Pool
 from tests.train.cases import run_config, run_values, train_here
 
@@ -257,6 +259,35 @@ def test_offline_expansion_refused(
     code = expand_offline(finished.parent, "run/checkpoints/step_0000045", changes)
     assert_refused(code, capfd.readouterr().err.strip().splitlines(), needed)
     assert contents(finished.parent) == before
+
+
+def test_a_run_folder_is_its_newest_checkpoint(
+    finished: Path, corpus: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """For every command that reads a checkpoint, which standard error says; a run that started so
+    goes on from its own, whatever the other has saved by then."""
+    newest = finished / "checkpoints" / "step_0000045"
+    said = f"{finished} is a run folder; its newest checkpoint is {newest}"
+    expanded, exported = str(tmp_path / "expanded"), str(tmp_path / "exported")
+    for words in (
+        ["checkpoint", "inspect", str(finished)],
+        ["checkpoint", "expand", str(finished), expanded, "--to-layers", "6"],
+        ["export", "hf", str(finished), exported],
+    ):
+        assert cli.main(words) == 0
+        assert capfd.readouterr().err.splitlines()[0] == said
+    model = {"family": "gpt2", "preset": "tiny"}
+    values = run_values(tmp_path, corpus, "next", model=model, expansion=[])
+    given = from_dict(values, [f"run.init_from={finished}"])
+    started = with_initial_model(given)
+    assert (started.run.init_from, started.model.num_layers) == (str(newest), 4)
+    (tmp_path / "next" / "checkpoints" / "step_0000020").mkdir(parents=True)
+    (tmp_path / "next" / "config.yaml").write_text(to_yaml(started))
+    shutil.copytree(newest, finished / "checkpoints" / "step_0000050")
+    try:
+        assert with_initial_model(given) == started
+    finally:
+        shutil.rmtree(finished / "checkpoints" / "step_0000050")
 
 
 def test_offline_copying_from_nothing(finished: Path, tmp_path: Path, capfd: Any) -> None:
