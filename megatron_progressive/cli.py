@@ -124,9 +124,12 @@ def _grid(args: argparse.Namespace, arguments: list[str]) -> int:
         # read anew: once the pilot is done, cells know their τ
         grid_text.show_status(lambda: Study(study.grid.reloaded()).status(), args.watch)
     elif verb == "report":
+        from megatron_progressive.runtime.progress import show_stages
         from megatron_progressive.study.grid_report import make_grid_report
 
-        print(make_grid_report(study).text)
+        with show_stages(f"report of {study.grid.name}") as show:
+            report = make_grid_report(study, show)
+        print(report.text)
     else:
         print(grid_text.results(study.collect(), study.folder))
     return 0

@@ -36,8 +36,9 @@ def test_three_arms_and_their_report(
     assert own["speedup_flops"] == pytest.approx(fixed["total_flops"] / own["total_flops"])
     gap = 100 * (own["final_eval_loss"] / fixed["final_eval_loss"] - 1)
     assert own["loss_gap_percent"] == pytest.approx(gap)
-    wins = own["final_eval_loss"] < short["final_eval_loss"]
-    assert ("LOSES" in own["verdict"]) is not wins
+    lower = own["final_eval_loss"] < short["final_eval_loss"]
+    assert (" below the short control" in own["verdict"]) is lower
+    assert "Whether growing pays at equal FLOPs is open" in own["verdict"]  # of one seed
     assert json.loads((out / "report.json").read_text())["complete"] is True
     page = (out / "report.html").read_text()
     assert own["verdict"].split(".")[0] in page

@@ -92,7 +92,8 @@ class TorchEngine:
         """Mean cross-entropy of the first ``counted`` samples of one micro-batch, (pixels,
         labels); 0 of none."""
         pixels, labels = sample
-        logits = self._model(pixels.to(self._device, self._dtype, non_blocking=True)).float()
+        logits: torch.Tensor = self._model(pixels.to(self._device, self._dtype, non_blocking=True))
+        logits = logits.float()
         labels = labels.to(self._device, non_blocking=True)
         if not counted:
             return logits.new_zeros(())

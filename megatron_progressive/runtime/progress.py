@@ -13,6 +13,10 @@ Advance = Callable[[int], None]
 """Called with the bytes that were done since the last call."""
 
 
+Say = Callable[[str], None]
+"""Called with what is being done now."""
+
+
 def short_time(seconds: float) -> str:
     """``1h05m``, ``4m10s`` or ``12s``."""
     whole = max(0, round(seconds))
@@ -30,6 +34,28 @@ def show_bytes(title: str, total: int) -> Iterator[Advance]:
             yield advance
     else:
         yield _lines(title, total)
+
+
+@contextmanager
+def show_stages(title: str) -> Iterator[Say]:
+    """Show what is being done now, on standard error: on a terminal in one live line, elsewhere in
+    a line now and then, none for what takes a few seconds."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.markup import escape
+
+        with Console(stderr=True).status(escape(title)) as status:
+            yield lambda text: status.update(escape(f"{title}: {text}"))
+        return
+    last = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"{title}: {text}", file=sys.stderr, flush=True)
+
+    yield say
 
 
 @contextmanager

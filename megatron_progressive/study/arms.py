@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_progressive.config import CONFIG_FILE, RunConfig
@@ -49,6 +49,14 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     """Where a control is not the exact counterpart."""
     missing: list[Missing] = field(default_factory=list)
+
+
+EQUAL_FLOPS: tuple[tuple[str, Callable[[Comparison], Run | None]], ...] = (
+    ("the short control", lambda comparison: comparison.short),
+)
+"""The controls of equal FLOPs, by what reports call them: growing pays where it ends below every
+one of them that is there. A further control is one more line here, and a field of
+:class:`Comparison`."""
 
 
 def differences(config: RunConfig, wanted: RunConfig) -> list[str]:

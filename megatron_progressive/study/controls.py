@@ -2,7 +2,7 @@
 
 *Fixed-size*: the target depth from the first step, as many steps. *Short control*: the target
 depth from scratch with its own complete schedule, stopped at the progressive run's total FLOPs;
-progressive training wins only where it beats this one.
+growing pays only where it ends below this one, over several seeds.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.study.fits import (
-    Array,
     Fit,
     Interval,
     finite,
@@ -17,6 +16,7 @@ from megatron_progressive.study.fits import (
     losses_of,
     rows_of,
 )
+from megatron_progressive.study.law_solver import Array
 
 _ROUNDING = 1e-9  # of a logarithm: the largest cell's own FLOPs are not beyond it
 
@@ -114,7 +114,7 @@ def _efficiency(
 
 
 def pareto(compute: ArrayLike, loss: ArrayLike) -> list[int]:
-    """Indices of the points that no other beats in both compute and loss, by compute.
+    """Indices of the points that have no other below them in both compute and loss, by compute.
 
     A point is left out where another one has at most its compute and at most its loss (of equal
     points the first stays), and where its loss is no number.

@@ -242,7 +242,7 @@ def _undetermined(found: dict[str, Interval], lowest: float) -> dict[str, str]:
                 f"{100 * LEVEL:.0f} % interval {_short(low)} to {_short(high)}, allowed 0 to "
                 f"{_short(highest)}"
             )
-        elif not exponent and any(found[other].value < edge for other in reasons):
+        elif not exponent and any((found[other].value or 0.0) < edge for other in reasons):
             reasons[name] = "a law that does not fall has no floor"
     return reasons
 

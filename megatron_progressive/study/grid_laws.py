@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.progress import Say
 from megatron_progressive.study.cells import FIXED, SHORT
 from megatron_progressive.study.efficiency import Efficiency, efficiency_at_compute, pareto
 from megatron_progressive.study.fits import Fit, fit_compute, fit_size_tokens
@@ -42,10 +43,11 @@ def usable(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if r.loss is not None and np.isfinite(r.loss) and r.flops]
 
 
-def compute_laws(results: Sequence[Result]) -> list[Law]:
+def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
     """``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
     laws = []
     for family, members in of_families(results).items():
+        say(f"law of {family} over FLOPs")
         done = once(usable(members))
         names = [result.cell.name for result in done]
         try:
@@ -57,7 +59,7 @@ def compute_laws(results: Sequence[Result]) -> list[Law]:
     return laws
 
 
-def size_token_laws(results: Sequence[Result]) -> list[Law]:
+def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
     """``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: of all runs from scratch
     together (fixed-size and short controls are one recipe at several D), and of each family that
     grows, whose D are all its tokens."""
@@ -70,6 +72,7 @@ def size_token_laws(results: Sequence[Result]) -> list[Law]:
     }
     laws = []
     for family, members in groups.items():
+        say(f"law of {family} over sizes and data")
         done = once(usable(members))
         names = [result.cell.name for result in done]
         tokens = [r.run.last_step * r.run.step_tokens for r in done if r.run is not None]

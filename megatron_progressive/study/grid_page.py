@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.description import size_columns
 from megatron_progressive.study.cells import ONE_LAYER, ZERO_LAYER
-from megatron_progressive.study.fits import Fit, Interval
+from megatron_progressive.study.decision import POWER, gap_text, needed_text
+from megatron_progressive.study.fits import LEVEL, Fit, Interval
 from megatron_progressive.study.flops import step_tokens
+from megatron_progressive.study.gaps import MIXED_PERCENT
 from megatron_progressive.study.grid_figures import factor_text
 from megatron_progressive.study.grid_laws import Law
 from megatron_progressive.study.grid_results import Result, sizes_of
 from megatron_progressive.study.grid_state import FINISHED
-from megatron_progressive.study.grid_verdict import gap_text
 from megatron_progressive.study.labels import arm_meaning, arm_words
 from megatron_progressive.study.page import document, items, picture, table
 from megatron_progressive.study.plan_text import flops_text, short_counts
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from megatron_progressive.study.grid_report import GridReport
 
 _SHOWN = 12  # sentences that a reader may want to read before the figures
-_YES = {True: "yes", False: "no", None: "open"}
 
 
 def render(report: GridReport) -> str:
@@ -59,19 +59,27 @@ def partial(report: GridReport) -> str:
 def _answer(report: GridReport) -> str:
     if not report.findings:
         return "<h2>Does growing pay?</h2><p>No run that grows is finished.</p>"
-    head = ("size", "run that grows", "parameters", "FLOPs of fixed-size", "loss to fixed-size",
-            "pays?", "loss to short control", "pays?", "mixed", "seeds")  # fmt: skip
-    rows = [
-        [
+    controls = [control.control for control in report.findings[0].controls]
+    head = ["size", "run that grows", "parameters", "FLOPs of fixed-size", "loss to fixed-size",
+            "pays?"]  # fmt: skip
+    for control in controls:
+        head += [f"loss to {control}", "pays?", "pairs needed"]
+    head += ["below all of them"] * (len(controls) > 1) + ["mixed", "seeds"]
+    rows = []
+    for one in report.findings:
+        row = [
             one.size, one.family, short_counts([one.params])[0],
             "–" if one.flops_share is None else f"{100 * one.flops_share:.0f} %",
-            gap_text(one.to_fixed), _YES[one.pays_fixed], gap_text(one.to_short),
-            _YES[one.pays_short],
+            gap_text(one.to_fixed), one.to_fixed.outcome,
+        ]  # fmt: skip
+        for against in one.controls:
+            row += [gap_text(against), against.outcome, needed_text(against)]
+        row += [one.outcome] * (len(controls) > 1)
+        row += [
             f"{sum(one.mixed)} of {len(one.mixed)}" if one.mixed else "–",
             ", ".join(map(str, one.seeds)),
         ]
-        for one in report.findings
-    ]  # fmt: skip
+        rows.append(row)
     sentences = [f"{one.size}, {one.family}: {one.sentence}." for one in report.findings]
     shown = items(sentences)
     if len(sentences) > _SHOWN:
@@ -83,14 +91,17 @@ def _answer(report: GridReport) -> str:
     ]
     return (
         f"<h2>Does growing pay?</h2>{table(head, rows)}"
-        "<p>Losses are final validation losses; a minus is in favour of growing. Against "
-        "fixed-size growing pays where it has fewer FLOPs and ends within 0.5 %; against the short "
-        "control, which has the same FLOPs, where it ends lower. The small model that is never "
-        "grown, which this grid does not have, may be cheaper than both: train the run's "
-        "configuration with 'expansion=[]' before believing a win. Over several seeds the mean is "
-        "given with its 95 % interval (Student's t), and what the interval leaves undecided is "
-        "open; with one seed differences as small as those between seeds cannot be told. Whether "
-        "a run mixed is not told (–) where too few validations follow τ.</p>"
+        f"<p>Losses are final validation losses; a minus is in favour of growing. Against "
+        f"fixed-size growing pays where it has fewer FLOPs and ends within {MIXED_PERCENT} %; "
+        f"against {' and '.join(controls)}, of the same FLOPs, where it ends lower. What is "
+        "compared are pairs of runs with one seed, and so one order of data. Over several pairs "
+        f"the mean difference is given with its {100 * LEVEL:.0f} % interval (Student's t), which "
+        "decides: what it leaves undecided is open, and so is everything with one pair, for two "
+        "seeds of one recipe differ as well. Pairs needed: with so many a difference of this size, "
+        f"at the spread that was seen, would be found with {100 * POWER:.0f} % power. The small "
+        "model that is never grown may be cheaper than all of these: train the run's configuration "
+        "with 'expansion=[]' before believing that growing pays. Whether a run mixed is not told "
+        "(–) where too few validations follow τ.</p>"
         f"{shown}<details><summary>Each run in full sentences</summary>"
         f"{''.join(details)}</details>"
     )

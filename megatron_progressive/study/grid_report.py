@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.runtime.files import finite_values, write_atomically, write_json
+from megatron_progressive.runtime.progress import Say
 from megatron_progressive.study import grid_figures, grid_page, grid_verdict, sweep_figures
 from megatron_progressive.study.ablation import ablation
 from megatron_progressive.study.cells import PILOT
@@ -76,25 +77,28 @@ class GridReport:
         return "\n".join([*lines, str(self.grid.folder / "report.html")])
 
 
-def make_grid_report(study: Study) -> GridReport:
+def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
     """Judge the finished cells of a study and write its report; ``results.json`` as well.
 
     Unfinished and failed cells are listed, and a law with too few cells is refused by what it
     lacks: a partial study gives a partial report.
+
+    Args:
+        say: told what is being done now.
     """
     study.collect()
     grid = study.grid
     results = gather(study)
     compared = comparisons(results, str(grid.file))
-    found = findings(results, compared)
-    laws = compute_laws(results)
+    found = findings(results, compared, say)
+    laws = compute_laws(results, say)
     report = GridReport(
         title=grid_verdict.title(grid.name, found),
         grid=grid,
         results=results,
         findings=found,
         laws=laws,
-        size_token_laws=size_token_laws(results),
+        size_token_laws=size_token_laws(results, say),
         savings=savings(results, laws),
         ablation=ablation(results),
         pilot=_pilot_text(grid, results, found),
@@ -114,6 +118,7 @@ def make_grid_report(study: Study) -> GridReport:
     ]  # fmt: skip
     for name, title, draw in drawn:
         path = out / f"{name}.png"
+        say(f"drawing {path.name}")
         if draw(title, path):
             report.pictures[name] = path
         else:  # one of before would be of other cells
@@ -155,14 +160,23 @@ def _frontier_title(results: list[Result]) -> str:
 
 def _savings_title(found: list[Saving]) -> str:
     largest = max((s.params for s in found), default=0)
-    parts = [
-        f"{grid_figures.factor_text(s.efficiency.factor.value)} the FLOPs of {s.family}"
-        for s in found
-        if s.params == largest and not is_control(s.reference) and s.efficiency.factor.value
-    ]
-    if not parts:
-        return "At the largest size no law of a run that grows comes down to fixed-size's loss"
-    return f"At equal loss and the largest size fixed-size needs {' and '.join(parts)}"
+    known: list[str] = []
+    unsure: list[str] = []
+    for saving in found:
+        factor = saving.efficiency.factor
+        if saving.params != largest or is_control(saving.reference) or not factor.value:
+            continue
+        text = grid_figures.factor_text(factor.value)
+        told = (factor.low or 0.0) > 1 or (factor.high is not None and factor.high < 1)
+        (known if told else unsure).append(f"{text} the FLOPs of {saving.family}")
+    if known:
+        return f"At equal loss and the largest size fixed-size needs {' and '.join(known)}"
+    if unsure:
+        return (
+            f"At equal loss and the largest size what fixed-size needs is open: "
+            f"{' and '.join(unsure)}, with intervals on both sides of 1"
+        )
+    return "At the largest size no law of a run that grows comes down to fixed-size's loss"
 
 
 def _mixing_title(found: list[Finding]) -> str:

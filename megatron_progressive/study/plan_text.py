@@ -216,8 +216,8 @@ def _compute(plan: Plan) -> list[str]:
     steps = f"{plan.short_steps:,} step{'s' * (plan.short_steps != 1)}"
     lines += _line(
         "short control",
-        f"{steps} of the target from scratch for as many FLOPs: progressive training wins only "
-        f"where it ends below that run",
+        f"{steps} of the target from scratch for as many FLOPs: growing pays only where it ends "
+        f"below that run, over several seeds",
     )
     for expansion in plan.expansions:
         lines += _line(

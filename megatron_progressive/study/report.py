@@ -18,10 +18,11 @@ from megatron_progressive.runtime.files import finite_values, write_atomically, 
 from megatron_progressive.state.run_files import SUMMARY_FILE, read_summary
 from megatron_progressive.study import figures, page
 from megatron_progressive.study.arms import Comparison, Missing, arm_of, compare
+from megatron_progressive.study.decision import short_text, tally
 from megatron_progressive.study.plan_text import flops_text
 from megatron_progressive.study.rows import HEADER, Row, make_row, table_cells
 from megatron_progressive.study.runs import Run, read_run
-from megatron_progressive.study.verdict import Verdict, mixing_title, verdicts
+from megatron_progressive.study.verdict import Verdict, mixing_title, recipes, verdicts
 
 _PAGE_ONLY = ("params", "tokens")  # columns that 80 characters have no room for
 VERDICT_KEYS = ("speedup_flops", "speedup_wall", "loss_gap_percent", "verdict")
@@ -93,11 +94,10 @@ def _title(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
         return f"{len(runs)} run{'s' * (len(runs) != 1)}, none of them progressive"
     if len(found) == 1:
         return found[0].headline
-    judged = [verdict for verdict in found if verdict.beats_short is not None]
-    wins = sum(bool(verdict.beats_short) for verdict in judged)
-    if not judged:
-        return f"{len(found)} progressive runs, none with its short control"
-    return f"{wins} of {len(judged)} progressive runs beat their short control at equal FLOPs"
+    each = recipes(found, runs)
+    if len(each) == 1:
+        return f"At equal FLOPs growing ends {short_text(each[0].controls)}"
+    return f"At equal FLOPs growing {tally([verdict.outcome for verdict in each])}"
 
 
 def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.data import differ
-from megatron_progressive.study.arms import Comparison
+from megatron_progressive.runtime.progress import Say
+from megatron_progressive.study.arms import EQUAL_FLOPS, Comparison
+from megatron_progressive.study.decision import (
+    Against,
+    above,
+    against,
+    evidence,
+    overall,
+    sentence,
+    short_text,
+)
 from megatron_progressive.study.gaps import MIXED_PERCENT, gap_percent
 from megatron_progressive.study.mixing import MixingTime, mixing_time
 from megatron_progressive.study.plan_text import short_counts
@@ -18,8 +28,6 @@ from megatron_progressive.study.runs import Run
 
 WORSE_PERCENT = 5.0
 """Final gap to fixed-size, in %, from which the run counts as failed (arXiv 2511.04981)."""
-
-LEVEL_PERCENT = 0.005  # rounds to 0.00 %
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,13 @@ class Verdict:
     loss_gap_percent: float | None
     """Final validation loss above (+) or below (-) the fixed-size run's, %."""
     short_gap_percent: float | None
-    """Final validation loss above (+: it loses) or below (-: it wins) the short control's, %."""
-    beats_short: bool | None
+    """Final validation loss above (+) or below (-) the short control's, %."""
+    outcome: str
+    """Whether growing pays at equal FLOPs: ``pays``, ``does not pay`` or ``open``, by the pairs of
+    all seeds of this recipe."""
+    to_fixed: Against
+    controls: list[Against]
+    """Against each control of equal FLOPs."""
     equal_loss: EqualLoss | None
     mixing: MixingTime | None
     """None as well where too few validations follow the expansion."""
@@ -60,12 +73,6 @@ class Verdict:
     verdict: str
     """The finding in full sentences."""
     sentences: list[str] = field(default_factory=list)
-
-
-def percent(value: float) -> str:
-    """A magnitude in %, with the digits that matter."""
-    value = abs(value)
-    return f"{value:.2f} %" if value < 1 else f"{value:.1f} %"
 
 
 def _ratio(value: float) -> str:
@@ -83,33 +90,79 @@ def _saved(ratio: float, less: str) -> str:
     return f"{_ratio(ratio)} {less}" if ratio >= 1 else f"{_ratio(1 / ratio)} more"
 
 
-def verdicts(comparisons: Sequence[Comparison]) -> list[Verdict]:
-    """The verdict of each comparison."""
-    return [_verdict(comparison, _seeds(comparison, comparisons)) for comparison in comparisons]
+def verdicts(comparisons: Sequence[Comparison], say: Say = lambda text: None) -> list[Verdict]:
+    """The verdict of each comparison; those of one recipe share what its seeds decide.
+
+    Args:
+        say: told which run is judged.
+    """
+    recipes = [_recipe(comparison.progressive) for comparison in comparisons]
+    finished: dict[str, list[Comparison]] = {}
+    for recipe, comparison in zip(recipes, comparisons, strict=True):
+        if comparison.progressive.finished:
+            finished.setdefault(recipe, []).append(comparison)
+    found = []
+    for number, (recipe, comparison) in enumerate(zip(recipes, comparisons, strict=True), 1):
+        say(f"judging {comparison.progressive.name}, {number} of {len(comparisons)}")
+        found.append(_verdict(comparison, _seeds(comparison, finished.get(recipe, []))))
+    return found
+
+
+def _seeds(comparison: Comparison, finished: Sequence[Comparison]) -> list[Comparison]:
+    """Those of the recipe that are of the same data, one a seed."""
+    data = comparison.progressive.trained_on
+    same = [c for c in finished if not differ(c.progressive.trained_on, data)]
+    return list({c.progressive.config.run.seed: c for c in same}.values())
 
 
 def _recipe(run: Run) -> str:
     return repr({k: v for k, v in asdict(run.config).items() if k != "run"})
 
 
-def _seeds(comparison: Comparison, comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The finished comparisons of the same recipe, one a seed."""
-    recipe = _recipe(comparison.progressive)
-    data = comparison.progressive.trained_on
-    same = [
-        c
-        for c in comparisons
-        if c.progressive.finished
-        and _recipe(c.progressive) == recipe
-        and not differ(c.progressive.trained_on, data)
-    ]
-    return list({c.progressive.config.run.seed: c for c in same}.values())
+def paired(comparisons: Sequence[Comparison]) -> tuple[Against, list[Against]]:
+    """What the finished runs of one recipe, of one seed or several, say against fixed-size and
+    against each control of equal FLOPs.
+
+    A pair has one seed, and so one order of data, and is validated on the same samples.
+    """
+    fixed = _paired("fixed-size", lambda c: c.fixed, comparisons, MIXED_PERCENT)
+    return fixed, [_paired(name, control, comparisons) for name, control in EQUAL_FLOPS]
+
+
+def _paired(
+    name: str, control_of: Callable[[Comparison], Run | None], comparisons: Sequence[Comparison],
+    bound: float = 0.0,
+) -> Against:  # fmt: skip
+    gaps: list[tuple[int, float]] = []
+    left_out: list[str] = []
+    diverged = False
+    for comparison in comparisons:
+        run, control = comparison.progressive, control_of(comparison)
+        seed = run.config.run.seed
+        if not _usable(run):
+            diverged = True
+            left_out.append(f"seed {seed}: it diverged")
+        elif control is None:
+            continue  # named as missing
+        elif not _usable(control):
+            left_out.append(f"seed {seed}: {control.name} diverged")
+        elif control.config.run.seed != seed:
+            left_out.append(f"seed {seed}: {control.name} has seed {control.config.run.seed}")
+        elif control.config.train.eval_samples != run.config.train.eval_samples:
+            left_out.append(f"seed {seed}: {control.name} is validated on other samples")
+        else:
+            gaps.append((seed, gap_percent(run.final_loss or 0.0, control.final_loss or 0.0)))
+    return against(name, gaps, bound, left_out, diverged)
+
+
+def _usable(run: Run) -> bool:
+    return run.final_loss is not None and math.isfinite(run.final_loss) and run.final_loss > 0
 
 
 def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     run, fixed, short = comparison.progressive, comparison.fixed, comparison.short
-    loss = run.final_loss
-    usable = loss is not None and math.isfinite(loss)
+    loss, usable = run.final_loss, _usable(run)
+    to_fixed, controls = paired(seeds)
     gap = _gap(run, fixed)
     short_gap = _gap(run, short)
     speedup = _quotient(fixed.total_flops if fixed else None, run.total_flops)
@@ -129,7 +182,10 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     if fixed is not None and usable:
         sentences.append(_equal_sentence(equal, fixed))
     sentences += _mixing_sentences(mixing) or [untold] * bool(untold)
-    sentences += _seed_sentences(run, seeds)
+    if run.finished:
+        sentences.append(sentence(controls))
+    if len(to_fixed.values) > 1:
+        sentences.append(f"Gap to fixed-size: {evidence(to_fixed)}.")
     complete = usable and fixed is not None and short is not None
     return Verdict(
         run=run.name,
@@ -141,10 +197,12 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
         speedup_wall=wall if usable else None,
         loss_gap_percent=gap,
         short_gap_percent=short_gap,
-        beats_short=None if short_gap is None else short_gap < -LEVEL_PERCENT,
+        outcome=overall(controls),
+        to_fixed=to_fixed,
+        controls=controls,
         equal_loss=equal,
         mixing=mixing,
-        headline=_headline(run, gap, short_gap, speedup, usable),
+        headline=_headline(run, gap, controls, speedup, usable),
         verdict=" ".join(sentences),
         sentences=sentences,
     )
@@ -200,12 +258,6 @@ def mixing_title(found: Sequence[Verdict]) -> str:
     return f"Not mixed within {MIXED_PERCENT} % of fixed-size after τ: {left} at the end"
 
 
-def _above(gap: float) -> str:
-    if abs(gap) < LEVEL_PERCENT:
-        return "level with"
-    return f"{percent(gap)} {'above' if gap > 0 else 'below'}"
-
-
 def _fixed_sentences(
     run: Run, fixed: Run | None, gap: float | None, speedup: float | None, wall: float | None
 ) -> list[str]:
@@ -216,7 +268,7 @@ def _fixed_sentences(
         cost.append(f"{_saved(speedup, 'fewer')} FLOPs ({100 / speedup:.0f} % of them)")
     if wall is not None:
         cost.append(f"{_saved(wall, 'less')} training time")
-    ends = f"It ends at {run.final_loss:.4f}, {_above(gap)} fixed-size ({fixed.final_loss:.4f})"
+    ends = f"It ends at {run.final_loss:.4f}, {above(gap)} fixed-size ({fixed.final_loss:.4f})"
     found = [f"{ends}, for {' and '.join(cost)}." if cost else f"{ends}."]
     if gap >= WORSE_PERCENT:
         found.append(_worse(run))
@@ -235,18 +287,9 @@ def _worse(run: Run) -> str:
 def _short_sentences(run: Run, short: Run | None, gap: float | None) -> list[str]:
     if short is None or gap is None:
         return []
-    losses = f"({run.final_loss:.4f} against {short.final_loss:.4f})"
-    steps = f"{short.config.train.steps:,} steps"
-    if abs(gap) < LEVEL_PERCENT:
-        return [f"At equal FLOPs it ends level with the short control, {steps} {losses}."]
-    if gap < 0:
-        return [
-            f"At equal FLOPs progressive training wins: {percent(gap)} below the short control "
-            f"of {steps} {losses}."
-        ]
     return [
-        f"At equal FLOPs progressive training LOSES to the short control by {percent(gap)} "
-        f"{losses}: {steps} of the full depth from scratch were the better use of this compute."
+        f"At equal FLOPs it ends {above(gap)} the short control of "
+        f"{short.config.train.steps:,} steps ({run.final_loss:.4f} against {short.final_loss:.4f})."
     ]
 
 
@@ -282,25 +325,8 @@ def _mixing_sentences(mixing: MixingTime | None) -> list[str]:
     ]
 
 
-def _seed_sentences(run: Run, seeds: list[Comparison]) -> list[str]:
-    if len(seeds) < 2:
-        return ["One seed: differences as small as those between seeds cannot be told."]
-    found = [f"{len(seeds)} seeds."]
-    for name, pairs in (
-        ("fixed-size", [(c.progressive, c.fixed) for c in seeds]),
-        ("the short control", [(c.progressive, c.short) for c in seeds]),
-    ):
-        gaps = [gap for mine, control in pairs if (gap := _gap(mine, control)) is not None]
-        if len(gaps) > 1:
-            found.append(
-                f"Gap to {name} over {len(gaps)} seeds: mean {np.mean(gaps):+.2f} %, from "
-                f"{min(gaps):+.2f} to {max(gaps):+.2f} %."
-            )
-    return found
-
-
 def _headline(
-    run: Run, gap: float | None, short_gap: float | None, speedup: float | None, usable: bool
+    run: Run, gap: float | None, controls: Sequence[Against], speedup: float | None, usable: bool
 ) -> str:
     if not run.finished:
         return f"{run.name}: unfinished at step {run.last_step} of {run.config.last_step}"
@@ -308,12 +334,12 @@ def _headline(
         return f"{run.name}: diverged"
     parts = []
     if gap is not None and speedup is not None:
-        parts.append(f"{_saved(speedup, 'fewer')} FLOPs than fixed-size, loss {_above(gap)} it")
-    if short_gap is None:
-        parts.append("no short control: what the saving is worth is open")
-    elif abs(short_gap) < LEVEL_PERCENT:
-        parts.append("level with the short control")
-    else:
-        outcome = "beats" if short_gap < 0 else "loses to"
-        parts.append(f"{outcome} the short control by {percent(short_gap)}")
+        parts.append(f"{_saved(speedup, 'fewer')} FLOPs than fixed-size, loss {above(gap)} it")
+    parts.append(short_text(controls))
     return f"{run.name}: {'; '.join(parts)}"
+
+
+def recipes(found: Sequence[Verdict], runs: Sequence[Run]) -> list[Verdict]:
+    """One verdict of each recipe, whose seeds share what was decided."""
+    by_folder = {str(run.folder): _recipe(run) for run in runs}
+    return list({by_folder[one.folder]: one for one in found}.values())

@@ -10,7 +10,9 @@ from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.description import input_words
 
 _COUNTED = {
-    "tokens": "embedding, head, attention (full square), every linear",
+    "tokens": "every linear (of routed experts those that a token takes), the LM head over its "
+    "padded vocabulary, and attention scores and values on the full square; looking up embeddings "
+    "and positions is no matrix product and counts nothing",
     "images": "every convolution and the head",
 }
 _HELD_OUT = {"tokens": "text", "images": "images"}
@@ -25,8 +27,8 @@ def counted(units: Iterable[str]) -> str:
     """The sentence that says what FLOPs are of."""
     parts = "; ".join(_COUNTED[unit] for unit in dict.fromkeys(units)) or _COUNTED["tokens"]
     return (
-        f"FLOPs count {parts}, forward and backward, and the optimizer's Newton-Schulz; validation "
-        "is left out."
+        f"FLOPs count matrix products: {parts}. They are those of the forward and the backward "
+        "pass and of the optimizer's Newton-Schulz; validation is left out."
     )
 
 

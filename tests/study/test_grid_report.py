@@ -122,18 +122,22 @@ def test_verdict_of_each_size_is_the_arithmetic_of_its_cells(
         short = by_name[f"{one.size}-short_control_of_{arm}-tau0.5-{init}-s1"]
         fixed = by_name[f"{one.size}-fixed-s1"]
         ours = planted_loss(arm, grown.flops)
-        assert one.to_short.mean == pytest.approx(
+        (to_short,) = one.controls
+        assert to_short.mean == pytest.approx(
             100 * (ours / planted_loss("short_control", short.flops) - 1)
         )
         assert one.to_fixed.mean == pytest.approx(
             100 * (ours / planted_loss("fixed", fixed.flops) - 1)
         )
         assert one.flops_share == pytest.approx(grown.flops / fixed.flops)
-        assert one.pays_short is (one.to_short.mean < -0.005)  # else level
-        assert one.pays_fixed is (one.to_fixed.mean <= 0.5)
-        assert "one seed" in one.sentence
-    wins = sum(bool(one.pays_short) for one in report.findings)
-    assert f"beats the short control in {wins} of 8 comparisons" in report.title
+        assert one.outcome == to_short.outcome == one.to_fixed.outcome == "open"
+        assert "one seed decides nothing" in one.sentence
+        assert f"against the short control: {to_short.mean:+.2f} %" in one.sentence
+    lower = sum(one.controls[0].mean < 0 for one in report.findings)
+    assert "pays in 0 of 8 comparisons, open in 8, against the short control" in report.title
+    assert f"(one seed each; {lower} end below)" in report.title
+    page = (study.folder / "report.html").read_text()
+    assert not re.search(r"\b(wins|loses|LOSES|beats)\b|Growing (pays|does not)", page)
 
 
 class _Page(HTMLParser):
@@ -229,9 +233,10 @@ def test_a_partial_grid_gives_a_partial_report(tmp_path: Path, capsys: Any) -> N
     values = json.loads((study.folder / "report.json").read_text())
     found = {(one["size"], one["family"]): one for one in values["findings"]}
     assert ("w96", "zero-layer") not in found
-    assert found["w64", "zero-layer"]["pays_short"] is None
-    assert found["w32", "zero-layer"]["pays_fixed"] is None
-    assert "against the short control: open" in found["w64", "zero-layer"]["sentence"]
+    assert found["w64", "zero-layer"]["controls"][0]["mean"] is None
+    assert found["w32", "zero-layer"]["to_fixed"]["mean"] is None
+    assert "(no the short control" not in json.dumps(values)
+    assert "is open (without the short control)" in found["w64", "zero-layer"]["sentence"]
 
 
 def test_nothing_finished_is_said(tmp_path: Path) -> None:
@@ -248,21 +253,24 @@ def test_seeds_give_an_interval_and_leave_open_what_it_does_not_decide(tmp_path:
     study = study_of(tmp_path, sizes=SIZES[1:2], seeds=[1, 2, 3], arms=arms)
     write_study(study.grid)
     controls = {1: 3.0, 2: 3.01, 3: 2.99}
-    for grown, decided in (({1: 2.9, 2: 2.92, 3: 2.88}, True), ({1: 2.99, 2: 2.98, 3: 3.05}, None),
-                           ({1: 3.1, 2: 3.12, 3: 3.08}, False)):  # fmt: skip
+    for grown, decided in (({1: 2.9, 2: 2.92, 3: 2.88}, "pays"),
+                           ({1: 2.99, 2: 2.98, 3: 3.05}, "open"),
+                           ({1: 3.1, 2: 3.12, 3: 3.08}, "does not pay")):  # fmt: skip
         for seed, loss in grown.items():
             set_loss(study, f"w32-zero_layer-tau0.5-random-s{seed}", loss)
             short = f"w32-short_control_of_zero_layer-tau0.5-random-s{seed}"
             set_loss(study, short, controls[seed])
         (one,) = make_grid_report(study).findings
         gaps = [100 * (grown[seed] / controls[seed] - 1) for seed in (1, 2, 3)]
-        assert one.to_short.values == pytest.approx(gaps)
+        (to_short,) = one.controls
+        assert to_short.values == pytest.approx(gaps)
         expected = ttest_1samp(gaps, 0).confidence_interval(0.95)
-        assert (one.to_short.low, one.to_short.high) == pytest.approx(tuple(expected))
-        assert one.pays_short is decided
-        wins = sum(gap < 0 for gap in gaps)
-        assert f"below the short control in {wins} of 3 seeds" in one.sentence
-    assert "LOSES" in one.sentence
+        assert (to_short.low, to_short.high) == pytest.approx(tuple(expected))
+        assert to_short.outcome == one.outcome == decided
+        assert f"over 3 pairs; {to_short.pairs_needed} needed for 80 % power" in one.sentence
+    assert "Growing does not pay at equal FLOPs, against the short control" in one.sentence
+    page = (study.folder / "report.html").read_text()
+    assert f"<td>{to_short.pairs_needed}</td>" in page
     assert "w32-zero_layer-tau0.5-random-s1" in (study.folder / "report.html").read_text()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
+from scipy.stats import ttest_1samp
 
 from megatron_progressive.config import ConfigError, load
 from megatron_progressive.study.controls import fixed_size, short_control
@@ -49,7 +50,7 @@ def test_verdict_is_the_arithmetic_of_the_arms(
     )
     assert verdict.loss_gap_percent == pytest.approx(2.0)
     assert verdict.short_gap_percent == pytest.approx(100 * (2.55 / 2.525 - 1))
-    assert verdict.beats_short is False
+    assert verdict.outcome == "open"  # one seed
     walls = {
         arm: json.loads((folder / "summary.json").read_text())["train_wall_s"]
         for arm, folder in arms.items()
@@ -58,23 +59,107 @@ def test_verdict_is_the_arithmetic_of_the_arms(
     assert verdict.speedup_wall == pytest.approx(walls["fixed"] / (walls["progressive"] + pause))
 
 
-def test_a_defeat_is_said_plainly_and_one_seed_is_named(
+# "whether growing pays at equal FLOPs is open" decides nothing
+VERDICTS = re.compile(
+    r"\b(pays|does not pay|wins?|loses?|beats?)\b(?! at equal FLOPs is open)", re.IGNORECASE
+)
+
+
+def test_one_seed_is_told_with_its_number_and_decides_nothing(
     losing: tuple[dict[str, Path], Path, Report],
 ) -> None:
     _, out, report = losing
     page = (out / "report.html").read_text()
     for text in (report.verdicts[0].verdict, page):
-        assert "LOSES to the short control by 0.99 %" in text
-        assert "One seed" in text
+        assert "At equal FLOPs it ends 0.99 % above the short control" in text
+        assert "Whether growing pays at equal FLOPs is open" in text
+        assert "against the short control: +0.99 % (one seed" in text
         assert "did not mix" in text
-    assert "loses to the short control by 0.99 %" in report.title
+        assert not VERDICTS.findall(text)
+    assert "0.99 % above the short control: open (1 pair)" in report.title
 
 
-def test_a_win_is_said_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [2.5, 2.59987, 2.6, 2.7])
+def test_no_size_of_a_difference_is_enough_for_one_seed(tmp_path: Path, end: float) -> None:
+    arms = three_arms(tmp_path / "runs", {"progressive": end, "fixed": 2.5, "short": 2.6})
+    report = make_report(list(arms.values()), tmp_path / "out")
+    verdict = report.verdicts[0]
+    assert verdict.outcome == "open"
+    for text in (verdict.verdict, report.title, (tmp_path / "out" / "report.html").read_text()):
+        assert not VERDICTS.findall(text), text
+    gap = 100 * (end / 2.6 - 1)
+    assert f"{gap:+.2f} % (one seed" in verdict.verdict
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome"),
+    [
+        ([2.50, 2.51, 2.49, 2.52], "pays"),
+        ([2.57, 2.62, 2.56, 2.60], "open"),
+        ([2.66, 2.68, 2.65, 2.67], "does not pay"),
+    ],
+)
+def test_seeds_decide_by_the_paired_difference(
+    tmp_path: Path, ends: list[float], outcome: str
+) -> None:
+    """The controls differ more between seeds than the runs do from their own."""
+    config, shorts = progressive_config(tmp_path / "runs"), [2.6, 2.61, 2.59, 2.62]
+    folders = []
+    for seed, (end, short) in enumerate(zip(ends, shorts, strict=True), 1):
+        seeded = with_seed(config, seed)
+        folders += [write_run(seeded, end), write_run(short_control(seeded), short)]
+    report = make_report(folders, tmp_path / "out")
+    gaps = [100 * (end / short - 1) for end, short in zip(ends, shorts, strict=True)]
+    low, high = ttest_1samp(gaps, 0).confidence_interval(0.95)
+    for verdict in report.verdicts:
+        (short,) = verdict.controls
+        assert short.values == pytest.approx(gaps)
+        assert (short.low, short.high) == pytest.approx((low, high))
+        assert verdict.outcome == short.outcome == outcome
+        needed = f"over 4 pairs; {short.pairs_needed} needed for 80 % power at a spread of "
+        assert needed in verdict.verdict
+    words = f"Growing {outcome} at equal FLOPs" if outcome != "open" else "is open"
+    assert words in report.verdicts[0].verdict
+    assert f": {outcome} (4 pairs)" in report.title
+
+
+def test_pairs_have_one_seed_and_one_set_of_validation_samples(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folders = []
+    for seed in (1, 2, 3):
+        folders.append(write_run(with_seed(config, seed), 2.4 + seed / 100))
+    short = short_control(config)
+    folders.append(write_run(short, 2.6))  # of seed 1 only
+    other = with_seed(short, 3)
+    other = replace(other, train=replace(other.train, eval_samples=64))
+    folders.append(write_run(other, 2.6))
+    verdict = make_report(folders, tmp_path / "out").verdicts[0]
+    (control,) = verdict.controls
+    assert control.seeds == [1]
+    assert verdict.outcome == "open"
+    assert "left out seed 2: tiny_short" in verdict.verdict.replace("_seed3", "")
+    assert "is validated on other samples" in verdict.verdict
+
+
+def test_seeds_that_diverged_are_not_forgotten(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folders = []
+    for seed in (1, 2, 3, 4):
+        seeded = with_seed(config, seed)
+        folders += [write_run(seeded, 2.4 + seed / 100), write_run(short_control(seeded), 2.6)]
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    summary["final_eval_loss"] = None
+    (folders[0] / "summary.json").write_text(json.dumps(summary))
+    verdict = make_report(folders, tmp_path / "out").verdicts[-1]
+    assert verdict.controls[0].high is not None
+    assert verdict.controls[0].high < 0
+    assert verdict.outcome == "open"
+    assert "left out seed 1: it diverged" in verdict.verdict
+
+
+def test_mixing_is_told_with_its_number(tmp_path: Path) -> None:
     arms = three_arms(tmp_path / "runs", {"progressive": 2.5, "fixed": 2.5, "short": 2.6})
     verdict = make_report(list(arms.values()), tmp_path / "out").verdicts[0]
-    assert verdict.beats_short is True
-    assert "progressive training wins: 3.8 % below the short control" in verdict.verdict
     assert verdict.mixing is not None
     assert verdict.mixing.mixed
     assert "It mixed within 0.5 %" in verdict.verdict
@@ -151,7 +236,8 @@ def test_json_has_the_fixed_keys_and_no_nan(losing: tuple[dict[str, Path], Path,
     fields = verdict_fields(report, arms["progressive"])
     assert set(fields) == {"speedup_flops", "speedup_wall", "loss_gap_percent", "verdict"}
     assert {key: values[key] for key in fields} == fields
-    assert values["verdicts"][0]["beats_short"] is False
+    assert values["verdicts"][0]["outcome"] == "open"
+    assert values["verdicts"][0]["controls"][0]["control"] == "the short control"
     assert len(values["runs"]) == 3
     assert verdict_fields(report, arms["fixed"]) == {}
 
@@ -208,7 +294,9 @@ def test_seeds_are_paired_and_summarised(tmp_path: Path) -> None:
     report = make_report(folders, tmp_path / "out")
     gaps = [verdict.loss_gap_percent for verdict in report.verdicts]
     assert gaps == pytest.approx([1.0, 100 * (2.58 / 2.51 - 1)])
-    assert "over 2 seeds: mean +1.89 %, from +1.00 to +2.79 %" in report.verdicts[0].verdict
+    found = ttest_1samp(gaps, 0).confidence_interval(0.95)
+    expected = f"Gap to fixed-size: +1.89 % (95 % {found.low:+.2f} to {found.high:+.2f} over 2"
+    assert expected in report.verdicts[0].verdict
     assert report.notes == []
 
 
@@ -256,7 +344,7 @@ def test_terminal_table_fits_80_columns(losing: tuple[dict[str, Path], Path, Rep
     terminal_table(losing[2], console)
     text = console.export_text()
     assert max(len(line) for line in text.splitlines()[:8]) <= 80
-    assert "LOSES to the short control" in " ".join(text.split())
+    assert "0.99 % above the short control" in " ".join(text.split())
     for cell in ("progressive", "fixed-size", "short control", "0 → 6", "2.5250", "+2.00 %"):
         assert cell in text
 
