@@ -133,6 +133,8 @@ class SizeCells:
         words = [f"{key}={json.dumps(value)}" for key, value in changes.items()] + [*overrides]
         words += [f"run.seed={seed}", f"run.dir={json.dumps(str(folder))}"]
         self.config = from_dict(run, words)
+        if self.config.run.extend:
+            raise ConfigError("run.extend: got true in a grid; accepted: false (of a run alone)")
         # the schedule that is configured anyway leaves no mark: names do not depend on the list
         self._mark = ""
         if schedule is not None and schedule != self.config.schedule.name:
