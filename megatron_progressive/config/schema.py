@@ -13,7 +13,7 @@ MISSING: Any = "???"
 @dataclass(frozen=True)
 class RunSection:
     name: str = "run"
-    """Name of the run; its folder is ``dir/name``."""
+    """Name of the run; its folder is ``dir/name``, in which one job trains at a time."""
     dir: str = "runs"
     """Folder that holds run folders and prepared corpora."""
     seed: int = 1

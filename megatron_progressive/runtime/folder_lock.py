@@ -58,7 +58,8 @@ class Owner:
     started: str = ""
     """When the process began, in its machine's own count: tells processes of one number apart."""
     machine: str = ""
-    """Boot of the kernel and its space of process numbers: where ``pid`` means something."""
+    """Boot of the kernel, its space of process numbers and the user, who may not see others'
+    processes: where ``pid`` means something."""
 
     def __str__(self) -> str:
         if not self.host:
@@ -80,7 +81,7 @@ class FolderInUse(RuntimeError):
 
 @cache
 def _machine() -> str:
-    parts = [socket.gethostname()]
+    parts = [socket.gethostname(), str(os.getuid())]
     with suppress(OSError):  # no Linux
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))

@@ -173,6 +173,8 @@ class SizeCells:
         words: list[Override] = [*changes.items(), *overrides, ("run.seed", seed)]
         config = from_dict(run, words)
         self.config = replace(config, run=replace(config.run, dir=str(folder)))
+        if self.config.run.extend:
+            raise ConfigError("run.extend: got true in a grid; accepted: false (of a run alone)")
         # the schedule that is configured anyway leaves no mark: names do not depend on the list
         self._mark = ""
         if schedule is not None and schedule != self.config.schedule.name:

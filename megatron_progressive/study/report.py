@@ -15,6 +15,7 @@ from rich.text import Text
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runtime.files import finite_values, write_atomically, write_json
+from megatron_progressive.runtime.folder_lock import LOCK_NAME, owner_of
 from megatron_progressive.state.run_files import SUMMARY_FILE, read_summary
 from megatron_progressive.study import figures, page
 from megatron_progressive.study.arms import Comparison, Missing, arm_of, compare
@@ -133,9 +134,10 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def record_verdicts(report: Report) -> None:
-    """Add each finished progressive run's verdict to its own ``summary.json``, where it may be
-    written; else standard error says so."""
+    """Add each finished progressive run's verdict to its own ``summary.json``: where it may be
+    written, else standard error says so, and not where a job trains on in the folder."""
     finished = {row.folder for row in report.rows if row.finished}
+    finished = {folder for folder in finished if owner_of(Path(folder) / LOCK_NAME) is None}
     for verdict in report.verdicts:
         folder = Path(verdict.folder)
         path, (values, _) = folder / SUMMARY_FILE, read_summary(folder)

@@ -72,7 +72,7 @@ def _with_steps(config: RunConfig, steps: int) -> RunConfig:
 
 def _difference(config: RunConfig, present: RunConfig) -> tuple[str, object, object]:
     mine, theirs = decisive(_with_steps(config, present.train.steps)), decisive(present)
-    key = next(key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key))
+    key = next(key for key in sorted(mine.keys() | theirs) if mine.get(key) != theirs.get(key))
     return key, theirs.get(key), mine.get(key)
 
 

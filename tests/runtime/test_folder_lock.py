@@ -274,6 +274,44 @@ def test_never_two_inside_where_every_owner_is_killed(
         assert [p.name for p in lock.parent.iterdir()] == [".lock"]
 
 
+def probe(path: Path, over: Any) -> None:
+    while not over.is_set():
+        owner_of(path)
+
+
+def test_whoever_looks_keeps_nobody_out(lock: Path, processes: list[ForkProcess]) -> None:
+    over = FORK.Event()
+    processes += [FORK.Process(target=probe, args=(lock, over)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for _ in range(200):
+        with FolderLock(lock):  # raises where it is not free
+            pass
+    over.set()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def test_two_that_break_the_same_lock(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have found its owner dead; the slower one finds the lock taken."""
+    elsewhere(lock, 0, machine=folder_lock._machine(), started="1")
+    is_alive, quicker = folder_lock._is_alive, FolderLock(lock)
+
+    def slowly(file: Path, own: Path) -> bool:
+        found = is_alive(file, own)
+        monkeypatch.setattr(folder_lock, "_is_alive", is_alive)
+        if not found:
+            quicker.acquire()
+        return found
+
+    monkeypatch.setattr(folder_lock, "_is_alive", slowly)
+    with pytest.raises(FolderInUse) as refused:
+        FolderLock(lock).acquire()
+    assert refused.value.owner.pid == os.getpid()
+    assert quicker.still_there()
+
+
 def test_what_killed_takers_prepared_is_removed(lock: Path, processes: list[ForkProcess]) -> None:
     owner = holder(lock, processes)
     lock.rename(lock.with_name(".lock.abc"))

@@ -105,6 +105,10 @@ def test_fingerprint_is_of_what_decides_the_result(tmp_path: Path) -> None:
         ({"tau": 0.5}, "tau: got 0.5; accepted: a list"),
         ({"tau": [1.5]}, "cell a-zero_layer-tau1.5-random-s1: expansion[0].at: got 1.5"),
         ({"run": {"expansion": []}}, "run.expansion: got one"),
+        (
+            {"run": {"model": {"family": "gpt2"}, "run": {"extend": True}}},
+            "run.extend: got true in a grid",
+        ),
     ],
 )
 def test_bad_grids(tmp_path: Path, capsys: Any, changes: dict[str, Any], words: str) -> None:

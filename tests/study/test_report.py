@@ -16,6 +16,7 @@ from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from megatron_progressive.config import ConfigError, load
+from megatron_progressive.runtime.folder_lock import LOCK_NAME, FolderLock
 from megatron_progressive.study.controls import fixed_size, short_control
 from megatron_progressive.study.flops import total_flops
 from megatron_progressive.study.report import (
@@ -380,6 +381,17 @@ def test_a_summary_without_a_result_is_of_an_unfinished_run(tmp_path: Path, text
     assert report.rows[0].final_eval_loss is None
     assert any("summary.json" in warning for warning in report.rows[0].warnings)
     assert (folder / "summary.json").read_text() == text
+
+
+def test_no_verdict_is_written_where_a_job_trains_on(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    report = make_report([folder], tmp_path / "out")
+    before = (folder / "summary.json").read_text()
+    with FolderLock(folder / LOCK_NAME):
+        record_verdicts(report)
+        assert (folder / "summary.json").read_text() == before
+    record_verdicts(report)
+    assert (folder / "summary.json").read_text() != before
 
 
 def _break(folder: Path, how: str) -> Path:
