@@ -36,10 +36,8 @@ class Launch:
         """Whether anything can be started so.
 
         Raises:
-            ConfigError: no number of workers, or no such program.
+            ConfigError: no such program.
         """
-        if self.nproc < 1:
-            raise ConfigError(f"--nproc: got {self.nproc}; accepted: from 1")
         accepted = "accepted: srun and its options, inside a Slurm job"
         try:
             words = shlex.split(self.srun)

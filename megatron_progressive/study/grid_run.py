@@ -52,7 +52,7 @@ def run_grid(
         ConfigError: a cell that is not there, data that cannot be read, or a place where no run
             can be started.
     """
-    _check(workers, launch)
+    launch.check()
     cells = study.grid.chosen(list(chosen)) if chosen else study.grid.cells
     measured = chosen or study.grid.pilot is None or study.grid.pilot.mixing() is not None
     if measured and all(not cell.unknown and study.finished(cell) for cell in cells):
@@ -84,12 +84,6 @@ def run_grid(
     return NO_TAU_CODE if any(cell.unknown for cell in cells) else 0
 
 
-def _check(workers: int, launch: Launch) -> None:
-    if workers < 1:
-        raise ConfigError(f"--workers: got {workers}; accepted: from 1")
-    launch.check()
-
-
 def _count(cells: Sequence[Cell]) -> str:
     return f"all {len(cells)} cells are" if len(cells) > 1 else f"{cells[0].name} is"
 
@@ -118,7 +112,7 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
     Raises:
         ConfigError: the grid has none.
     """
-    _check(workers, launch)
+    launch.check()
     pilot = study.grid.pilot
     if pilot is None:
         raise ConfigError(

@@ -111,8 +111,8 @@ def test_a_bad_place_exhausts_no_cell(
             "--srun: got 'no-such-program --x', no program no-such",
         ),
         (["--srun", "srun 'x"], '--srun: got "srun \'x": No closing quotation'),
-        (["--workers", "0"], "--workers: got 0; accepted: from 1"),
-        (["--nproc", "0"], "--nproc: got 0; accepted: from 1"),
+        (["--workers", "0"], "--workers: got '0'; accepted: an integer from 1"),
+        (["--nproc", "0"], "--nproc: got '0'; accepted: an integer from 1"),
         (["--cell", "a-fixed-s9"], "--cell: got 'a-fixed-s9', which "),
     ],
 )
@@ -180,7 +180,9 @@ def test_the_lock_lasts_as_long_as_the_run(tmp_path: Path, corpus: Path) -> None
         "run_cell(study, study.grid.cells[0], Launch(srun=sys.argv[1]))"
     )  # fmt: skip
     script = tmp_path / "run.sh"
-    script.write_text(f"#!/bin/sh\necho $$ > {going}.tmp; mv {going}.tmp {going}\nexec sleep 600\n")
+    script.write_text(
+        f"#!/bin/sh\ntrap '' USR1\necho $$ > {going}.tmp; mv {going}.tmp {going}\nexec sleep 600\n"
+    )
     script.chmod(0o755)
     worker = subprocess.Popen([sys.executable, "-c", code, str(script)])
     deadline = time.monotonic() + 120

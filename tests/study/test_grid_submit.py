@@ -138,8 +138,8 @@ def test_a_refused_job_takes_back_those_before_it(tmp_path: Path, slurm: Any, ca
     ("words", "said"),
     [
         ([], "sbatch: not found; accepted: a host of a Slurm cluster, or --dry-run"),
-        (["--dry-run", "--nodes=0"], "--nodes: got 0; accepted: from 1"),
-        (["--dry-run", "--array-limit=0"], "--array-limit: got 0; accepted: from 1"),
+        (["--dry-run", "--nodes=0"], "--nodes: got '0'; accepted: an integer from 1"),
+        (["--dry-run", "--array-limit=0"], "--array-limit: got '0'; accepted: an integer from 1"),
         (["--dry-run", "--sbatch=--comment='a"], '--sbatch: got "--comment=\'a": No closing'),
     ],
 )
