@@ -138,8 +138,10 @@ def _laws_title(laws: list[Law]) -> str:
             alpha = law.fit.parameters["alpha"]
             high = math.inf if alpha.high is None else alpha.high
             ends.append((alpha.low or 0.0, high, law.family))
-    if len(ends) < min(2, len(known)):
+    if not ends:
         return "Loss against FLOPs: the cells do not determine the exponents α of the laws"
+    if len(known) > 1 == len(ends):
+        return f"Loss against FLOPs: the cells determine the exponent α of {ends[0][2]} only"
     if len(known) == 1:
         return f"Loss against FLOPs: α of {ends[0][2]} from {ends[0][0]:.2g} to {ends[0][1]:.2g}"
     steep, flat = max(ends), min(ends, key=lambda end: end[1])

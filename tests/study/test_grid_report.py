@@ -11,16 +11,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from scipy.stats import ttest_1samp
 
 from megatron_progressive import cli
-from megatron_progressive.study import fits, grid_figures, grid_report, mixing
+from megatron_progressive.study import fits, grid_figures, grid_page, grid_report, mixing
 from megatron_progressive.study.efficiency import Efficiency
 from megatron_progressive.study.fits import Interval
 from megatron_progressive.study.grid import load_grid
-from megatron_progressive.study.grid_laws import Saving
+from megatron_progressive.study.grid_laws import Law, Saving
 from megatron_progressive.study.grid_report import GridReport, make_grid_report
 from megatron_progressive.study.grid_state import Study
 from tests.study.synthetic import PLANTED, planted_loss, write_study
@@ -317,6 +318,38 @@ def test_a_law_that_stays_above_and_runs_too_short_to_mix(tmp_path: Path) -> Non
     page = (study.folder / "report.html").read_text()
     assert "A factor of 0: its law" in page
     assert "0 of 0" not in page
+
+
+def test_headlines_of_laws_claim_no_more_than_their_intervals() -> None:
+    compute = np.logspace(15, 18, 8)
+    random = np.random.default_rng(0)
+
+    def law(family: str, alpha: float, noise: float) -> Law:
+        loss = (2 + 3 * (1e15 / compute) ** alpha) * np.exp(noise * random.standard_normal(8))
+        return Law(family, [], fits.fit_compute(compute, loss))
+
+    flat, steep, open_ = law("flat", 0.1, 1e-4), law("steep", 0.2, 1e-4), law("open", 0.1, 0.2)
+    assert open_.fit is not None
+    assert "alpha" in open_.fit.undetermined
+    refused = Law("few", [], None, "too few")
+    title = grid_report._laws_title
+    assert title([refused]).endswith("too few cells for a law")
+    assert title([open_, refused]).endswith("do not determine the exponents α of the laws")
+    assert title([open_, flat]).endswith("determine the exponent α of flat only")
+    assert title([steep, flat]).endswith("the law of steep falls more steeply than that of flat")
+    assert title([flat, law("twin", 0.1, 1e-4)]).endswith("cannot be told apart")
+    assert "α of flat from 0.0" in title([flat]) or "α of flat from 0.1" in title([flat])
+
+    def saving(factor: Interval) -> Saving:
+        found = Efficiency(2.5, 1e13, factor, extrapolated=False)
+        return Saving("zero-layer", "fixed-size", "w1", 1, found)
+
+    title_of = grid_report._savings_title
+    assert "fixed-size needs 1.30x the FLOPs" in title_of([saving(Interval(1.3, 1.1, 1.5))])
+    for interval in (Interval(1.3, 0.9, 1.5), Interval(0.8, 0.1, None), Interval(9.0, None, None)):
+        assert "what fixed-size needs is open" in title_of([saving(interval)])
+    page = grid_page._factor(Interval(1e44, 0.0, None))
+    assert page == ">50x (0 to open)"
 
 
 def test_an_unreadable_run_is_named_and_does_not_stop_the_report(tmp_path: Path) -> None:
