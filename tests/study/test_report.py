@@ -151,6 +151,10 @@ def test_seeds_that_diverged_are_not_forgotten(tmp_path: Path) -> None:
     summary = json.loads((folders[0] / "summary.json").read_text())
     summary["final_eval_loss"] = None
     (folders[0] / "summary.json").write_text(json.dumps(summary))
+    metrics = folders[0] / "metrics.jsonl"
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    next(e for e in reversed(events) if e["event"] == "eval")["loss"] = None
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
     verdict = make_report(folders, tmp_path / "out").verdicts[-1]
     assert verdict.controls[0].high is not None
     assert verdict.controls[0].high < 0
@@ -406,7 +410,7 @@ def _break(folder: Path, how: str) -> Path:
         metrics.write_text("")
     elif how == "has no line that can be read":
         metrics.write_text('{"event": "tr\n')
-    elif how == "model: missing":
+    elif how == "model.family: missing":
         (folder / "config.yaml").write_text("run: {name: x}\n")
     return folder
 
@@ -415,7 +419,7 @@ def _break(folder: Path, how: str) -> Path:
     "how",
     [
         "no folder", "no config.yaml", "no metrics.jsonl", "is empty",
-        "has no line that can be read", "model: missing",
+        "has no line that can be read", "model.family: missing",
     ],
 )  # fmt: skip
 def test_bad_folders_are_refused_in_one_line_before_anything_is_written(
