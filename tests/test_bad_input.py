@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.checkpoints.init_from import with_initial_model
 from megatron_progressive.config import from_dict, to_yaml
-from megatron_progressive.state.initial import with_initial_model
 from tests.pool import Pool
 from tests.train.cases import run_config, run_values, train_here
 

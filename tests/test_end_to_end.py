@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_progressive import cli
-from megatron_progressive.study.controls import fixed_size, short_control
-from megatron_progressive.train.run_folder import read_metrics
+from megatron_progressive.plan.controls import fixed_size, short_control
+from megatron_progressive.runs.folder import read_metrics
 from tests.pool import Pool
 from tests.train.cases import run_config, train_here
 
@@ -55,7 +55,7 @@ def test_report_of_what_is_no_run(tmp_path: Path, capfd: Any) -> None:
 def test_flops_in_metrics_are_the_plans(
     pool: Pool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_progressive.study.flops import total_flops
+    from megatron_progressive.cost.flops import total_flops
 
     config = run_config(tmp_path, corpus, "flops", "train.save_every=0")
     pool.run(1, train_here, config)

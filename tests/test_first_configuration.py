@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_progressive.cli import main
 from megatron_progressive.config import load
 from megatron_progressive.config.first import first_configuration, size_for
 from megatron_progressive.models import FAMILIES, model_shape
@@ -30,3 +31,34 @@ def test_only_a_large_gpu_gets_a_large_model() -> None:
     assert size_for("llama3", 0, 0.0).preset == "tiny"
     assert size_for("llama3", 1, 12.0).preset == "tiny"
     assert size_for("llama3", 1, 80.0).preset != "tiny"
+
+
+def test_the_command_writes_one_that_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("text\n" * 1000)
+    file = tmp_path / "mine.yaml"
+    assert main(["init", str(file), "--corpus", str(tmp_path / "mine.txt")]) == 0
+    assert main(["plan", str(file)]) == 0
+    assert "mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--family", "llama9"], "--family: got 'llama9'"),
+        (["--family", "resnet"], "--family: got 'resnet'"),
+        (["--corpus", "nowhere.txt"], "data.corpus: got 'nowhere.txt', which does not exist"),
+        ([], "FILE: "),
+    ],
+)
+def test_bad_words_are_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    if not words:
+        file.write_text("mine")
+    assert main(["init", str(file), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert file.exists() == (not words)

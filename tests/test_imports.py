@@ -1,57 +1,124 @@
-"""Imports point one way: cli, then train and study, engines and expansion, state, optim, models
-and data, runtime and config."""
+"""The house: imports point down the list of rooms, files of a room form no circle, and no room or
+file is too large to be one concern."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_progressive"
-# A room may import rooms of its own height or lower; study never imports train (train counts
-# its FLOPs with study's formulas), models, state and expansion know no engine's inside.
-HEIGHT = {"cli": 6, "__main__": 7, "train": 5, "study": 4, "expansion": 3, "engines": 3,
-          "state": 2, "optim": 2, "models": 2, "data": 2, "runtime": 1, "config": 1,
-          "__init__": 0}  # fmt: skip
+ROOMS = [
+    {"__main__"},
+    {"cli"},
+    {"grid", "coordcheck"},
+    {"compare"},
+    {"train", "laws"},
+    {"plan", "runs"},
+    {"cost", "expansion", "huggingface"},
+    {"engines", "checkpoints"},
+    {"optim", "reshard", "data"},
+    {"models", "runtime"},
+    {"config"},
+    {"__init__"},
+]
+"""A room may import those of the lines below its own, and no other."""
+HEIGHT = {room: -line for line, rooms in enumerate(ROOMS) for room in rooms}
+
+LARGEST_ROOM = 0.15
+"""Of the package's lines."""
+LONGEST_FILE = 400
+"""Lines."""
 
 
-def room(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def module(path: Path) -> str:
+    parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_rooms(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def files() -> dict[str, Path]:
+    return {module(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imported(source: str) -> set[str]:
+    """The package's modules that a source imports: inside functions and for types alone, too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
-            parts = (node.module or "").split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in files() else str(node.module) for name in names}
         elif isinstance(node, ast.Import):
-            names |= {
-                a.name.split(".")[1] for a in node.names if a.name.startswith(PACKAGE.name + ".")
-            }
-    return {name for name in names if name in HEIGHT}
+            found |= {a.name for a in node.names if a.name.startswith(f"{PACKAGE.name}.")}
+    return found
 
 
-def test_imports_point_one_way() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert {room(f) for f in files} <= HEIGHT.keys()
+def test_imports_point_down() -> None:
+    assert {room(name) for name in files()} == HEIGHT.keys()
     upward = [
-        f"{file.relative_to(PACKAGE)} imports {name}"
-        for file in files
-        for name in imported_rooms(file)
-        if HEIGHT[name] > HEIGHT[room(file)]
+        f"{name} imports {other}"
+        for name, path in files().items()
+        for other in imported(path.read_text())
+        if room(other) != room(name) and HEIGHT[room(other)] >= HEIGHT[room(name)]
     ]
     assert not upward
 
 
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The modules of some circle, in its order; empty where there is none."""
+    done: set[str] = set()
+
+    def below(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(imports.get(name, set()) - {name}):
+            if found := below(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in imports if (found := below(name, []))), [])
+
+
+def test_no_circles() -> None:
+    assert not circle({name: imported(path.read_text()) for name, path in files().items()})
+
+
+def test_a_circle_is_seen() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    inside = "def f():\n    from megatron_progressive.config import loading"
+    assert imported(inside) == {"megatron_progressive.config.loading"}
+
+
+def test_no_room_and_no_file_is_too_large() -> None:
+    lines = {name: len(path.read_text().splitlines()) for name, path in files().items()}
+    rooms: Counter[str] = Counter()
+    for name, count in lines.items():
+        rooms[room(name)] += count
+    whole = sum(lines.values())
+    assert not {one: count for one, count in rooms.items() if count > LARGEST_ROOM * whole}
+    assert not {name: count for name, count in lines.items() if count > LONGEST_FILE}
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    for name, path in files().items():
+        assert ast.get_docstring(ast.parse(path.read_text())), name
+
+
 def test_policies_and_engines_do_not_know_each_other() -> None:
-    """expansion sees the Engine protocol only; engines never see expansion or study."""
+    """expansion sees the Engine protocol only; engines cannot see expansion, which is above."""
     for file in (PACKAGE / "expansion").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and ".engines" in (node.module or ""):
-                assert node.module == "megatron_progressive.engines.base"
-    for file in (PACKAGE / "engines").rglob("*.py"):
-        assert not imported_rooms(file) & {"expansion", "train", "study"}
+        engines = {name for name in imported(file.read_text()) if room(name) == "engines"}
+        assert engines <= {"megatron_progressive.engines.base"}
 
 
 PARALLEL_STATE = {"runtime/groups.py"}

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from megatron_progressive.config import load
-from megatron_progressive.study.controls import control_words, fixed_size, short_control
-from megatron_progressive.study.flops import total_flops
+from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.plan.controls import control_words, fixed_size, short_control
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.yaml"

@@ -26,10 +26,10 @@ from typing import Any
 
 from megatron_progressive import data
 from megatron_progressive.config import RunConfig, from_dict
+from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.runtime.distributed import Place, prepare_imports, world_group
 from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.runtime.progress import short_time
-from megatron_progressive.study.flops import total_flops
 
 ARMS: dict[str, dict[str, bool]] = {"mup": {"mup": True}, "standard": {"mup": False}}
 TITLES = {"mup": "with muP", "standard": "without"}
@@ -72,8 +72,8 @@ def final_loss(config: RunConfig) -> float:
     from megatron_progressive.engines.base import GlobalBatch, in_batches
     from megatron_progressive.models import model_shape, tensor_table
     from megatron_progressive.optim.schedule import learning_rate
+    from megatron_progressive.reshard.initial_values import initialise_all
     from megatron_progressive.runtime.layout import make_layout
-    from megatron_progressive.state.init import initialise_all
 
     shape, size = model_shape(config), config.train.global_batch
     engine = make_engine(config, shape, make_layout(config.parallel, dist.get_world_size()))
@@ -196,7 +196,7 @@ def draw(results: list[Cell], path: Path) -> None:
     of the arm are. A run that diverged is a cross at the upper edge."""
     from matplotlib import colormaps
 
-    from megatron_progressive.study.drawing import FAINT, INK, dress, new_figure, save
+    from megatron_progressive.compare.drawing import FAINT, INK, dress, new_figure, save
 
     arms = [arm for arm in ARMS if any(cell["arm"] == arm for cell in results)]
     widths = sorted({cell["width"] for cell in results})

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_progressive.config import ConfigError
-from megatron_progressive.study.drawing import (
+from megatron_progressive.compare.drawing import (
     FIXED_COLOURS,
     GROWN_COLOURS,
     SHORT_COLOURS,
@@ -30,7 +29,8 @@ from megatron_progressive.study.drawing import (
     new_figure,
     save,
 )
-from megatron_progressive.study.runs import Run, read_run
+from megatron_progressive.config import ConfigError
+from megatron_progressive.runs.reading import Run, read_run
 
 NAMES = {"adamw": "AdamW", "muon_nsgd": "Muon-NSGD"}
 COLOURS = (GROWN_COLOURS[0], SHORT_COLOURS[0], *FIXED_COLOURS)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data import image_folder, shapes
 from megatron_progressive.models import model_shape
-from megatron_progressive.models.resnet import ResNetShape
+from megatron_progressive.models.families.resnet import ResNetShape
 
 if TYPE_CHECKING:
     import torch

@@ -30,7 +30,7 @@ from megatron_progressive.data.prepare import check, prepare
 from megatron_progressive.data.progress import Progress
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
-from megatron_progressive.models.resnet import ResNetShape
+from megatron_progressive.models.families.resnet import ResNetShape
 
 SHARED_SECONDS = 60.0
 """How long another host's new folder may take to be seen on a shared file system."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.models.base import ModelShape, TransformerShape
-from megatron_progressive.models.resnet import ResNetShape
+from megatron_progressive.models.families.resnet import ResNetShape
 from megatron_progressive.runtime.layout import Layout
 
 if TYPE_CHECKING:  # planning reads engines/partitions.py without loading torch
@@ -16,15 +16,15 @@ if TYPE_CHECKING:  # planning reads engines/partitions.py without loading torch
 def make_engine(config: RunConfig, shape: ModelShape, layout: Layout) -> Engine:
     """A new engine of ``layout.engine``, with unset weights. Collective over all ranks."""
     if layout.engine == "torch":
-        from megatron_progressive.engines.torch_engine import TorchEngine
+        from megatron_progressive.engines.torch.engine import TorchEngine
 
         assert isinstance(shape, ResNetShape)  # preflight refuses others
         return TorchEngine(config, shape, layout)
     assert isinstance(shape, TransformerShape)
     if layout.engine == "deepspeed":
-        from megatron_progressive.engines.deepspeed import DeepSpeedEngine
+        from megatron_progressive.engines.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(config, shape, layout)
-    from megatron_progressive.engines.megatron import MegatronEngine
+    from megatron_progressive.engines.megatron.engine import MegatronEngine
 
     return MegatronEngine(config, shape, layout)

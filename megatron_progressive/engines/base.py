@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_progressive.models.base import ModelShape
+from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.state.boxes import ShardedState
 
 
 @dataclass(frozen=True)

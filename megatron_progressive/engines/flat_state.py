@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_progressive.optim.flat import Cut, Fragment
-from megatron_progressive.state.boxes import MASTER, Piece, flat_range_boxes, scalar_piece, whole
+from megatron_progressive.reshard.boxes import MASTER, Piece, flat_range_boxes, scalar_piece, whole
 
 
 def flat_pieces(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.engines.places import zero_3_places, zero_places
+from megatron_progressive.engines.buffer_places import zero_3_places, zero_places
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import (
     ModelShape,
@@ -29,8 +29,7 @@ from megatron_progressive.models.base import (
 )
 from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
-from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.state.boxes import (
+from megatron_progressive.reshard.boxes import (
     MASTER,
     PARAM,
     Box,
@@ -38,6 +37,7 @@ from megatron_progressive.state.boxes import (
     flat_range_boxes,
     whole,
 )
+from megatron_progressive.runtime.layout import Layout
 
 Held = tuple[list[PieceMeta], Sequence[int]]
 """Pieces, and the global ranks that each hold all of them."""

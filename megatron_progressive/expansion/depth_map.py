@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megatron_progressive.config import ConfigError, ExpansionSection
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape, layer_of, with_layer_number
-from megatron_progressive.state.boxes import WEIGHT_SLOTS, Key
+from megatron_progressive.reshard.boxes import WEIGHT_SLOTS, Key
 
 COPY, INIT, ZERO = "copy", "init", "zero"
 

@@ -15,10 +15,10 @@ from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, copied_from, rules_of
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.reshard.boxes import WEIGHT_SLOTS, ShardedState
+from megatron_progressive.reshard.initial_values import initialise
+from megatron_progressive.reshard.transfer import TransferStats, transfer
 from megatron_progressive.runtime.agreement import all_succeed
-from megatron_progressive.state.boxes import WEIGHT_SLOTS, ShardedState
-from megatron_progressive.state.init import initialise
-from megatron_progressive.state.transfer import TransferStats, transfer
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_progressive.checkpoints.checkpoint import Progress, read_whole, seal
+from megatron_progressive.checkpoints.index import Slots, StoredTensor, stored_tensors
+from megatron_progressive.checkpoints.new_folder import check_new_folder, new_folder
+from megatron_progressive.checkpoints.record import ModelRecord
+from megatron_progressive.checkpoints.tokenizer_files import FOLDER, copy_tokenizer
 from megatron_progressive.config import ConfigError, ExpansionSection, OptimSection
 from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, check_depths, rules_of
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
+from megatron_progressive.reshard.boxes import MASTER, PARAM, Key, whole
 from megatron_progressive.runtime.progress import show_bytes
-from megatron_progressive.state.boxes import MASTER, PARAM, Key, whole
-from megatron_progressive.state.checkpoint import Progress, read_whole, seal
-from megatron_progressive.state.new_folder import check_new_folder, new_folder
-from megatron_progressive.state.record import ModelRecord
-from megatron_progressive.state.stored import Slots, StoredTensor, stored_tensors
-from megatron_progressive.state.tokenizer_files import FOLDER, copy_tokenizer
 
 if TYPE_CHECKING:  # bad input is refused without loading torch
     import torch
 
-    from megatron_progressive.state.streamed import TensorReader
+    from megatron_progressive.checkpoints.streamed import TensorReader
 
 LAYOUT = "offline"
 """What an expanded checkpoint names as its layout: no job has saved it."""
@@ -127,7 +127,7 @@ def expand_checkpoint(plan: OfflineExpansion) -> None:
 
     The files go to a hidden folder beside it, which an error removes.
     """
-    from megatron_progressive.state.streamed import TensorReader, TensorWriter
+    from megatron_progressive.checkpoints.streamed import TensorReader, TensorWriter
 
     with new_folder(plan.out) as temporary:
         reader = TensorReader(plan.checkpoint)
@@ -146,7 +146,7 @@ def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tens
     """One slot of one target tensor, filled by its rule."""
     import torch
 
-    from megatron_progressive.state.init import initial_values
+    from megatron_progressive.reshard.initial_values import initial_values
 
     name, slot = key
     rule, tensor = plan.rules[name], plan.tensors[key]

@@ -6,8 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.models import deepseek_v3, gpt2, llama3, mixtral, qwen3, resnet
 from megatron_progressive.models.base import ModelShape, TensorSpec, TransformerShape
+from megatron_progressive.models.families import deepseek_v3, gpt2, llama3, mixtral, qwen3, resnet
 from megatron_progressive.models.family import Family
 from megatron_progressive.models.transformer_family import TransformerFamily
 

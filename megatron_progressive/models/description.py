@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, MoE, TransformerShape
-from megatron_progressive.models.resnet import ResNetShape
+from megatron_progressive.models.families.resnet import ResNetShape
 
 
 def size_words(shape: ModelShape) -> list[str]:

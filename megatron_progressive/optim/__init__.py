@@ -1,0 +1,1 @@
+"""Muon, normalised SGD, Newton-Schulz, learning-rate schedules."""

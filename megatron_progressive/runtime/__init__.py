@@ -1,0 +1,1 @@
+"""Processes and devices: launching, joining, groups, layouts, signals, files, progress."""

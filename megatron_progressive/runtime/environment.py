@@ -76,6 +76,15 @@ def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[s
     return lines
 
 
+def cuda_memory_gib() -> list[float]:
+    """The memory of each CUDA device, GiB. Loads torch."""
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [torch.cuda.get_device_properties(number) for number in range(devices)]
+    return [properties.total_memory / 2**30 for properties in found]
+
+
 def environment() -> Environment:
     """What this machine has. Loads torch, and Transformer Engine where it is installed."""
     import torch

@@ -8,9 +8,16 @@ import traceback
 from typing import Any
 
 from megatron_progressive import data
+from megatron_progressive.checkpoints.checkpoint import Progress, checkpoint_path, read_description
+from megatron_progressive.checkpoints.contents import DamagedCheckpoint
+from megatron_progressive.checkpoints.init_from import check_tokenizer, unknown_tokenizer
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
-from megatron_progressive.engines.kernels import check_kernels
+from megatron_progressive.engines.megatron.kernels import check_kernels
+from megatron_progressive.plan.preflight import check_run
+from megatron_progressive.runs.folder import look
+from megatron_progressive.runs.sole_job import check_free, sole_job
+from megatron_progressive.runs.trackers import check_trackers
 from megatron_progressive.runtime.distributed import (
     Place,
     place_from_environment,
@@ -21,13 +28,6 @@ from megatron_progressive.runtime.files import WriteFailed
 from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.runtime.leader import Leader, LeaderFailed
 from megatron_progressive.runtime.signals import outlives_its_reader
-from megatron_progressive.state.checkpoint import Progress, checkpoint_path, read_description
-from megatron_progressive.state.contents import DamagedCheckpoint
-from megatron_progressive.state.initial import check_tokenizer, unknown_tokenizer
-from megatron_progressive.study.preflight import check_run
-from megatron_progressive.train.run_folder import look
-from megatron_progressive.train.sole_job import check_free, sole_job
-from megatron_progressive.train.trackers import check_trackers
 
 
 def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: bool = False) -> int:

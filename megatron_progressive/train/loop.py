@@ -8,30 +8,30 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_progressive.checkpoints import checkpoint, resuming
+from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.record import DepthHistory, record_of_run
+from megatron_progressive.checkpoints.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.config import RunConfig
+from megatron_progressive.cost.flops import step_flops
 from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
-from megatron_progressive.engines.kernels import kernels_line
+from megatron_progressive.engines.megatron.kernels import kernels_line
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.optim.schedule import learning_rate
+from megatron_progressive.reshard.initial_values import initialise_all
+from megatron_progressive.runs.extension import kept_for_extension
+from megatron_progressive.runs.folder import Recorder
 from megatron_progressive.runtime.agreement import all_succeed
 from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.folder_lock import FolderLock
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
-from megatron_progressive.state import checkpoint, resuming
-from megatron_progressive.state.checkpoint import Progress
-from megatron_progressive.state.init import initialise_all
-from megatron_progressive.state.record import DepthHistory, record_of_run
-from megatron_progressive.state.tokenizer_files import FOLDER as TOKENIZER_FOLDER
-from megatron_progressive.study.flops import step_flops
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
-from megatron_progressive.train.extension import kept_for_extension
-from megatron_progressive.train.run_folder import Recorder
 
 DONE, STOPPED = 0, 75
 """Exit codes of a run: finished, or stopped by a signal after saving."""

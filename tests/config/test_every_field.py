@@ -16,7 +16,7 @@ from megatron_progressive import cli
 from megatron_progressive.config import ConfigError, RunConfig, from_dict, load
 from megatron_progressive.config.accepted import BOUNDS, CHOICES, PATHS, WORDING
 from megatron_progressive.config.loading import _kinds
-from megatron_progressive.study.preflight import check_run
+from megatron_progressive.plan.preflight import check_run
 
 FAMILIES = ("gpt2", "deepseek_v3", "resnet")
 LONG = "x" * 5000

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_progressive import cli
-from megatron_progressive.study.grid import load_grid
+from megatron_progressive.grid.grid import load_grid
 
 GRID = """\
 study: {name: 2026-11-28, dir: "$PLACE"}

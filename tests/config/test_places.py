@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from megatron_progressive import cli
+from megatron_progressive.checkpoints.checkpoint import newest_checkpoint
 from megatron_progressive.config import ConfigError, from_dict
 from megatron_progressive.config.places import check_readable, check_writable, expanded, place
-from megatron_progressive.state.checkpoint import newest_checkpoint
 from tests.unprivileged import unprivileged
 
 
@@ -218,7 +218,7 @@ def test_an_error_that_no_check_foresaw_is_one_line(
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/some/file")
 
-    monkeypatch.setattr("megatron_progressive.study.report.make_report", fail)
+    monkeypatch.setattr("megatron_progressive.compare.report.make_report", fail)
     refused(
         ["report", str(tmp_path), "--out", str(tmp_path / "out")], capfd, "/some/file: Permission"
     )

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_progressive import config as configuration
+from megatron_progressive.checkpoints import checkpoint
+from megatron_progressive.checkpoints.record import record_of_run
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.reshard.boxes import PieceMeta, ShardedState
+from megatron_progressive.reshard.initial_values import initialise_all
 from megatron_progressive.runtime.layout import make_layout
-from megatron_progressive.state import checkpoint
-from megatron_progressive.state.boxes import PieceMeta, ShardedState
-from megatron_progressive.state.init import initialise_all
-from megatron_progressive.state.record import record_of_run
 
 SMALL = {
     "model": {"family": "gpt2", "hidden_size": 32, "num_attention_heads": 4},

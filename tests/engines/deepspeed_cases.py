@@ -17,9 +17,9 @@ from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim import flat
+from megatron_progressive.reshard.boxes import ShardedState, whole
 from megatron_progressive.runtime import distributed
 from megatron_progressive.runtime.layout import make_layout
-from megatron_progressive.state.boxes import ShardedState, whole
 from tests.engines import cases
 
 Run = tuple[list[tuple[float, float]], cases.Full]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_progressive.models import tensor_table
-from megatron_progressive.state.boxes import whole
-from megatron_progressive.state.init import initial_values
+from megatron_progressive.reshard.boxes import whole
+from megatron_progressive.reshard.initial_values import initial_values
 
 Full = dict[tuple[str, str], torch.Tensor]
 

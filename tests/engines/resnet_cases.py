@@ -12,7 +12,7 @@ from megatron_progressive import config as configuration
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import open_data
 from megatron_progressive.engines.base import GlobalBatch
-from megatron_progressive.study.preflight import check_run
+from megatron_progressive.plan.preflight import check_run
 from tests.engines import cases
 from tests.engines.test_property import SAMPLES, _compare
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_progressive.config import RunConfig
-from megatron_progressive.engines import deepspeed_state
+from megatron_progressive.engines.deepspeed import state as deepspeed_state
 from megatron_progressive.models import model_shape
 from tests.engines import cases, deepspeed_cases, reference
 from tests.pool import Pool

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
-from megatron_progressive.engines import kernels, megatron
+from megatron_progressive.engines.megatron import engine as megatron
+from megatron_progressive.engines.megatron import kernels
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from tests.engines.cases import Full, family_config, gather, start, step

@@ -120,7 +120,7 @@ def test_checkpoint_onto_and_from_a_virtual_pipeline(
 
 
 def test_pipeline_settings_that_gloo_gets_wrong_are_refused() -> None:
-    from megatron_progressive.engines.megatron_model import check_gloo_pipeline
+    from megatron_progressive.engines.megatron.model import check_gloo_pipeline
 
     sound = {"batch_p2p_comm": False, "overlap_p2p_comm": False}
     check_gloo_pipeline(SimpleNamespace(**sound))  # type: ignore[arg-type]

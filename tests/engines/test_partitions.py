@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from megatron_progressive.config import ParallelSection, RunConfig, from_dict
+from megatron_progressive.engines.buffer_places import distributed_optimizer_places
 from megatron_progressive.engines.partitions import (
     held_pieces,
     pieces_of_rank,
 )
-from megatron_progressive.engines.places import distributed_optimizer_places
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim.rules import STEP
+from megatron_progressive.reshard.boxes import PieceMeta
 from megatron_progressive.runtime.layout import Layout, make_layout
-from megatron_progressive.state.boxes import PieceMeta
 from tests.engines import cases
 from tests.pool import Pool
 

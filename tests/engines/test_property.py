@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch
 from megatron_progressive.models import model_shape
-from megatron_progressive.study.preflight import check_run
+from megatron_progressive.plan.preflight import check_run
 from tests.engines import cases, reference
 from tests.pool import Pool
 

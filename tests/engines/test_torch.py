@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from megatron_progressive.data import open_data
 from megatron_progressive.engines.partitions import pieces_of_rank
+from megatron_progressive.engines.torch.resnet_module import ResNet
 from megatron_progressive.models import model_shape, tensor_table
-from megatron_progressive.models.resnet_module import ResNet
+from megatron_progressive.reshard.boxes import whole
+from megatron_progressive.reshard.initial_values import initial_values
 from megatron_progressive.runtime.layout import make_layout
-from megatron_progressive.state.boxes import whole
-from megatron_progressive.state.init import initial_values
 from tests.engines import cases, resnet_cases
 from tests.engines.test_property import SAMPLES
 from tests.pool import Pool

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_progressive.checkpoints import checkpoint
+from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.record import record_of_run
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines import make_engine
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import make_layout
-from megatron_progressive.state import checkpoint
-from megatron_progressive.state.checkpoint import Progress
-from megatron_progressive.state.record import record_of_run
 from tests.engines import cases
 from tests.engines.cases import Full
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_progressive.checkpoints.checkpoint import checkpoints
 from megatron_progressive.config import to_yaml
-from megatron_progressive.state.checkpoint import checkpoints
-from megatron_progressive.train.run_folder import read_metrics
+from megatron_progressive.runs.folder import read_metrics
 from tests.jobs import Jobs
 from tests.train.cases import run_config
 
@@ -32,9 +32,9 @@ MOMENTS = ("build", "fill", "metadata", "exchange", "last exchange", "loaded", "
 
 def at_moment(moment: str, act: Callable[[], None]) -> None:
     """Call ``act`` when this process reaches a moment of the expansion."""
-    from megatron_progressive.engines.megatron import MegatronEngine
+    from megatron_progressive.engines.megatron.engine import MegatronEngine
     from megatron_progressive.expansion import hook
-    from megatron_progressive.state import transfer
+    from megatron_progressive.reshard import transfer
 
     engines: list[Any] = []
 

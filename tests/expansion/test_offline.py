@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from megatron_progressive import cli
+from megatron_progressive.checkpoints import checkpoint, streamed
+from megatron_progressive.checkpoints.checkpoint import read_description
+from megatron_progressive.checkpoints.inspection import inspect_checkpoint
 from megatron_progressive.config import to_yaml
 from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
 from megatron_progressive.models import model_shape
-from megatron_progressive.state import checkpoint, streamed
-from megatron_progressive.state.checkpoint import read_description
-from megatron_progressive.state.inspection import inspect_checkpoint
 from tests.disk import small_disk
 from tests.engines import cases
 from tests.expansion.cases import loaded, saved_and_expanded
@@ -151,7 +151,8 @@ import re, sys
 from pathlib import Path
 from megatron_progressive import config
 from megatron_progressive.expansion import offline
-from megatron_progressive.state import init, streamed
+from megatron_progressive.checkpoints import streamed
+from megatron_progressive.reshard import initial_values as init
 # getrusage's peak would be the parent's, which a new process inherits
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 words = dict(zip(("to_layers", "init", "optimizer_state"), sys.argv[3:]))

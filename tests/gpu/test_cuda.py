@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_progressive.train.run_folder import read_metrics
+from megatron_progressive.runs.folder import read_metrics
 from tests.train.cases import run_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.train.run_folder import read_metrics
+from megatron_progressive.runs.folder import read_metrics
 from tests.launch.cluster import DEADLINE_S
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,15 +19,15 @@ from pathlib import Path
 import pytest
 
 from megatron_progressive.config import RunConfig, to_yaml
-from megatron_progressive.study.cells import Cell
-from megatron_progressive.study.grid import load_grid
-from megatron_progressive.study.grid_state import Study
-from megatron_progressive.train.run_folder import read_metrics
+from megatron_progressive.grid.cells import Cell
+from megatron_progressive.grid.grid import load_grid
+from megatron_progressive.grid.state import Study
+from megatron_progressive.runs.folder import read_metrics
 from tests.expansion.test_atomic import trajectory
+from tests.grid.test_grid import grid_file
 from tests.jobs import Jobs
 from tests.launch.cluster import Cluster, missing
 from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, until, wait_for_step
-from tests.study.test_grid import grid_file
 from tests.train.cases import run_config
 
 pytestmark = pytest.mark.skipif(

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from megatron_progressive.config import to_yaml
+from megatron_progressive.runs.folder import read_metrics
 from megatron_progressive.runtime.launch import free_port
-from megatron_progressive.train.run_folder import read_metrics
 from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, wait_for_step
 from tests.train.cases import run_config
 

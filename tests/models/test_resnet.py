@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_progressive.config import RunConfig, from_dict
+from megatron_progressive.cost.flops import optimizer_flops, step_flops
+from megatron_progressive.engines.torch.resnet_module import ResNet
 from megatron_progressive.expansion.depth_map import depth_map
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
-from megatron_progressive.models.resnet_module import ResNet
-from megatron_progressive.study.flops import optimizer_flops, step_flops
 
 # what torchvision prints; table 6 of the paper for CIFAR (0.27M, 0.46M, 0.85M, 1.7M)
 PUBLISHED = {"18": 11_689_512, "34": 21_797_672, "50": 25_557_032, "101": 44_549_160,

@@ -14,8 +14,8 @@ from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.models.mup import FORMS, INNER, LAST, OUTSIDE, place_of
 from megatron_progressive.optim.flat import Cut, FlatOptimizer
 from megatron_progressive.optim.lr_factor import ADAMW_WIDTH, lr_factor
-from megatron_progressive.state.boxes import whole
-from megatron_progressive.state.init import initial_values
+from megatron_progressive.reshard.boxes import whole
+from megatron_progressive.reshard.initial_values import initial_values
 from tests.engines.cases import family_config, losses_and_norms
 from tests.pool import Pool
 

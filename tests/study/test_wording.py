@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_progressive.compare.wording import counted
 from megatron_progressive.config import from_dict
+from megatron_progressive.cost.flops import forward_flops_per_token, linear_flops
 from megatron_progressive.models import FAMILIES, model_shape, tensor_table
 from megatron_progressive.models.base import TransformerShape
-from megatron_progressive.study.flops import forward_flops_per_token, linear_flops
-from megatron_progressive.study.wording import counted
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "resnet"])

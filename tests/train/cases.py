@@ -32,8 +32,8 @@ def run_config(folder: Path, corpus: Path, name: str, *words: str, **changes: An
 
 def train_here(config: RunConfig) -> int:
     """Train or resume inside the pool's world group; returns the exit code."""
+    from megatron_progressive.runs.folder import check_folder
     from megatron_progressive.train.loop import train
-    from megatron_progressive.train.run_folder import check_folder
 
     progress = check_folder(config)
     dist.barrier()  # all have looked before rank 0 begins to write

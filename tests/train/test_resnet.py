@@ -16,11 +16,11 @@ import yaml
 
 from megatron_progressive import cli
 from megatron_progressive import config as configuration
+from megatron_progressive.checkpoints.checkpoint import checkpoint_path
+from megatron_progressive.checkpoints.init_from import with_initial_model
 from megatron_progressive.config import RunConfig, to_yaml
-from megatron_progressive.state.checkpoint import checkpoint_path
-from megatron_progressive.state.initial import with_initial_model
-from megatron_progressive.study.controls import fixed_size, short_control
-from megatron_progressive.study.flops import total_flops
+from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.plan.controls import fixed_size, short_control
 from tests.data.test_images import image_folder
 from tests.expansion.cases import loaded
 from tests.expansion.test_atomic import trajectory
@@ -75,7 +75,7 @@ def test_same_curve_on_one_and_two_ranks(
 
 
 def kill_in_step(victim: int, step: int) -> None:
-    from megatron_progressive.engines.torch_engine import TorchEngine
+    from megatron_progressive.engines.torch.engine import TorchEngine
 
     original, done = TorchEngine.train_step, []
 
@@ -189,7 +189,7 @@ def test_a_grid_of_residual_networks(
     file.write_text(yaml.safe_dump(grid))
     assert cli.main(["grid", "plan", str(file)]) == 0
     assert cli.main(["grid", "plan", str(file), "data.sequence_length=8"]) == 2
-    from megatron_progressive.study.grid import load_grid
+    from megatron_progressive.grid.grid import load_grid
 
     for cell in load_grid(file).cells:
         path = tmp_path / f"{cell.name}.yaml"

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_progressive.checkpoints.checkpoint import checkpoints, read_whole
 from megatron_progressive.config import to_yaml
-from megatron_progressive.state.checkpoint import checkpoints, read_whole
-from megatron_progressive.study.flops import total_flops
-from megatron_progressive.train.run_folder import read_metrics
+from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.runs.folder import read_metrics
 from tests.pool import Pool
 from tests.train.cases import run_config, run_values, train_here
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import open_data
 from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.runs.folder import read_metrics
 from megatron_progressive.train import loop
-from megatron_progressive.train.run_folder import read_metrics
 from tests.pool import Pool
 from tests.train.cases import run_config, train_here
 

@@ -114,7 +114,7 @@ def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
     import numpy as np
 
     from megatron_progressive.expansion.depth_map import COPY, rules_of
-    from megatron_progressive.state.boxes import Box, whole
+    from megatron_progressive.reshard.boxes import Box, whole
 
     def inside(box: Box, shape: tuple[int, ...]) -> tuple[slice, ...]:
         return box.slices_within(whole(shape))
@@ -139,11 +139,11 @@ def in_memory(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from megatron_progressive.checkpoints import checkpoint
+    from megatron_progressive.checkpoints.record import record_of_run
     from megatron_progressive.expansion import hook
     from megatron_progressive.models import tensor_table
-    from megatron_progressive.state import checkpoint
-    from megatron_progressive.state.init import initialise_all
-    from megatron_progressive.state.record import record_of_run
+    from megatron_progressive.reshard.initial_values import initialise_all
 
     config, rank = bench_config(args), dist.get_rank()
     engine = build(config, 0)
@@ -207,7 +207,7 @@ def relaunch(args: argparse.Namespace) -> None:
     """Fresh ranks: build the deeper model in its layout and load what was expanded on disk."""
     import torch.distributed as dist
 
-    from megatron_progressive.state import checkpoint
+    from megatron_progressive.checkpoints import checkpoint
 
     engine = build(bench_config(args), 1)
     checkpoint.load(engine.state(), args.folder / "deeper")
@@ -220,8 +220,8 @@ def relaunch(args: argparse.Namespace) -> None:
 
 def expand_on_disk(config: RunConfig, folder: Path) -> float:
     """What ``mprog checkpoint expand`` does; returns the seconds it takes."""
+    from megatron_progressive.checkpoints.checkpoint import checkpoint_path
     from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
-    from megatron_progressive.state.checkpoint import checkpoint_path
 
     started = time.perf_counter()
     plan = plan_expansion(checkpoint_path(folder, 5), folder / "deeper", config.expansion[0])

@@ -48,15 +48,16 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from megatron_progressive import engines
 from megatron_progressive.config import OptimSection, RunConfig
-from megatron_progressive.engines import deepspeed_state, megatron
-from megatron_progressive.engines.deepspeed import DeepSpeedEngine
-from megatron_progressive.engines.megatron import MegatronEngine
+from megatron_progressive.engines.deepspeed import state as deepspeed_state
+from megatron_progressive.engines.deepspeed.engine import DeepSpeedEngine
+from megatron_progressive.engines.megatron import engine as megatron
+from megatron_progressive.engines.megatron.engine import MegatronEngine
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.models.base import ModelShape, TensorSpec
 from megatron_progressive.optim.rules import MUON, rule_of
+from megatron_progressive.reshard.boxes import PARAM, Piece, ShardedState, whole
+from megatron_progressive.reshard.initial_values import initialise_all
 from megatron_progressive.runtime.layout import Layout, make_layout
-from megatron_progressive.state.boxes import PARAM, Piece, ShardedState, whole
-from megatron_progressive.state.init import initialise_all
 
 Parameters = dict[str, torch.nn.Parameter]
 

@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from megatron_progressive.config import RunConfig, load
+from megatron_progressive.cost.flops import step_flops, total_flops
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim.schedule import learning_rate
-from megatron_progressive.study.controls import fixed_size, short_control
-from megatron_progressive.study.flops import step_flops, total_flops
+from megatron_progressive.plan.controls import fixed_size, short_control
 
 ROOT = Path(__file__).resolve().parents[2]
 SHALLOW, DEEP, RATE = "#9ecae1", "#3182bd", "#636363"

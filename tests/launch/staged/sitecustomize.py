@@ -56,7 +56,7 @@ class _AfterImport:
 
         def and_change(module: Any) -> None:
             execute(module)
-            from megatron_progressive.state import transfer
+            from megatron_progressive.reshard import transfer
 
             _before(module._Run, "train_step", _slowly)
             _before(transfer, "_exchange", _pause)

@@ -1,0 +1,110 @@
+"""Which checkpoint a run goes on from: the newest that is whole. Damaged ones stay, under a name
+that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_progressive.checkpoints.checkpoint import (
+    Progress,
+    checkpoint_path,
+    checkpoints,
+    files_of,
+    read_progress,
+)
+from megatron_progressive.checkpoints.contents import DamagedCheckpoint, content_damage
+
+ASIDE = ".damaged"
+"""Suffix of a damaged checkpoint, which neither resuming nor clearing up looks at."""
+
+
+def newest_described(folder: Path) -> Progress | None:
+    """Progress of the newest checkpoint of a run folder whose files have their sizes; None where
+    there is no checkpoint.
+
+    Raises:
+        DamagedCheckpoint: there are some, and none is whole.
+    """
+
+    def damage(checkpoint: Path) -> str | None:
+        try:
+            read_progress(checkpoint)
+        except DamagedCheckpoint as error:
+            return error.damage
+        return None
+
+    found, _ = _newest(checkpoints(folder), damage)
+    return None if found is None else read_progress(found)
+
+
+def newest_whole(folder: Path, until: int | None = None) -> tuple[Progress | None, dict[Path, str]]:
+    """Progress of the newest checkpoint whose files have the content that was saved (None: there
+    is no checkpoint), and what is damaged of each that is newer. Collective over all ranks, each
+    of which reads a part of the files.
+
+    Args:
+        until: the step after which none is looked at.
+
+    Raises:
+        DamagedCheckpoint: on every rank: there are some, and none is whole.
+    """
+    import torch.distributed as dist
+
+    last = None if until is None else checkpoint_path(folder, until)
+    saved = [[path for path in checkpoints(folder) if last is None or path <= last]]
+    dist.broadcast_object_list(saved)
+    found, damaged = _newest(saved[0], _damage)
+    return (None if found is None else read_progress(found)), damaged
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Read all files of a checkpoint once, shared out among the ranks. Collective over all ranks.
+
+    Raises:
+        DamagedCheckpoint: on every rank: one does not have the content that was saved.
+    """
+    if damage := _damage(checkpoint):
+        raise DamagedCheckpoint(checkpoint, damage)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name that is no checkpoint's; returns it."""
+    number, name = 1, f"{checkpoint.name}{ASIDE}"
+    while (aside := checkpoint.with_name(name)).exists():
+        number += 1
+        name = f"{checkpoint.name}{ASIDE}.{number}"
+    checkpoint.rename(aside)
+    return aside
+
+
+def _newest(
+    saved: list[Path], damage_of: Callable[[Path], str | None]
+) -> tuple[Path | None, dict[Path, str]]:
+    damaged: dict[Path, str] = {}
+    for path in reversed(saved):
+        damage = damage_of(path)
+        if damage is None:
+            return path, damaged
+        damaged[path] = damage
+    if damaged:
+        newest, damage = next(iter(damaged.items()))
+        raise DamagedCheckpoint(newest, f"{damage}, and no whole one is before it")
+    return None, damaged
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is damaged, the same on every rank. Collective over all ranks."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    damage: str | None
+    try:
+        files = files_of(checkpoint)
+        by_size = sorted(files, key=lambda name: (-files[name].size, name))
+        damage = content_damage(checkpoint, files, by_size[rank::world])
+    except DamagedCheckpoint as error:
+        damage = error.damage
+    found: list[str | None] = [None] * world
+    dist.all_gather_object(found, damage)
+    return next((one for one in found if one is not None), None)

@@ -1,0 +1,101 @@
+"""``mprog checkpoint …``, ``export``, ``import``: models on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from megatron_progressive.cli.arguments import Commands, checkpoint_of, command
+from megatron_progressive.config import ExpansionSection, expansion_from_words
+from megatron_progressive.config.places import place
+
+
+def _checkpoint_inspect(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.checkpoints.inspection import inspect_checkpoint, render
+
+    found = inspect_checkpoint(checkpoint_of(args))
+    print(json.dumps(found) if args.json else render(found))
+    return 0
+
+
+def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
+
+    fields = ("to_layers", "init", "order", "insert", "optimizer_state")
+    expansion = expansion_from_words({field: getattr(args, field) for field in fields})
+    plan = plan_expansion(checkpoint_of(args), place("OUT", args.out), expansion)
+    expand_checkpoint(plan)
+    print(f"{args.out}: {plan.from_layers} → {plan.progress.num_layers} layers")
+    return 0
+
+
+def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.huggingface.exporting import export_checkpoint, plan_export
+
+    tokenizer = None if args.tokenizer is None else place("--tokenizer", args.tokenizer)
+    plan = plan_export(checkpoint_of(args), place("OUT", args.out), args.dtype, tokenizer)
+    export_checkpoint(plan)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    print(f"{args.out}: {plan.config['architectures'][0]}, {plan.config['dtype']}")
+    return 0
+
+
+def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.huggingface.importing import import_folder, plan_import
+
+    plan = plan_import(place("FOLDER", args.folder), place("OUT", args.out), args.allow)
+    import_folder(plan)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    print(f"{args.out}: {plan.shape.family}, {plan.shape.num_layers} layers, {plan.dtype}")
+    return 0
+
+
+def add(commands: Commands) -> None:
+    """Add the commands of models on disk."""
+    checkpoint = commands.add_parser("checkpoint", help="inspect it, or expand it on disk")
+    verbs = checkpoint.add_subparsers(dest="checkpoint_command", required=True, metavar="COMMAND")
+    inspect = command(verbs, "inspect", _checkpoint_inspect, "what a checkpoint holds")
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+    expand = command(verbs, "expand", _checkpoint_expand, "a deeper checkpoint, without a job")
+    expand.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
+    expand.add_argument("out", metavar="OUT", help="folder of the new checkpoint")
+    expand.add_argument("--to-layers", metavar="N", required=True, help="depth of the new one")
+    defaults = ExpansionSection()
+    for field, what in (
+        ("init", "new layers' weights: random, copying, zero, copying_zeroL, copying_zeroN"),
+        ("order", "of copied layers: stack, inter, last"),
+        ("insert", "new layers go to the bottom or the top"),
+        ("optimizer_state", "inherit, copy, reset"),
+    ):
+        default = getattr(defaults, field)
+        option = f"--{field.replace('_', '-')}"
+        expand.add_argument(
+            option, metavar="WORD", default=default, help=f"{what} (default: {default})"
+        )
+    exporting = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
+    exports = exporting.add_subparsers(dest="export_command", required=True, metavar="FORMAT")
+    export = command(exports, "hf", _export_hf, "a Hugging Face model folder of a checkpoint")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
+    export.add_argument("out", metavar="OUT", help="folder to make")
+    export.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="float32 (master weights where there are) or bfloat16 (default: the model's)",
+    )
+    export.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: the one that the checkpoint keeps"
+    )
+    importing = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
+    imports = importing.add_subparsers(dest="import_command", required=True, metavar="FORMAT")
+    imported = command(imports, "hf", _import_hf, "a checkpoint of a Hugging Face model folder")
+    imported.add_argument("folder", metavar="FOLDER", help="with config.json and safetensors")
+    imported.add_argument("out", metavar="OUT_CHECKPOINT", help="folder of the new checkpoint")
+    imported.add_argument(
+        "--allow", action="append", default=[], metavar="KEY",
+        help="pass over this key of config.json, which the family does not have; may be given "
+        "several times",
+    )  # fmt: skip

@@ -1,0 +1,25 @@
+"""What a comparison of runs found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_progressive.compare.arms import Missing
+from megatron_progressive.compare.rows import Row
+from megatron_progressive.compare.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report.json`` holds."""
+
+    title: str
+    complete: bool
+    """Whether each progressive run has both its controls, all finished."""
+    rows: list[Row]
+    verdicts: list[Verdict]
+    missing: list[Missing]
+    notes: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    """Written files, the page first."""

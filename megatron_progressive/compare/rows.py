@@ -1,0 +1,110 @@
+"""The table of a report: one row a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_progressive.compare.arms import Comparison
+from megatron_progressive.compare.gaps import gap_percent
+from megatron_progressive.runs.reading import Run
+from megatron_progressive.runtime.text import flops_text, short_counts, time_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the table."""
+
+    name: str
+    folder: str
+    arm: str
+    seed: int
+    layers: list[int]
+    """Of each phase."""
+    params: list[int]
+    """Of each phase."""
+    steps: int
+    """That the run is to have."""
+    steps_done: int
+    tokens: int
+    """Seen so far; of models of images, images."""
+    unit: str
+    """What ``tokens`` counts: ``tokens`` or ``images``."""
+    total_flops: float | None
+    final_eval_loss: float | None
+    train_wall_s: float | None
+    """Training steps and expansion pauses."""
+    wall_s: float | None
+    """From start to end, validations and saves included."""
+    gap_to_fixed_percent: float | None
+    finished: bool
+    expansions: list[dict[str, Any]]
+    warnings: list[str]
+
+
+def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
+    """The row of one run, whose gap is to the fixed-size run of its comparison."""
+    fixed = next(
+        (c.fixed for c in comparisons if c.fixed is not None and run in (c.progressive, c.short)),
+        None,
+    )
+    gap = None
+    if fixed is not None and run.final_loss is not None and fixed.final_loss:
+        gap = gap_percent(run.final_loss, fixed.final_loss)
+    summary = run.summary or {}
+    return Row(
+        name=run.name,
+        folder=str(run.folder),
+        arm=arm,
+        seed=run.config.run.seed,
+        layers=run.depths,
+        params=run.params,
+        steps=run.config.last_step,
+        steps_done=run.last_step,
+        tokens=run.last_step * run.step_tokens,
+        unit=run.unit,
+        total_flops=run.total_flops,
+        final_eval_loss=run.final_loss,
+        train_wall_s=run.train_wall,
+        wall_s=summary.get("wall_s"),
+        gap_to_fixed_percent=gap,
+        finished=run.finished,
+        expansions=run.expansions,
+        warnings=run.warnings,
+    )
+
+
+HEADER = (
+    "arm", "run", "layers", "params", "steps", "tokens", "FLOPs", "eval loss", "time",
+    "vs fixed",
+)  # fmt: skip
+
+
+def header(rows: Sequence[Row]) -> list[str]:
+    """:data:`HEADER` with what the rows' models are trained on instead of tokens."""
+    units = " or ".join(dict.fromkeys(row.unit for row in rows)) or "tokens"
+    return [units if name == "tokens" else name for name in HEADER]
+
+
+def _measured(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
+
+
+def table_cells(row: Row) -> list[str]:
+    """The texts of one run, in the order of :data:`HEADER`."""
+    steps = f"{row.steps:,}" if row.finished else f"{row.steps_done:,}/{row.steps:,}"
+    unmeasured = "diverged" if row.finished else "unfinished"
+    return [
+        row.arm,
+        row.name,
+        " → ".join(str(depth) for depth in row.layers),
+        " → ".join(short_counts(row.params)),
+        steps,
+        short_counts([row.tokens])[0],
+        "–" if row.total_flops is None else flops_text(row.total_flops),
+        f"{row.final_eval_loss:.4f}" if _measured(row.final_eval_loss) else unmeasured,
+        "–" if row.train_wall_s is None else time_text(row.train_wall_s),
+        "–" if row.gap_to_fixed_percent is None else f"{row.gap_to_fixed_percent:+.2f} %",
+    ]

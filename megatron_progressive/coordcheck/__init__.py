@@ -1,0 +1,1 @@
+"""The coordinate check: activations and their updates against width and depth."""

@@ -1,0 +1,1 @@
+"""What a run costs before it runs: FLOPs, memory, activations and step time, by formula."""

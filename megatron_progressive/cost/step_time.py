@@ -1,0 +1,173 @@
+"""Seconds of one training step on a cluster: a simple model, to rank layouts by.
+
+A step takes, one after another:
+
+- the products of the slowest pipeline stage (:mod:`.flops`: head and prediction on the last), at
+  the assumed utilisation of the peak, and the pipeline's bubble, (P - 1) / (v m) of that for m
+  micro-batches in v chunks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2);
+- Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
+  (each matrix is one rank's);
+- tensor parallelism: four all-reduces of the residual stream a layer and micro-batch and two for
+  embedding and head, as many bytes with sequence parallelism (Korthikanti et al. 2022, arXiv
+  2205.05198, section 4.2.2);
+- experts: four all-to-alls of the routed tokens a layer and micro-batch, at the network's speed
+  for the share that leaves the node;
+- sending the residual stream from stage to stage and back, at the network's speed where stages
+  are on other nodes;
+- half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half
+  is hidden behind compute is an assumption.
+
+Not in it: communication of prediction modules (their products are), kernels that are slow because
+their sizes are small, latency of collectives, uneven experts, input, validation and saving.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_progressive.config import OptimSection, RunConfig
+from megatron_progressive.cost import flops
+from megatron_progressive.cost.cluster import Cluster
+from megatron_progressive.cost.memory import BYTES, RankMemory, rank_memory
+from megatron_progressive.engines.partitions import chunk_tensors
+from megatron_progressive.models.base import MOE, TensorSpec, TransformerShape, layer_number
+from megatron_progressive.optim.rules import rule_of
+from megatron_progressive.runtime.layout import Layout
+
+_EXPOSED = 0.5
+"""Share of the data-parallel traffic that compute does not hide."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer, or what is before or behind the layers, in sums."""
+
+    tensors: tuple[tuple[TensorSpec, int], ...]
+    """A tensor of each kind that matters for memory, and how many elements all of its kind have."""
+    flops: int
+    """Of one token's forward pass."""
+
+
+@lru_cache(maxsize=64)
+def parts(
+    shape: TransformerShape, optim: OptimSection, pipelined: bool
+) -> tuple[Part, list[Part], Part]:
+    """The model before the layers, each layer, and behind them, with the copy of the embedding
+    that ``pipelined`` models have there. Multi-token prediction is behind the layers, and so is
+    the final norm."""
+    stages = chunk_tensors(shape, Layout(2, pipeline=2) if pipelined else Layout(1))
+    members: dict[int, list[TensorSpec]] = {n: [] for n in range(-1, shape.num_layers + 1)}
+    for stage, chunks in enumerate(stages):
+        for tensor in (tensor for chunk in chunks for tensor in chunk):
+            number = layer_number(tensor.name)
+            if number is None:
+                first = stage == 0 and tensor.spec.role in ("embedding", "position")
+                number = -1 if first else shape.num_layers
+            members[number].append(tensor.spec)
+    head, *layers, tail = (_part(shape, optim, members[number]) for number in sorted(members))
+    shallow = sum(part.flops for part in (*layers, tail))
+    # the head's products and prediction's, whatever tensors they share
+    rest = flops.forward_flops_per_token(shape) - shallow
+    return head, layers, Part(tail.tensors, tail.flops + rest)
+
+
+def _part(shape: TransformerShape, optim: OptimSection, specs: list[TensorSpec]) -> Part:
+    kinds: dict[tuple[bool, bool, bool, str], TensorSpec] = {}
+    sizes: Counter[tuple[bool, bool, bool, str]] = Counter()
+    products = 0
+    for spec in specs:
+        rule = rule_of(spec, optim) if spec.trainable else ""
+        key = (spec.expert is not None, spec.tp_axis is not None, spec.trainable, rule)
+        kinds[key] = spec
+        sizes[key] += spec.numel
+        products += flops.linear_flops(spec, shape)
+    qkv = any(spec.role in ("qkv", "kv_up") for spec in specs)
+    products += flops.attention_flops(shape) if qkv else 0
+    return Part(tuple((kinds[key], sizes[key]) for key in kinds), products)
+
+
+def stage_parts(
+    shape: TransformerShape, optim: OptimSection, layout: Layout
+) -> Iterator[list[Part]]:
+    """The parts of each pipeline stage."""
+    head, layers, tail = parts(shape, optim, layout.pipeline > 1)
+    for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers)):
+        found = [layers[number] for numbers in chunks for number in numbers]
+        found += [head] if stage == 0 else []
+        yield found + ([tail] if stage == layout.pipeline - 1 else [])
+
+
+def stage_states(shape: TransformerShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
+    """:func:`.memory.stage_memory` in a thousandth of the time; the final norm of a model with
+    prediction counts for the last stage."""
+    found = []
+    for stage, members in enumerate(stage_parts(shape, config.optim, layout)):
+        sized = [pair for part in members for pair in part.tensors]
+        found.append(rank_memory(stage, sized, config, layout))
+    return found
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, by what they go to."""
+
+    compute: float
+    bubble: float
+    optimizer: float
+    tensor: float
+    experts: float
+    pipeline: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        return (
+            self.compute + self.bubble + self.optimizer + self.tensor + self.experts
+            + self.pipeline + self.data
+        )  # fmt: skip
+
+
+def step_time(
+    shape: TransformerShape, config: RunConfig, layout: Layout, cluster: Cluster, state: RankMemory
+) -> StepTime:
+    """Seconds of one step of ``shape``; ``state`` is that of the fullest rank."""
+    train, moe = config.train, shape.moe
+    width = BYTES[train.precision]
+    tokens = train.micro_batch * shape.sequence_length
+    batches = train.global_batch // (train.micro_batch * layout.data)
+    t, stages, chunks = layout.tensor, layout.pipeline, layout.virtual_pipeline
+    slowest = max(
+        sum(part.flops for part in members) for members in stage_parts(shape, config.optim, layout)
+    )
+    compute = 3 * slowest * tokens * batches / t / cluster.flops_per_s
+    newton = flops.optimizer_flops(shape, config.optim)
+    largest = flops.largest_matrix_flops(shape, config.optim)
+    stream = tokens * shape.hidden_size * width
+    kinds = shape.layer_kinds()
+    deepest = max(
+        sum(len(numbers) for numbers in stage) for stage in layout.chunk_layers(shape.num_layers)
+    )
+    reduces = (4 * deepest + 2) * batches * 2 * (t - 1) / t * stream / cluster.bytes_per_s(t)
+    moving = 0.0
+    if moe is not None and MOE in kinds:
+        span = layout.expert * layout.expert_tensor
+        rows = stream * moe.top_k / t * layout.expert_tensor
+        outside = max(0.0, 1 - cluster.gpus_per_node / span)
+        inside = 1 - 1 / span - outside
+        seconds = rows * (inside / cluster.nvlink_gb_per_s + outside / cluster.network_gb_per_s)
+        moving = 4 * min(deepest, kinds.count(MOE)) * batches * seconds / 1e9
+    sent = 2 * stream * batches * chunks / cluster.bytes_per_s(layout.world) if stages > 1 else 0.0
+    gathered = state.gradients + state.parameters
+    data = _EXPOSED * gathered * (layout.data - 1) / layout.data
+    return StepTime(
+        compute=compute,
+        bubble=compute * (stages - 1) / (chunks * batches),
+        optimizer=max(newton / layout.world, largest) / cluster.flops_per_s,
+        tensor=reduces,
+        experts=moving,
+        pipeline=sent,
+        data=data / cluster.bytes_per_s(t * layout.data),
+    )

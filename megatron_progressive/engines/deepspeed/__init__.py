@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO on Megatron-core's model."""

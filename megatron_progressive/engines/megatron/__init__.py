@@ -1,0 +1,1 @@
+"""Megatron-core's model, buffers, optimizer and pipeline schedules."""

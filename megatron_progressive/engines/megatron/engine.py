@@ -1,0 +1,235 @@
+"""The Megatron engine: Megatron-core's model, schedules, DDP buffers and optimizers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.engines.base import (
+    GlobalBatch,
+    StepMetrics,
+    mean_over,
+    sum_over_ranks,
+)
+from megatron_progressive.engines.megatron.expert_load import ExpertLoad
+from megatron_progressive.engines.megatron.kernels import kernels_here
+from megatron_progressive.engines.megatron.model import (
+    TIED_HEAD,
+    build_chunk,
+    canonical_buffers,
+    canonical_names,
+    engine_table,
+    forget_graph,
+    transformer_config,
+)
+from megatron_progressive.engines.megatron.optimizer import (
+    build_optimizer,
+    clip_gradients,
+)
+from megatron_progressive.engines.megatron.owners import owner_layout
+from megatron_progressive.engines.megatron.state import sharded_state, table_with_tied_head
+from megatron_progressive.engines.partitions import shared_embedding_is_whole
+from megatron_progressive.models import tensor_table
+from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.optim.rules import ADAMW
+from megatron_progressive.reshard.boxes import ShardedState
+from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.layout import Layout
+
+
+class MegatronEngine:
+    """One model and optimizer in one layout. Making one is collective over all ranks.
+
+    Weights are uninitialised and optimizer state is zero until the caller fills the boxes of
+    :meth:`state`.
+    """
+
+    def __init__(self, config: RunConfig, shape: TransformerShape, layout: Layout) -> None:
+        self.layout, self.shape, self.config = layout, shape, config
+        self.groups = ProcessGroups(layout)
+        bf16 = config.train.precision == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # No dropout and no random initialisation: Megatron-core only asks that its RNG
+        # tracker be set up.
+        model_parallel_cuda_manual_seed(config.run.seed % 2**31, force_reset_rng=True)
+        sharded = layout.distributed_optimizer
+        kernels = kernels_here(config, shape, layout)
+        transformer = transformer_config(shape, self.groups, dtype, kernels)
+        chunks = [
+            build_chunk(shape, self.groups, transformer, chunk)
+            for chunk in range(layout.virtual_pipeline)
+        ]
+        named = [canonical_names(chunk, self.groups) for chunk in chunks]
+        self._names = {name: weight for names in named for name, weight in names.items()}
+        table = engine_table(tensor_table(shape))
+        self._table = table_with_tied_head(table) if shape.tie_embeddings else table
+        buffers = DistributedDataParallelConfig(
+            use_distributed_optimizer=sharded,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=kernels.overlap_gradients,
+            overlap_param_gather=kernels.overlap_parameters,
+            check_for_nan_in_grad=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(
+                transformer,
+                buffers,
+                Float16Module(transformer, chunk) if bf16 else chunk,
+                full_param_layout=self._buffer_layout(names, buffers) if sharded else None,
+            )
+            for chunk, names in zip(chunks, named, strict=True)
+        ]
+        self.optimizer = build_optimizer(
+            self.chunks, self._names, self._table, config.optim, self.groups, bf16
+        )
+        self._buffers = {
+            name: buffer
+            for chunk in chunks
+            for name, buffer in canonical_buffers(chunk, self.groups).items()
+        }
+        if kernels.overlap_gradients:  # only the last micro-batch's gradients are reduced
+            no_syncs = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+        self._gathers_late = kernels.overlap_parameters
+        transformer.grad_scale_func = None
+        self._load = ExpertLoad(shape, chunks)
+        transformer.finalize_model_grads_func = self._finalize_gradients
+        self._forward_backward = get_forward_backward_func()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+
+    def _buffer_layout(
+        self, names: dict[str, torch.nn.Parameter], buffers: DistributedDataParallelConfig
+    ) -> FullParamLayout:
+        """Where the parameters of a model chunk lie in buffers that data-parallel ranks divide."""
+        if self.config.optim.name != ADAMW:
+            optim = self.config.optim
+            embedding = shared_embedding_is_whole(self.shape, self.layout, optim)
+            return owner_layout(names, self._table, optim, self.groups, buffers, embedding)
+        data, experts = self.layout.data, self.layout.expert_data
+        return DistributedOptimizer.compute_full_param_layout(
+            list(names.values()), None, data, buffers, experts
+        )
+
+    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        micro = self.config.train.micro_batch
+        samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
+        losses = self._run([(one, micro) for one in samples], forward_only=False)
+        for group in self.optimizer.param_groups if self._names else ():
+            # an optimizer with several tensors in a group has their factors itself
+            group["lr"] = lr * group.get("lr_factor", 1.0)
+        self.optimizer.prepare_grads()
+        grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
+        self.optimizer.step_with_ready_grads()
+        share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
+        total, stops, counts = self._sum_over_ranks(share, float(stop), self._load.counts)
+        return StepMetrics(total, grad_norm, stops > 0, self._load.busiest(counts))
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self._load.read()
+        finalize_model_grads(*args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
+        for chunk in self.chunks:
+            chunk.eval()
+        means = [self._mean_of(batch) for batch in batches]
+        for chunk in self.chunks:
+            chunk.train()
+        return mean_over(batches, means)
+
+    def _mean_of(self, batch: GlobalBatch) -> float:
+        """The mean loss of a batch of any count. Collective."""
+        micro, ranks, layout = self.config.train.micro_batch, self.layout.data, self.layout
+        # the interleaved schedule takes micro-batches in groups of one a stage
+        group = layout.pipeline if layout.virtual_pipeline > 1 else 1
+        samples = batch.filled(micro, self.groups.data_rank, ranks, group)
+        losses = self._run(samples, forward_only=True)
+        counted = [count for _, count in samples][: len(losses)]
+        return self._sum_over_ranks(batch.share_of_mean(losses, counted, ranks))[0]
+
+    def state(self) -> ShardedState:
+        if self._gathers_late:  # the next forward pass would
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        optimizers = self.optimizer.chained_optimizers
+        return sharded_state(self._names, self._buffers, self._table, optimizers, self.groups)
+
+    def loaded(self) -> None:
+        pass  # the pieces are all there is
+
+    def activate(self) -> None:
+        self.groups.activate()
+
+    def close(self) -> None:
+        for chunk in self.chunks:
+            forget_graph(chunk)
+        del self.chunks, self.optimizer, self._names, self._buffers, self._forward_backward
+        del self._load
+        self.groups.close()
+        # Buffers, parameters and groups refer to each other: memory, threads and connections
+        # would stay until some later collection.
+        gc.collect()
+
+    def _run(
+        self, samples: list[tuple[torch.Tensor, int]], forward_only: bool
+    ) -> list[torch.Tensor]:
+        """The mean loss of the samples that count in each of this rank's micro-batches (none but
+        on the last stage)."""
+        results = self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(samples) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(samples),
+            seq_length=self.shape.sequence_length,
+            micro_batch_size=self.config.train.micro_batch,
+            forward_only=forward_only,
+        )
+        return [result["loss"] for result in results] if self.groups.last_stage else []
+
+    def _forward_step(
+        self, samples: Iterator[tuple[torch.Tensor, int]], model: Any
+    ) -> tuple[Any, Any]:
+        tokens, counted = next(samples)
+        sample = tokens.to(self._device, non_blocking=True)
+        positions = self._positions.expand(sample.size(0), -1)
+        output = model(
+            sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
+        )
+        return output, partial(_mean_loss, counted=counted)
+
+    def _sum_over_ranks(
+        self, share: float, stop: float = 0.0, counts: torch.Tensor | None = None
+    ) -> tuple[float, float, torch.Tensor]:
+        """The global mean loss, and the sums of ``stop`` and ``counts``."""
+        if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
+            share = 0.0
+        return sum_over_ranks(share, stop, counts, self._device)
+
+
+def _mean_loss(losses: torch.Tensor, counted: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of the first ``counted`` samples of losses [samples, tokens]; 0 of none."""
+    mean = losses[:counted].float().mean() if counted else losses.new_zeros((), dtype=torch.float32)
+    # a clone: the schedule divides the loss in place by the number of micro-batches
+    return mean, {"loss": mean.detach().clone()}
+
+
+__all__ = ["TIED_HEAD", "MegatronEngine"]

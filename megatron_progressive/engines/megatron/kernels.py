@@ -1,0 +1,183 @@
+"""Which kernels a run uses: resolved from ``kernels``, the device and what is installed.
+
+Nothing here has run on a GPU yet. The defaults on CUDA are those that Megatron-core's own training
+script has; two differ: the fused cross-entropy is Megatron-core's (its 0.19.2 warns of Transformer
+Engine's), and CUDA graphs are off (each expansion has to capture anew).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_progressive.config import ConfigError, KernelsSection, OptimSection, RunConfig
+from megatron_progressive.models import TRANSFORMERS
+from megatron_progressive.models.base import MOE, ModelShape, TransformerShape
+from megatron_progressive.optim.coefficients import ns_steps
+from megatron_progressive.runtime.environment import (
+    BUILT_FOR_THIS_TORCH,
+    unusable_transformer_engine,
+)
+from megatron_progressive.runtime.layout import Layout
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What is on, field by field as in :class:`.config.KernelsSection`."""
+
+    transformer_engine: bool
+    """Layers of Transformer Engine, or else Megatron-core's local ones."""
+    cross_entropy: bool = False
+    rope: bool = False
+    activation: bool = False
+    dropout: bool = False
+    grouped_gemm: bool = False
+    permute: bool = False
+    overlap_gradients: bool = False
+    overlap_parameters: bool = False
+    cuda_graphs: bool = False
+
+
+def resolve(
+    section: KernelsSection,
+    shape: TransformerShape,
+    *,
+    cuda: bool,
+    transformer_engine: bool,
+    sharded: bool,
+) -> Kernels:
+    """The kernels of one engine.
+
+    Args:
+        cuda: whether there is a CUDA device; without one all are off.
+        transformer_engine: whether its layers can be used.
+        sharded: whether Megatron's distributed optimizer is in use: it has parameters to gather.
+    """
+    if not cuda:
+        return Kernels(transformer_engine=False)
+    experts = MOE in shape.layer_kinds()
+    gated = TRANSFORMERS[shape.family].gated
+    possible = {
+        "cross_entropy": True,
+        # Megatron-core's fused rotation is Transformer Engine's; in latent attention only with yarn
+        "rope": transformer_engine
+        and shape.rope is not None
+        and (shape.mla is None or shape.rope.scaling == "yarn"),
+        # its fused GeLU adds the bias
+        "activation": gated or shape.linear_bias,
+        "dropout": True,
+        "grouped_gemm": experts and transformer_engine,
+        "permute": experts and transformer_engine,
+        "overlap_gradients": sharded,
+        "overlap_parameters": sharded,
+        "cuda_graphs": True,
+    }
+    default = {name: name != "cuda_graphs" for name in possible}
+    wanted = asdict(section)
+    on = {
+        name: (default[name] if wanted[name] is None else wanted[name]) and able
+        for name, able in possible.items()
+    }
+    return Kernels(transformer_engine=transformer_engine, **on)
+
+
+def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> Kernels:
+    """:func:`resolve` with what this machine has: what engines build and what is printed."""
+    import torch
+
+    from megatron_progressive.engines.megatron.spec import transformer_engine_available
+
+    return resolve(
+        config.kernels,
+        shape,
+        cuda=torch.cuda.is_available(),
+        transformer_engine=transformer_engine_available(),
+        sharded=layout.distributed_optimizer,
+    )
+
+
+def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, Any]:
+    """Fields of Megatron-core's ``TransformerConfig``."""
+    import torch.nn.functional as F
+
+    values: dict[str, Any] = dict(
+        cross_entropy_loss_fusion=kernels.cross_entropy,
+        cross_entropy_fusion_impl="native",
+        apply_rope_fusion=kernels.rope,
+        bias_activation_fusion=kernels.activation,
+        bias_dropout_fusion=kernels.dropout,
+        moe_grouped_gemm=kernels.grouped_gemm,
+        moe_permute_fusion=kernels.permute,
+        cuda_graph_impl="local" if kernels.cuda_graphs else "none",
+    )
+    if kernels.activation and not TRANSFORMERS[shape.family].gated:
+        values["activation_func"] = F.gelu  # it asks for this name; its kernel is the tanh form
+    return values
+
+
+def check_kernels(config: RunConfig) -> None:
+    """Refuse kernels that cannot be.
+
+    Raises:
+        ConfigError: one is set to true and there is no CUDA device, or a language model where
+            Transformer Engine is installed and cannot be imported.
+    """
+    unusable = unusable_transformer_engine() if config.model.family in TRANSFORMERS else None
+    if unusable is not None:
+        raise ConfigError(f"transformer-engine: got {unusable}; accepted: {BUILT_FOR_THIS_TORCH}")
+    asked = [f.name for f in fields(config.kernels) if getattr(config.kernels, f.name)]
+    asked = [f"kernels.{name}" for name in asked]
+    if config.optim.ns_kernel_from is not None:
+        asked.append("optim.ns_kernel_from")
+    if not asked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        section, name = asked[0].split(".")
+        got = getattr(getattr(config, section), name)
+        raise ConfigError(
+            f"{asked[0]}: got {str(got).lower()} without a CUDA device; accepted: "
+            + ("false, or nothing" if section == "kernels" else "nothing")
+        )
+
+
+def optimizer_text(optim: OptimSection, dtype: str) -> str:
+    """The optimizer in a few words."""
+    if optim.name == "adamw":
+        return "AdamW"
+    return f"Muon-NSGD ({ns_steps(optim)} {optim.ns_coefficients} steps in {dtype})"
+
+
+def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
+    """One line for people: which kernels a run uses on this machine."""
+    import torch
+
+    from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(config.optim, device)
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    if not isinstance(shape, TransformerShape):
+        return f"kernels: torch's own, {optimizer_text(config.optim, name)}"
+    return summary(kernels_here(config, shape, layout), config.optim, name)
+
+
+def summary(kernels: Kernels, optim: OptimSection, dtype: str) -> str:
+    """What :func:`kernels_line` says of these kernels."""
+    te = kernels.transformer_engine
+    fused = [
+        name
+        for name, on in asdict(kernels).items()
+        if on and name not in ("transformer_engine", "cross_entropy", "grouped_gemm")
+    ]
+    return ", ".join(
+        [
+            "kernels: " + ("Transformer Engine" if te else "local") + " layers",
+            ("Transformer Engine's" if te else "torch's") + " attention",
+            ("fused" if kernels.cross_entropy else "plain") + " cross-entropy",
+            *(["grouped GEMM"] if kernels.grouped_gemm else []),
+            optimizer_text(optim, dtype),
+            "fused or overlapped: " + (", ".join(fused) or "none"),
+        ]
+    )

@@ -1,0 +1,193 @@
+"""Optimizers of the Megatron engine: Megatron-core's wrappers around torch's and our own.
+
+Three wrappers, all Megatron-core's: the distributed optimizer (ZeRO stage 1), and where state is
+on every data-parallel rank the one with fp32 master weights (bf16) and the fp32 one. They are
+built directly, not through ``get_megatron_optimizer``: that takes Transformer Engine's FusedAdam
+where it finds it, whose step count is one for a whole group, while layers that are new at τ start
+at step zero.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+
+from megatron_progressive.config import OptimSection
+from megatron_progressive.engines.megatron.owners import OwnerOptimizer, WholeOptimizer
+from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.lr_factor import lr_factor
+from megatron_progressive.optim.rules import ADAMW
+from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.memory import zeros_like
+
+
+def adamw_groups(
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: tensors of one weight decay and learning rate. Vectors have no
+    weight decay."""
+    members: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        decay = optim.weight_decay if len(table[name].shape) > 1 else 0.0
+        members[decay, lr_factor(table[name], optim)].append(parameter)
+    return [
+        # lr is set to the schedule's times lr_factor: the decay, lr x weight_decay, stays
+        dict(params=params, weight_decay=decay / factor, lr_factor=factor)
+        for (decay, factor), params in members.items()
+    ]
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel],
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+    groups: ProcessGroups,
+    bf16: bool,
+) -> ChainedOptimizer:
+    """The optimizer of one rank, with its state allocated and zero.
+
+    One wrapper for the experts, where they have data-parallel groups of their own, and one for
+    all else.
+
+    ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between
+    the first and the last has no tensors while the model has no layers.
+    """
+    separate = {name for name in parameters if table[name].expert is not None}
+    if not groups.layout.separate_experts:
+        separate = set()
+    wrappers = [
+        _wrapper(
+            chunks,
+            {name: p for name, p in parameters.items() if (name in separate) == experts},
+            table,
+            optim,
+            groups,
+            bf16,
+            experts,
+        )
+        # the norm of the gradient is a sum over the ranks of every wrapper, so all have both
+        for experts in ((False, True) if groups.layout.separate_experts else (False,))
+    ]
+    for wrapper in wrappers[:-1]:
+        # Each distributed optimizer would gather the weights of all buffers: the last one does,
+        # after all have stepped.
+        wrapper._defer_param_sync = True
+    return ChainedOptimizer(wrappers)
+
+
+def _wrapper(
+    chunks: list[DistributedDataParallel],
+    parameters: dict[str, torch.nn.Parameter],
+    table: dict[str, TensorSpec],
+    optim: OptimSection,
+    groups: ProcessGroups,
+    bf16: bool,
+    experts: bool,
+) -> MegatronOptimizer:
+    sharded = groups.layout.distributed_optimizer
+    data_group = groups.expert_data_group if experts else groups.data_group
+    tensor_group = groups.expert_tensor_group if experts else groups.tensor_group
+    config = OptimizerConfig(
+        optimizer="adam",  # a label: the optimizer object is passed in
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=sharded,
+    )
+    inner: torch.optim.Optimizer | None = None
+    if parameters and optim.name == ADAMW:
+        # one kernel for all tensors on CUDA; the CPU has none for every type
+        fused = torch.cuda.is_available()
+        inner = torch.optim.AdamW(
+            adamw_groups(parameters, table, optim),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=fused,
+        )
+    elif parameters and sharded:
+        inner = OwnerOptimizer(
+            list(parameters.values()), optim, data_group.rank(), data_group, tensor_group
+        )
+    elif parameters:
+        inner = WholeOptimizer(list(parameters.values()), optim, tensor_group=tensor_group)
+    wrapper: MegatronOptimizer
+    if sharded:
+        buffers = {
+            index: chunk.expert_parallel_buffers if experts else chunk.buffers
+            for index, chunk in enumerate(chunks)
+        }
+        wrapper = DistributedOptimizer(
+            inner,
+            config,
+            None,
+            lambda *_: None,
+            model_chunks=chunks,
+            per_model_buffers=buffers,
+            data_parallel_group=data_group,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=dist.get_rank(
+                groups.expert_model_group if experts else groups.model_group
+            ),
+            distributed_optimizer_instance_id=0,
+        )
+        wrapper.grad_stats_parallel_group = groups.optimizer_group
+    else:
+        if bf16:
+            wrapper = Float16OptimizerWithFloat16Params(inner, config, None, lambda *_: None)
+        else:
+            wrapper = FP32Optimizer(inner, config, lambda *_: None)
+        wrapper.grad_stats_parallel_group = (
+            groups.expert_model_group if experts else groups.model_group
+        )
+    wrapper.tp_group = groups.tensor_group
+    wrapper.expert_tp_group = groups.expert_tensor_group
+    if isinstance(inner, OwnerOptimizer):
+        inner.attach_shards(wrapper, parameters, table, tensor_group.size(), groups)
+    elif isinstance(inner, WholeOptimizer):
+        inner.attach_whole(parameters, table, tensor_group.size())
+    elif inner is not None:
+        _init_adamw_state(inner)
+    return wrapper
+
+
+def clip_gradients(optimizer: ChainedOptimizer, most: float) -> float:
+    """Scale the gradients so that the norm of all is at most ``most`` (0: leave them); returns the
+    norm before."""
+    norm = float(optimizer.get_grad_norm())
+    if most > 0:
+        for wrapper in optimizer.chained_optimizers:
+            if parameters := wrapper.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, most, norm)
+    return norm
+
+
+def _init_adamw_state(inner: torch.optim.Optimizer) -> None:
+    """Allocate torch AdamW's state as its first step would, without taking that step."""
+    fused = inner.defaults["fused"]
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            step_device = parameter.device if fused else torch.device("cpu")
+            inner.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": zeros_like(parameter),
+                "exp_avg_sq": zeros_like(parameter),
+            }

@@ -1,0 +1,1 @@
+"""Plain torch, data parallel: for families that Megatron-core does not have."""

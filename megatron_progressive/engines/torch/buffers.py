@@ -1,0 +1,150 @@
+"""Flat buffers of weights and gradients, which data-parallel ranks may divide (ZeRO stage 1).
+
+Tensors lie in buckets as :func:`.owners.owner_places` says: under Muon-NSGD whole in one rank's
+share wherever they fit. Gradients are fp32 sums; with weights in bf16 each share has fp32 master
+weights. At stage 0 every rank's share is the whole bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from megatron_progressive.config import OptimSection
+from megatron_progressive.engines.flat_state import slot_pieces
+from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.optim.flat import Cut, FlatOptimizer
+from megatron_progressive.optim.owners import BufferTensor, owner_places
+from megatron_progressive.optim.rules import rule_of
+from megatron_progressive.reshard.boxes import PARAM, Piece, ShardedState, whole
+from megatron_progressive.runtime.memory import zeros
+
+
+class Bucket:
+    """One buffer of each kind.
+
+    Args:
+        share: elements that one rank updates.
+        shares: ranks that divide the bucket; 1 where each updates all of it.
+        own: number of this rank's share.
+    """
+
+    def __init__(self, share: int, shares: int, own: int, dtype: torch.dtype, device: torch.device):
+        size = [share * shares]
+        self.weights = zeros(size, dtype).to(device)
+        self.gradients = zeros(size, torch.float32).to(device)
+        self.shares, mine = shares, slice(own * share, (own + 1) * share)
+        self.own_weights, self.own_gradients = self.weights[mine], self.gradients[mine]
+        fp32 = dtype == torch.float32
+        self.partition = self.own_weights if fp32 else zeros([share], torch.float32).to(device)
+        """fp32 weights that the optimizer updates."""
+        self.partition.grad = self.own_gradients
+
+    def reduce(self) -> None:
+        """Average the gradients over all ranks, of the own share at least. Collective."""
+        if self.shares == 1:
+            dist.all_reduce(self.gradients)
+        else:
+            dist.reduce_scatter_tensor(self.own_gradients, self.gradients)
+        self.own_gradients /= dist.get_world_size()
+
+    def gather(self) -> None:
+        """After an update: the model's weights follow, from all shares. Collective."""
+        if self.partition is not self.own_weights:
+            self.own_weights.copy_(self.partition)
+        if self.shares > 1:
+            dist.all_gather_into_tensor(self.weights, self.own_weights)
+
+
+class FlatModel:
+    """The tensors of a model in buckets, and the optimizer that updates them.
+
+    Making one moves the parameters' data into the buckets, uninitialised to the caller.
+
+    Args:
+        parameters: the model's, by canonical name, in the order of ``table``.
+        divided: whether the ranks divide the optimizer's work and state.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        table: dict[str, TensorSpec],
+        optim: OptimSection,
+        divided: bool,
+    ) -> None:
+        self._parameters, self._table, self._divided = parameters, table, divided
+        ranks, self._rank = dist.get_world_size(), dist.get_rank()
+        shares, own = (ranks, self._rank) if divided else (1, 0)
+        first = next(iter(parameters.values()))
+        places = owner_places(
+            [BufferTensor(n, spec.numel, rule_of(spec, optim)) for n, spec in table.items()], shares
+        )
+        sizes = {place.bucket: place.share for place in places}
+        self.buckets = [
+            Bucket(sizes[number], shares, own, first.dtype, first.device)
+            for number in range(len(sizes))
+        ]
+        cuts: list[list[Cut]] = [[] for _ in self.buckets]
+        for (name, spec), place in zip(table.items(), places, strict=True):
+            bucket, span = self.buckets[place.bucket], slice(place.start, place.start + place.numel)
+            parameter = parameters[name]
+            parameter.data = bucket.weights[span].view(parameter.shape)
+            _accumulate(parameter, bucket.gradients[span].view(parameter.shape))
+            offset = max(0, place.start - own * place.share)
+            ranges = {rank: place.owned(rank) for rank in place.ranks()}
+            cuts[place.bucket].append(Cut(name, spec, ranges, offset if own in ranges else 0))
+        partitions = [bucket.partition for bucket in self.buckets]
+        group = dist.group.WORLD if divided else None
+        self.optimizer = FlatOptimizer(partitions, optim, own, group)  # type: ignore[arg-type]
+        for partition, held in zip(partitions, cuts, strict=True):
+            self.optimizer.attach(partition, partition, held)
+
+    def zero_gradients(self) -> None:
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+
+    def step(self, lr: float, most: float) -> float:
+        """Average the gradients, clip their norm to ``most`` (0: do not) and update the weights;
+        returns the norm before. Collective."""
+        for bucket in self.buckets:
+            bucket.reduce()
+        squares = torch.stack([bucket.own_gradients.square().sum() for bucket in self.buckets])
+        square = squares.sum()
+        if self._divided:
+            dist.all_reduce(square)
+        norm = float(square.sqrt())
+        if 0 < most < norm:
+            for bucket in self.buckets:
+                bucket.own_gradients *= most / norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for bucket in self.buckets:
+            bucket.gather()
+        return norm
+
+    def state(self) -> ShardedState:
+        """Views of every weight and optimizer slot that this rank holds."""
+        pieces = []
+        for name, spec in self._table.items():
+            weight = self._parameters[name].data.view(spec.shape)
+            pieces.append(Piece(name, PARAM, spec.shape, whole(spec.shape), weight, self._rank))
+        masters = any(bucket.partition is not bucket.own_weights for bucket in self.buckets)
+        replica = None if self._divided else self._rank
+        for fragment in self.optimizer.fragments():
+            pieces += slot_pieces(fragment, self.optimizer.rank, masters, replica)
+        return ShardedState(pieces)
+
+
+def _accumulate(parameter: torch.nn.Parameter, total: torch.Tensor) -> None:
+    """Have the gradients of backward passes added to ``total``, in fp32."""
+
+    def add(_: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]

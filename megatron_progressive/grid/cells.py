@@ -1,0 +1,315 @@
+"""The cells of a grid: which runs an arm stands for, at one size and seed.
+
+A *cell* is one run. Its name says what it is, its fingerprint what decides its result: cells of
+two grids that are the same run share a folder's name, and a finished one is never run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_progressive.config import ConfigError, RunConfig, check_value, from_dict
+from megatron_progressive.config.loading import Override
+from megatron_progressive.config.places import check_name, check_run_file_name
+from megatron_progressive.config.values import converted, shown
+from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
+from megatron_progressive.grid.data import StudyData
+from megatron_progressive.models import model_shape, parameter_count
+from megatron_progressive.plan import controls
+from megatron_progressive.runs.decisive import decisive
+
+FIXED, SHORT = "fixed", "short_control"
+ZERO_LAYER, ONE_LAYER, FUNCTION_PRESERVING = "zero_layer", "one_layer", "function_preserving"
+G_STACK, GRADUAL_STACK, MULTI_STAGE = "g_stack", "gradual_stack", "multi_stage"
+ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING,
+        MULTI_STAGE)  # fmt: skip
+DEEPER_SOURCE = re.compile(r"([2-9]|[1-9]\d+)_layers")
+"""Arms of deeper sources: ``2_layers``, ``4_layers``, ..."""
+PILOT = "pilot"
+"""Instead of a τ: the one that follows from the mixing time that the pilot measures."""
+
+G_STACK_FACTOR, G_STACK_AT = 4, 0.1
+"""Growth of G_stack: four times the layers, early (Du et al. 2024, arXiv 2405.15319)."""
+GRADUAL_STAGES = 3
+"""Depths L/4, L/2, L of gradual stacking, for equal numbers of steps, each growth a copy of the
+layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively stacking")."""
+MULTI_STAGE_LAYERS = 2
+"""Middle depth of multi_stage (0, 2, L layers), from τ / 2 on (arXiv 2511.04981)."""
+_AFTER = "expansion.parallel."
+"""Keys of a size with this prefix are the layout of the full depth."""
+EXPANSION_KEYS = ("order", "insert", "optimizer_state")
+"""Fields of an expansion that a grid spans by lists of its own."""
+TAU, INIT, SCHEDULE = "tau", "init", "schedule"
+EXPANSION_AXES = (TAU, INIT, *EXPANSION_KEYS)
+"""Axes of a cell that runs from scratch have no value of."""
+
+TauOf = Callable[[RunConfig], tuple[int, str]]
+"""The pilot's τ, in steps, of a configuration, and why it is not known (then it is assumed)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid."""
+
+    name: str
+    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-SCHEDULE]-sSEED``."""
+    size: str
+    arm: str
+    seed: int
+    config: RunConfig
+    """``run.dir`` is the study's folder of cells, ``run.name`` the cell's folder in it."""
+    control_of: str | None = None
+    """Of a short control: the name of the cell whose FLOPs it has."""
+    axes: Mapping[str, str] = field(default_factory=dict)
+    """Where the cell lies among those of its size, arm and seed: a value for each axis that the
+    grid can span (:data:`EXPANSION_AXES`, the schedule, and what :func:`.kinds.kind_keys` says of
+    the sizes). Two cells that differ in any are never two seeds of one run. Of a short control:
+    those of the cell that it controls."""
+    unknown: str = ""
+    """Why τ is not known. Such a cell is not run; its configuration has an assumed τ."""
+    trained_on: DataIdentity | None = None
+    """What the study is trained on; None where that is not settled yet."""
+
+    @property
+    def fingerprint(self) -> str:
+        return "" if self.unknown else fingerprint(self.config, self.trained_on)
+
+    @property
+    def tau(self) -> str:
+        """As the grid has it, of an arm that spans several; of a short control its cell's."""
+        return self.axes.get(TAU, "")
+
+    @property
+    def setting(self) -> tuple[tuple[str, str], ...]:
+        """What a run that grows has in common with its fixed-size run, beside size and seed."""
+        return tuple((key, value) for key, value in self.axes.items() if key not in EXPANSION_AXES)
+
+    @property
+    def run_name(self) -> str:
+        """Of its run, which other cells with its fingerprint share."""
+        return self.config.run.name
+
+    @property
+    def folder(self) -> Path:
+        return self.config.folder
+
+    @property
+    def flops(self) -> int:
+        return total_flops(self.config)
+
+
+def fingerprint(config: RunConfig, trained_on: DataIdentity | None = None) -> str:
+    """Twelve hexadecimal digits of what decides a run's result: model, data, steps, optimizer,
+    schedule, expansions, seed; not its layout, which changes no more than rounding.
+
+    Keys without a value are left out: a version that adds one does not undo finished cells.
+
+    Args:
+        trained_on: the content of its data, where that is known; its name is in the configuration.
+    """
+    found = {
+        key: repr(value)
+        for key, value in decisive(config).items()
+        if value is not None and key != "run.name"
+    }
+    if trained_on is not None:
+        found["trained_on"] = trained_on.fingerprint
+    text = json.dumps(found, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def params_of(cell: Cell) -> int:
+    """Parameters of a cell's last model."""
+    expansion = cell.config.expansion
+    return parameter_count(model_shape(cell.config, expansion[-1].to_layers if expansion else None))
+
+
+class SizeCells:
+    """The cells of one size, seed and schedule."""
+
+    def __init__(
+        self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
+        axes: dict[str, list[str]] | None = None, overrides: Sequence[str] = (),
+        data: StudyData | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            run: the grid's ``run``: the configuration that all cells share.
+            size: an entry of its ``sizes``.
+            folder: of the study's run folders.
+            schedule: instead of the configured ``schedule.name``.
+            axes: values of :data:`EXPANSION_KEYS` that expansions span.
+            overrides: ``key=value`` words, which come before ``run`` and ``size``.
+            data: what the study is trained on (default: not settled).
+
+        Raises:
+            ConfigError: no such size, or a configuration that does not hold.
+        """
+        if not isinstance(size, dict) or not {"name", "to_layers"} <= size.keys():
+            raise ConfigError(
+                f"sizes: got {shown(size)}; accepted: mappings with name and to_layers"
+            )
+        if "expansion" in run:
+            raise ConfigError("run.expansion: got one; accepted: none (the arms have their own)")
+        self.name, self.seed = converted("sizes: name", size["name"], str), seed
+        check_name("sizes: name", self.name)
+        self.layers = converted("sizes: to_layers", size["to_layers"], int)
+        check_value("sizes: to_layers", self.layers, like="expansion.to_layers")
+        changes = {key: value for key, value in size.items() if key not in ("name", "to_layers")}
+        self._after = {
+            key.removeprefix(_AFTER): changes.pop(key)
+            for key in [*changes]
+            if key.startswith(_AFTER)
+        }
+        self._axes, self._data = axes or {}, data
+        words: list[Override] = [*changes.items(), *overrides, ("run.seed", seed)]
+        config = from_dict(run, words)
+        self.config = replace(config, run=replace(config.run, dir=str(folder)))
+        if self.config.run.extend:
+            raise ConfigError("run.extend: got true in a grid; accepted: false (of a run alone)")
+        # the schedule that is configured anyway leaves no mark: names do not depend on the list
+        self._mark = ""
+        if schedule is not None and schedule != self.config.schedule.name:
+            self._mark = f"-{schedule}"
+            named = replace(self.config.schedule, name=schedule)
+            self.config = replace(self.config, schedule=named)
+        self._setting = {SCHEDULE: self.config.schedule.name}
+
+    def distinguish(self, kinds: Sequence[str]) -> None:
+        """Make axes of keys that make another kind of run (:func:`.kinds.kind_keys`)."""
+        decides = decisive(self.config)
+        self._setting |= {key: str(decides.get(key, "")) for key in kinds}
+
+    def cells(
+        self, arms: list[str], taus: list[Any], inits: list[str], tau_of: TauOf
+    ) -> Iterator[Cell]:
+        """The cells of ``arms``, controls last."""
+        progressive: list[Cell] = []
+        for arm in arms:
+            if arm == FIXED:
+                yield self._cell(FIXED, self.layers, [])
+            elif arm == ZERO_LAYER:
+                progressive += self._grown(arm, 0, taus, ["random"], tau_of)
+            elif arm == ONE_LAYER:
+                progressive += self._grown(arm, 1, taus, inits, tau_of)
+            elif arm == FUNCTION_PRESERVING:
+                progressive += self._grown(arm, 1, taus, ["copying_zeroL"], tau_of)
+            elif arm == G_STACK:
+                progressive.append(self._g_stack())
+            elif arm == GRADUAL_STACK:
+                progressive.append(self._gradual_stack())
+            elif arm == MULTI_STAGE:
+                progressive += self._grown(arm, MULTI_STAGE_LAYERS, taus, inits, tau_of)
+            elif match := DEEPER_SOURCE.fullmatch(arm):
+                progressive += self._grown(arm, int(match[1]), taus, inits, tau_of)
+        yield from progressive
+        for cell in progressive if SHORT in arms else ():
+            what = cell.name.removeprefix(f"{self.name}-").removesuffix(
+                f"{self._mark}-s{self.seed}"
+            )
+            control = controls.short_control(cell.config)
+            short = self._named(f"{SHORT}_of_{what}", SHORT, control, cell.axes, cell.unknown)
+            yield replace(short, control_of=cell.name)
+
+    def grown(self, arm: str, at: float, init: str) -> RunConfig:
+        """The configuration of a zero- or one-layer run that expands at ``at``."""
+        source, init = (0, "random") if arm == ZERO_LAYER else (1, init)
+        return self._config_of(source, [{"at": at, "to_layers": self.layers, "init": init}])
+
+    def _config_of(self, source: int, expansion: list[dict[str, Any]]) -> RunConfig:
+        values = {**asdict(self.config), "expansion": expansion}
+        values["model"]["num_layers"] = source
+        if expansion:
+            expansion[-1]["parallel"] = self._after
+        else:
+            values["parallel"].update(self._after)
+        return from_dict(values, resolved=True)
+
+    def _named(
+        self, what: str, arm: str, config: RunConfig, axes: Mapping[str, str] | None = None,
+        unknown: str = "",
+    ) -> Cell:  # fmt: skip
+        name = f"{self.name}-{what}{self._mark}-s{self.seed}"
+        trained_on = self.trained_on(config)
+        folder = name if unknown else self.choose_name(name, config, [""])
+        check_run_file_name(f"cell {name}", folder)
+        placed = replace(config, run=replace(config.run, name=folder))
+        axes = {**self._setting, **(axes or {})}
+        return Cell(
+            name, self.name, arm, self.seed, placed, axes=axes, unknown=unknown,
+            trained_on=trained_on,
+        )  # fmt: skip
+
+    def trained_on(self, config: RunConfig) -> DataIdentity | None:
+        """What the study trains such a run on; None where that is not settled."""
+        return None if self._data is None else self._data.known(config)
+
+    def choose_name(self, name: str, config: RunConfig, endings: Sequence[str]) -> str:
+        """``name`` with the run's fingerprint: without the content of its data, which is not known
+        at first, or with it where run folders of that name (with one of ``endings``) are known to
+        be trained on something else."""
+        known = self.trained_on(config)
+        named = f"{name}-{fingerprint(config)}"
+        found = [
+            read_identity(config.folder.parent / f"{named}{ending}" / DATA_FILE)
+            for ending in endings
+        ]
+        if any(differ(one, known) for one in found):
+            return f"{name}-{fingerprint(config, known)}"
+        return named
+
+    def _cell(self, arm: str, source: int, expansion: list[dict[str, Any]]) -> Cell:
+        return self._named(arm, arm, self._config_of(source, expansion))
+
+    def _grown(
+        self, arm: str, source: int, taus: list[Any], inits: list[str], tau_of: TauOf
+    ) -> Iterator[Cell]:
+        """Cells that expand from ``source`` layers at τ; multi_stage has grown to them before."""
+        for tau, init in itertools.product(taus, inits):
+            at, unknown = tau_of(self.config) if tau == PILOT else (tau, "")
+            text = tau if tau == PILOT else f"{tau:g}"
+            for choice in self._choices(source, init):
+                expansions = [{"at": at, "to_layers": self.layers, "init": init, **choice}]
+                if arm == MULTI_STAGE:
+                    half = at / 2 if at < 1 else max(1, round(at / 2))
+                    expansions.insert(0, {"at": half, "to_layers": source, "init": "random"})
+                config = self._config_of(0 if arm == MULTI_STAGE else source, expansions)
+                what = "-".join([f"{arm}-tau{text}-{init}", *choice.values()])
+                axes = {TAU: text, INIT: init, **choice}
+                yield self._named(what, arm, config, axes, unknown)
+
+    def _choices(self, source: int, init: str) -> list[dict[str, str]]:
+        """Combinations of the axes, without what makes no difference: the order in which fewer
+        than two layers are copied, a side of no layers, the optimizer state of no copies."""
+        copied = init.startswith("copying")
+        axes = {
+            key: [v for v in values if copied or (key, v) != ("optimizer_state", "copy")]
+            for key, values in self._axes.items()
+            if (key != "order" or (copied and source > 1)) and (key != "insert" or source)
+        }
+        axes = {key: values for key, values in axes.items() if values}
+        return [dict(zip(axes, found, strict=True)) for found in itertools.product(*axes.values())]
+
+    def _g_stack(self) -> Cell:
+        source = max(1, self.layers // G_STACK_FACTOR)
+        expansion = {"at": G_STACK_AT, "to_layers": self.layers, "init": "copying",
+                     "order": "stack", "optimizer_state": "reset"}  # fmt: skip
+        return self._cell(G_STACK, source, [expansion])
+
+    def _gradual_stack(self) -> Cell:
+        depths = [max(1, self.layers // 2**k) for k in reversed(range(GRADUAL_STAGES))]
+        depths = sorted(set(depths))
+        expansions = [
+            {"at": round((stage + 1) / len(depths), 4), "to_layers": depth, "init": "copying",
+             "order": "stack", "optimizer_state": "copy"}
+            for stage, depth in enumerate(depths[1:])
+        ]  # fmt: skip
+        return self._cell(GRADUAL_STACK, depths[0], expansions)

@@ -1,0 +1,132 @@
+"""What cells are called: their arms in words, and the *family* of each, from the axes that make it.
+
+A family is what cells of several sizes and seeds have in common: an arm, and the value of every
+axis (:attr:`.Cell.axes`) of which the grid has several for that arm. Everything that names arms or
+variants to a reader takes its words from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from megatron_progressive.grid.cells import (
+    DEEPER_SOURCE,
+    EXPANSION_KEYS,
+    FIXED,
+    FUNCTION_PRESERVING,
+    G_STACK,
+    GRADUAL_STACK,
+    INIT,
+    MULTI_STAGE,
+    MULTI_STAGE_LAYERS,
+    ONE_LAYER,
+    PILOT,
+    SCHEDULE,
+    SHORT,
+    TAU,
+    ZERO_LAYER,
+    Cell,
+)
+
+_ARMS = {
+    FIXED: ("fixed-size", "the full depth from the first step"),
+    SHORT: (
+        "short control",
+        "the full depth from scratch with its own complete schedule, for as many steps as give it "
+        "the total FLOPs of the run that it controls",
+    ),
+    ZERO_LAYER: (
+        "zero-layer",
+        "starts with no layers, only what is before and behind them, and grows to the full depth "
+        "at τ",
+    ),
+    ONE_LAYER: (
+        "one-layer",
+        "starts with one layer (of a ResNet: one block in each stage) and grows to the full depth "
+        "at τ",
+    ),
+    G_STACK: (
+        "G_stack",
+        "starts with a quarter of the layers and stacks four copies of them at 10 % of the steps "
+        "(Du et al. 2024)",
+    ),
+    GRADUAL_STACK: (
+        "gradual stacking",
+        "a quarter, half and all of the layers for a third of the steps each (Gong et al. 2019)",
+    ),
+    FUNCTION_PRESERVING: (
+        "function-preserving",
+        "one layer grown at τ so that the loss does not change: copies whose last linear layers "
+        "are zero",
+    ),
+    MULTI_STAGE: (
+        "multi-stage",
+        f"starts with no layers, grows to {MULTI_STAGE_LAYERS} at half of τ and to the full depth "
+        f"at τ",
+    ),
+    PILOT: ("pilot", "one of the two runs that measure the mixing time"),
+}
+
+_AXES = {
+    TAU: "τ={}", INIT: "{}", "order": "{}", "insert": "{} insert", "optimizer_state": "{} state",
+    SCHEDULE: "{}", "optim.name": "{}",
+}  # fmt: skip
+"""How a value of an axis is said."""
+_ORDER = (TAU, INIT, *EXPANSION_KEYS, SCHEDULE)
+
+
+def arm_words(arm: str) -> str:
+    """An arm as a reader meets it: ``zero-layer``, ``4-layer``."""
+    return _of(arm)[0]
+
+
+def arm_meaning(arm: str) -> str:
+    """What the runs of an arm do."""
+    return _of(arm)[1]
+
+
+def _of(arm: str) -> tuple[str, str]:
+    if match := DEEPER_SOURCE.fullmatch(arm):
+        return (
+            f"{match[1]}-layer",
+            f"starts with {match[1]} layers and grows to the full depth at τ",
+        )
+    return _ARMS[arm]
+
+
+def families(cells: Sequence[Cell], without: Collection[str] = ()) -> dict[str, str]:
+    """The family of each cell, by the cell's name: ``one-layer τ=0.3 copying``.
+
+    Args:
+        without: axes that are left out (:data:`.cells.TAU`, say).
+    """
+    keys = {key for cell in cells for key in cell.axes}
+    values: dict[str, dict[str, set[str]]] = {}
+    for cell in cells:
+        known = values.setdefault(cell.arm, {key: set() for key in keys})
+        for key in keys:
+            known[key].add(cell.axes.get(key, ""))
+    labels: dict[str, str] = {}
+    for cell in cells:
+        if cell.control_of is None:
+            varied = {key for key, found in values[cell.arm].items() if len(found) > 1}
+            labels[cell.name] = _label(cell, varied - {*without})
+    for cell in cells:
+        if cell.control_of is not None:
+            labels[cell.name] = f"{arm_words(SHORT)} of {labels[cell.control_of]}"
+    return labels
+
+
+def _label(cell: Cell, varied: Collection[str]) -> str:
+    keys = sorted(cell.axes, key=lambda key: _ORDER.index(key) if key in _ORDER else len(_ORDER))
+    texts = [
+        _AXES.get(key, f"{key.rpartition('.')[2]}={{}}").format(cell.axes[key])
+        for key in keys
+        if key in varied and cell.axes[key]
+    ]
+    return " ".join([arm_words(cell.arm), *texts])
+
+
+def is_control(family: str) -> bool:
+    """Whether a family is one of short controls."""
+    return family.startswith(arm_words(SHORT))

@@ -1,0 +1,1 @@
+"""The report of a study: verdicts, laws, figures and the page."""

@@ -1,0 +1,85 @@
+"""What the report of a study found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_progressive.grid.grid import Grid
+from megatron_progressive.grid.report.laws import (
+    Law,
+    Saving,
+)
+from megatron_progressive.grid.report.verdict import Finding
+from megatron_progressive.grid.results import Result
+from megatron_progressive.grid.state import FINISHED
+
+
+@dataclass(frozen=True)
+class GridReport:
+    """What ``report.json`` holds, and the page shows."""
+
+    title: str
+    grid: Grid
+    results: list[Result]
+    findings: list[Finding]
+    laws: list[Law]
+    """Over FLOPs."""
+    size_token_laws: list[Law]
+    savings: list[Saving]
+    ablation: tuple[list[str], list[list[str]]] | None
+    pilot: str
+    """What the pilot found, and whether it came true; empty without one."""
+    pictures: dict[str, Path] = field(default_factory=dict)
+    """By what they show; what there is too little for is not there."""
+
+    @property
+    def complete(self) -> bool:
+        return all(r.status.state == FINISHED and not r.problem for r in self.results)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Cells that each version of the code finished."""
+        found: dict[str, int] = {}
+        for result in self.results:
+            if result.status.state == FINISHED:
+                version = result.status.attempts.version or "unknown"
+                found[version] = found.get(version, 0) + 1
+        return found
+
+    @property
+    def text(self) -> str:
+        """For the terminal: the answer, by size, and where the page is."""
+        lines = [self.title, ""]
+        lines += [f"  {one.size}, {one.family}: {one.sentence}" for one in self.findings]
+        lines += [f"  {line}" for line in refusals(self.laws)]
+        if self.pilot:
+            lines.append(f"  pilot: {self.pilot}")
+        if not self.complete:
+            lines.append(f"  {partial(self)}")
+        return "\n".join([*lines, str(self.grid.folder / "report.html")])
+
+
+def partial(report: GridReport) -> str:
+    """How much of the grid this report is of."""
+    states = [result.status.state for result in report.results]
+    counts = ", ".join(
+        f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != FINISHED
+    )
+    return (
+        f"{states.count(FINISHED)} of {len(states)} cells are finished ({counts}); the others are "
+        f"listed below and count nowhere."
+    )
+
+
+def refusals(laws: list[Law]) -> list[str]:
+    """Why there is no law, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for law in laws:
+        if law.fit is None:
+            reasons.setdefault(law.refused, []).append(law.family)
+    whole = f"any of the {len(laws)} kinds of run"
+    return [
+        f"No law of {whole if len(found) == len(laws) > 1 else ', '.join(found)}: {reason}."
+        for reason, found in reasons.items()
+    ]

@@ -1,0 +1,122 @@
+"""Scaling laws of a study: one fit per family over its sizes, and what families save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.grid.cells import FIXED, SHORT
+from megatron_progressive.grid.results import Result, of_families, once, sizes_of
+from megatron_progressive.laws.efficiency import Efficiency, efficiency_at_compute, pareto
+from megatron_progressive.laws.fits import Fit, fit_compute, fit_size_tokens
+from megatron_progressive.runtime.progress import Say
+
+
+@dataclass(frozen=True)
+class Law:
+    """The law of a family over FLOPs, or why there is none."""
+
+    family: str
+    cells: list[str]
+    """Names of the finished cells that it is fitted to."""
+    fit: Fit | None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Compute of a family against a reference at equal loss, at one size."""
+
+    family: str
+    reference: str
+    size: str
+    params: int
+    efficiency: Efficiency
+    """At the loss that the reference has with the FLOPs of its run of this size."""
+
+
+def usable(results: Sequence[Result]) -> list[Result]:
+    """Those with a final loss that is a number."""
+    return [r for r in results if r.loss is not None and np.isfinite(r.loss) and r.flops]
+
+
+def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
+    """``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
+    laws = []
+    for family, members in of_families(results).items():
+        say(f"law of {family} over FLOPs")
+        done = once(usable(members))
+        names = [result.cell.name for result in done]
+        try:
+            fit = fit_compute([r.flops or 0 for r in done], [r.loss or 0 for r in done])
+        except ConfigError as error:
+            laws.append(Law(family, names, None, str(error)))
+        else:
+            laws.append(Law(family, names, fit))
+    return laws
+
+
+def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
+    """``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: of all runs from scratch
+    together (fixed-size and short controls are one recipe at several D), and of each family that
+    grows, whose D are all its tokens."""
+    scratch = [r for r in results if r.cell.arm in (FIXED, SHORT)]
+    groups = {"from scratch (fixed-size and short controls)": scratch}
+    groups |= {
+        family: members
+        for family, members in of_families(results).items()
+        if members[0].cell.arm not in (FIXED, SHORT)
+    }
+    laws = []
+    for family, members in groups.items():
+        say(f"law of {family} over sizes and data")
+        done = once(usable(members))
+        names = [result.cell.name for result in done]
+        tokens = [r.run.last_step * r.run.step_tokens for r in done if r.run is not None]
+        try:
+            fit = fit_size_tokens([r.params for r in done], tokens, [r.loss or 0 for r in done])
+        except ConfigError as error:
+            laws.append(Law(family, names, None, str(error)))
+        else:
+            laws.append(Law(family, names, fit))
+    return laws
+
+
+def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
+    """Compute-efficiency factors of every family that grows, against fixed-size (of its own
+    setting) and against its own short control, at each size that the reference has finished."""
+    fits = {law.family: law.fit for law in laws}
+    by_family = of_families(results)
+    found = []
+    for family, members in by_family.items():
+        fit = fits[family]
+        if members[0].cell.arm in (FIXED, SHORT) or fit is None:
+            continue
+        for reference in references(members[0], results):
+            other = fits.get(reference)
+            if other is None:
+                continue
+            done = usable(by_family[reference])
+            for size, params in sizes_of(done).items():
+                compute = float(np.mean([r.flops or 0 for r in done if r.cell.size == size]))
+                efficiency = efficiency_at_compute(fit, other, compute)
+                found.append(Saving(family, reference, size, params, efficiency))
+    return found
+
+
+def references(grown: Result, results: Sequence[Result]) -> list[str]:
+    """Families that one that grows is compared with: fixed-size, then its short control."""
+    fixed = [
+        r.family for r in results if r.cell.arm == FIXED and r.cell.setting == grown.cell.setting
+    ]
+    short = [r.family for r in results if r.cell.control_of == grown.cell.name]
+    return [*fixed[:1], *short[:1]]
+
+
+def frontier(results: Sequence[Result]) -> list[Result]:
+    """Finished cells that no other beats in both FLOPs and loss, by FLOPs."""
+    done = usable(results)
+    return [done[i] for i in pareto([r.flops or 0 for r in done], [r.loss or 0 for r in done])]

@@ -1,0 +1,65 @@
+"""What a study's variants of the expansion do, as a table: initialisation, order, side, optimizer
+state and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_progressive.compare.gaps import gap_percent
+from megatron_progressive.grid.cells import FIXED, SHORT
+from megatron_progressive.grid.labels import arm_words
+from megatron_progressive.grid.report.laws import usable
+from megatron_progressive.grid.results import Result, sizes_of
+
+HEAD = ("run that grows", "τ", "init", "order", "new layers", "optimizer state", "schedule")
+_Key = tuple[str, ...]
+
+
+def ablation(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | None:
+    """Head and rows: final loss (seeds averaged) and its gap to fixed-size at each size, of arms
+    whose expansion or schedule the grid varies; None where it varies neither."""
+    grown = [r for r in results if r.cell.arm not in (FIXED, SHORT)]
+    keys = {result.cell.name: _key(result) for result in grown}
+    variants: dict[_Key, set[_Key]] = {}
+    for key in keys.values():
+        variants.setdefault(key[:2], set()).add(key[2:])
+    chosen = [r for r in grown if len(variants[keys[r.cell.name][:2]]) > 1]
+    if not chosen:
+        return None
+    done = usable(results)
+    sizes = list(sizes_of(chosen))
+    rows = []
+    for key in sorted({keys[result.cell.name] for result in chosen}):
+        cells = list(key)
+        for size in sizes:
+            mine = [r for r in done if keys.get(r.cell.name) == key and r.cell.size == size]
+            cells.append(_cell(mine, done, size))
+        rows.append(cells)
+    return [*HEAD, *sizes], rows
+
+
+def _key(result: Result) -> _Key:
+    config = result.cell.config
+    last = config.expansion[-1]
+    taus = "+".join(f"{step / config.train.steps:.3g}" for step in config.expansion_steps())
+    copied = last.init != "random"
+    return (
+        arm_words(result.cell.arm), result.cell.tau or taus, last.init,
+        last.order if copied else "–", last.insert, last.optimizer_state, config.schedule.name,
+    )  # fmt: skip
+
+
+def _cell(mine: Sequence[Result], done: Sequence[Result], size: str) -> str:
+    if not mine:
+        return "–"
+    loss = float(np.mean([r.loss or 0 for r in mine]))
+    fixed = [
+        r.loss or 0
+        for r in done
+        if (r.cell.arm, r.cell.size, r.cell.setting) == (FIXED, size, mine[0].cell.setting)
+    ]
+    if not fixed:
+        return f"{loss:.4f}"
+    return f"{loss:.4f} ({gap_percent(loss, float(np.mean(fixed))):+.2f} %)"

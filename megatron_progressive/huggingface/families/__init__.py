@@ -1,0 +1,1 @@
+"""Each family's configuration and tensors as transformers has them."""

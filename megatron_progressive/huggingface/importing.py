@@ -1,0 +1,225 @@
+"""``mprog import hf``: a model folder of Hugging Face as a checkpoint of step 0, weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_progressive.checkpoints.checkpoint import Progress, seal
+from megatron_progressive.checkpoints.index import StoredTensor
+from megatron_progressive.checkpoints.new_folder import check_new_folder, new_folder
+from megatron_progressive.checkpoints.record import ModelRecord
+from megatron_progressive.checkpoints.tokenizer_files import FOLDER, copy_tokenizer
+from megatron_progressive.config import ConfigError, OptimSection, RunSection
+from megatron_progressive.data.tokenizer_folder import (
+    GENERATION,
+    KEPT_CONFIG,
+    read_object,
+    token_settings,
+)
+from megatron_progressive.huggingface import read_description
+from megatron_progressive.huggingface.finite import FiniteWeights
+from megatron_progressive.huggingface.folder import (
+    TheirTensor,
+    check_tensors,
+    left_behind,
+    listed,
+    read_config,
+    read_tensors,
+)
+from megatron_progressive.huggingface.tensors import Entry, NameMap
+from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.reshard.boxes import PARAM
+from megatron_progressive.runtime.files import write_json
+from megatron_progressive.runtime.progress import show_bytes
+
+if TYPE_CHECKING:  # bad input is refused without loading torch
+    import torch
+
+LAYOUT = "imported"
+"""What an imported checkpoint names as its layout: no job has saved it."""
+
+_TYPES = ("F32", "BF16", "F16")
+"""Of weights; fp32 holds all values of each."""
+
+_MAPPED_BYTES = 64 << 20
+"""Bytes read from one mapping of a file, and a tensor more."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """All that is to be written, checked."""
+
+    folder: Path
+    out: Path
+    shape: TransformerShape
+    names: NameMap
+    found: dict[str, TheirTensor]
+    """Their tensors by canonical name."""
+    dtype: str
+    """Of the weights: ``bfloat16`` where all of theirs are, else ``float32``."""
+    without_modules: int
+    """Prediction modules that ``config.json`` names and the files do not have."""
+    kept: dict[str, Any]
+    """Keys of ``config.json`` that an export gives back, and the model type that they are of."""
+    notes: tuple[str, ...]
+    """What the user should know: what is passed over, left behind or changed, a line each."""
+
+    def stored(self, entry: Entry) -> StoredTensor:
+        """What our tensor is in the checkpoint."""
+        return StoredTensor(entry.spec.shape, self.dtype if entry.spec.trainable else "float32")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.stored(entry).nbytes for entry in self.names.entries)
+
+    @property
+    def model(self) -> ModelRecord:
+        """Of the checkpoint; what no training has decided is a run's default."""
+        optim = OptimSection()
+        return ModelRecord(
+            shape=self.shape,
+            precision="bf16" if self.dtype == "bfloat16" else "fp32",
+            optimizer=optim.name,
+            embeddings=optim.embeddings,
+            seed=RunSection().seed,
+            layout=LAYOUT,
+            depth_history=((0, self.shape.num_layers),),
+        )
+
+
+def plan_import(folder: Path, out: Path, allowed: Sequence[str] = ()) -> Import:
+    """Check everything and derive what the checkpoint holds. Creates nothing.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        out: folder of the new checkpoint.
+        allowed: keys of ``config.json`` that are passed over, although the family does not have
+            what they say.
+
+    Raises:
+        ConfigError: another architecture, an option in ``config.json`` that the family does not
+            have, tensors that are missing, not of the model or of another shape or type, a
+            damaged file, or an ``out`` that is there or has no room.
+    """
+    values = read_config(folder)
+    described = read_description(values, allowed)
+    known, shape = described.known, described.shape
+    read_object(folder / GENERATION)  # which are copied, if they are readable
+    token_settings(folder)
+    found = read_tensors(folder, known)
+    without = 0
+    modules = tuple(
+        f"model.layers.{number}."
+        for number in range(shape.num_layers, shape.num_layers + shape.mtp_depth)
+    )
+    if modules and not any(name.startswith(modules) for name in found):
+        without = shape.mtp_layers  # transformers' own files: it trains without them
+        shape = replace(shape, mtp_layers=0)
+    names = known.name_map(shape)
+    check_tensors(folder, found, names, _TYPES)
+    types = {found[name].dtype for e in names.entries if e.spec.trainable for name in e.theirs}
+    dtype = "bfloat16" if types == {"BF16"} else "float32"  # which holds the others exactly
+    notes = [
+        f"config.json {name}: {text}; allowed: the model goes without it"
+        for name, text in described.findings.passed_over.items()
+    ]
+    notes += [f"--allow {key}: not needed" for key in described.findings.unneeded()]
+    if without:
+        notes.append("the files have no multi-token prediction modules: imported without")
+    if not types <= {"F32"} and dtype == "float32":
+        notes.append(f"weights in {' and '.join(sorted(types))}: kept as float32, exactly")
+    if names_left := left_behind(folder):
+        notes.append(f"{listed('left behind:', names_left)} (no part of model or tokenizer)")
+    kept = {"model_type": known.model_type, **described.kept}
+    plan = Import(folder, out, shape, names, found, dtype, without, kept, tuple(notes))
+    check_new_folder(out, plan.nbytes)
+    return plan
+
+
+def import_folder(plan: Import) -> None:
+    """Write the checkpoint, one tensor of ours at a time; it appears when all of it is on disk.
+
+    Raises:
+        ConfigError: weights that are NaN or infinite, or a tensor that repeats another one in such
+            a model and differs from it.
+    """
+    from megatron_progressive.checkpoints.streamed import TensorWriter
+
+    progress = Progress(0, 0, plan.shape.num_layers, 0, 0.0, 0.0, 0.0)
+    with new_folder(plan.out) as folder:
+        with (
+            _Reader(plan) as reader,
+            TensorWriter(folder) as writer,
+            show_bytes("import", plan.nbytes) as advance,
+        ):
+            _check_copies(plan, reader)
+            done = 0
+            for entry in plan.names.entries:
+                advance(done)
+                writer.write((entry.ours, PARAM), _value(plan, reader, entry))
+                done = plan.stored(entry).nbytes
+            reader.weights.refuse(f"folder: {plan.folder}")
+            advance(done)
+        copy_tokenizer(plan.folder, folder / FOLDER)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        write_json(folder / FOLDER / KEPT_CONFIG, plan.kept)
+        seal(folder, progress, plan.model)
+
+
+def _value(plan: Import, reader: _Reader, entry: Entry) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, plan.stored(entry).dtype)
+    return entry.join([reader.read(name).to(dtype) for name in entry.theirs])
+
+
+def _check_copies(plan: Import, reader: _Reader) -> None:
+    import torch
+
+    for copy in plan.names.copies:
+        (original,) = copy.of.theirs
+        if copy.theirs not in plan.found:
+            continue
+        same = torch.equal(reader.read(copy.theirs), reader.read(original))
+        if not same and reader.weights.passed(original):  # NaN, which differs, is refused later
+            raise ConfigError(
+                f"folder: tensor {copy.theirs} of {plan.folder} differs from {original}; "
+                "accepted: the same values (the model has them once)"
+            )
+
+
+class _Reader:
+    """Reads their tensors. Files are mapped, not loaded; one at a time, and mapped anew now and
+    then, so that what has been read does not count as used memory."""
+
+    def __init__(self, plan: Import) -> None:
+        self._plan = plan
+        self._stack = ExitStack()
+        self._name: str | None = None
+        self._file: Any = None
+        self._read = 0
+        self.weights = FiniteWeights()
+
+    def read(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        place = self._plan.found[name]
+        if place.file != self._name or self._read > _MAPPED_BYTES:
+            self._stack.close()
+            opened: Any = safe_open(self._plan.folder / place.file, framework="pt")
+            self._file = self._stack.enter_context(opened)
+            self._name, self._read = place.file, 0
+        tensor: torch.Tensor = self._file.get_tensor(place.name)
+        self._read += tensor.nbytes
+        return self.weights.look(name, tensor)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file = None
+        self._stack.close()

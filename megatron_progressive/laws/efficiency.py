@@ -1,0 +1,128 @@
+"""What one arm saves against another: compute at equal loss, and the frontier of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.laws.fits import (
+    Fit,
+    Interval,
+    finite,
+    interval,
+    losses_of,
+    rows_of,
+)
+from megatron_progressive.laws.solver import Array
+
+_ROUNDING = 1e-9  # of a logarithm: the largest cell's own FLOPs are not beyond it
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Compute of one arm against another's at equal loss."""
+
+    loss: float | None
+    """Nats per token."""
+    compute: float | None
+    """FLOPs with which the reference arm has this loss."""
+    factor: Interval
+    """The reference's FLOPs over the arm's: above 1 the arm is cheaper; 0 where the arm never
+    has this loss, None where the reference never has it."""
+    extrapolated: bool
+    """Whether it lies outside of what either arm has measured."""
+
+
+def _log_computes(rows: Array, losses: Array) -> Array:
+    """Logarithm of the FLOPs with which each row of (A, alpha, E) has each loss; infinite where it
+    never has."""
+    above, alpha = losses - rows[:, 2], rows[:, 1]
+    reached = (above > 0) & (alpha > 0) & (rows[:, 0] > 0)
+    found = np.full(len(rows), np.inf)
+    found[reached] = (np.log(rows[reached, 0]) - np.log(above[reached])) / alpha[reached]
+    return found
+
+
+def efficiency_at_loss(arm: Fit, reference: Fit, loss: float) -> Efficiency:
+    """Compute efficiency of ``arm`` against ``reference`` at a loss in nats per token:
+    C_reference(L) / C_arm(L), both from fits over compute.
+
+    Raises:
+        ConfigError: a fit of another form, or a loss that is not above 0.
+    """
+    if not 0 < loss < np.inf:
+        raise ConfigError(f"loss: got {loss}; accepted: a number above 0")
+    rows, other = _paired(arm, reference)
+    return _efficiency(arm, reference, rows, other, np.full(len(rows), loss))
+
+
+def efficiency_at_compute(arm: Fit, reference: Fit, compute: float) -> Efficiency:
+    """The same at the loss that ``reference`` has with ``compute`` FLOPs, those of its run of
+    some size: called for each size it is the efficiency as a function of size.
+
+    Raises:
+        ConfigError: a fit of another form, or a compute that is not above 0.
+    """
+    if not 0 < compute < np.inf:
+        raise ConfigError(f"compute: got {compute}; accepted: a number above 0")
+    rows, other = _paired(arm, reference)
+    # each sample has its own loss at this compute: its uncertainty is part of the factor's
+    losses = losses_of(other, np.array([compute]))
+    return _efficiency(arm, reference, rows, other, losses, compute)
+
+
+def _paired(arm: Fit, reference: Fit) -> tuple[Array, Array]:
+    for fit in (arm, reference):
+        if fit.form != "compute":
+            raise ConfigError(f"form: got {fit.form}; accepted: compute")
+    pairs = 1 + min(len(arm.draws), len(reference.draws))
+    rows, other = rows_of(arm)[:pairs], rows_of(reference)[:pairs]
+    # both bootstraps may have had the same seed: equal draws must not meet, or their noise cancels
+    other[1:] = np.roll(other[1:], 1, axis=0)
+    return rows, other
+
+
+def _efficiency(
+    arm: Fit, reference: Fit, rows: Array, other: Array, losses: Array,
+    compute: float | None = None,
+) -> Efficiency:  # fmt: skip
+    # as logarithms: a law that hardly falls has a loss with 0 FLOPs, or with more than there are
+    mine = _log_computes(rows, losses)
+    theirs = (
+        _log_computes(other, losses) if compute is None else np.full(len(rows), np.log(compute))
+    )
+    # where neither has the loss there is no factor: such samples count for neither side
+    known = np.isfinite(mine) | np.isfinite(theirs)
+    factors = np.full(len(rows), np.nan)
+    with np.errstate(over="ignore"):
+        factors[known] = np.exp(theirs[known] - mine[known])
+        at_reference = compute or float(np.exp(theirs[0]))
+    draws = factors[1:]
+    inside = all(
+        np.log(fit.inputs[0][0]) - _ROUNDING <= at <= np.log(fit.inputs[0][1]) + _ROUNDING
+        for fit, at in ((arm, mine[0]), (reference, theirs[0]))
+    )
+    return Efficiency(
+        loss=finite(losses[0]),
+        compute=finite(at_reference),
+        factor=interval(float(factors[0]), draws[~np.isnan(draws)]),
+        extrapolated=not inside,
+    )
+
+
+def pareto(compute: ArrayLike, loss: ArrayLike) -> list[int]:
+    """Indices of the points that have no other below them in both compute and loss, by compute.
+
+    A point is left out where another one has at most its compute and at most its loss (of equal
+    points the first stays), and where its loss is no number.
+    """
+    computes, losses = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
+    lowest, kept = np.inf, []
+    for index in np.lexsort((losses, computes)):
+        if losses[index] < lowest and np.isfinite(computes[index]):
+            lowest = losses[index]
+            kept.append(int(index))
+    return kept

@@ -1,0 +1,1 @@
+"""One file a family: its parts and presets."""

@@ -1,0 +1,70 @@
+"""Bytes that every rank sends and receives at an expansion, without processes or data.
+
+Takes the pieces of all ranks before and after from :mod:`.engines.partitions`, what feeds what
+from the depth map, and the schedule that the expansion itself follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_progressive.config import RunConfig
+from megatron_progressive.engines.partitions import held_pieces
+from megatron_progressive.expansion.depth_map import copied_from, rules_of
+from megatron_progressive.models import model_shape
+from megatron_progressive.reshard.metadata import PieceTable
+from megatron_progressive.reshard.schedule import Schedule
+from megatron_progressive.runtime.layout import make_layout
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ReshardBytes:
+    """Bytes of one expansion, by rank: int64 [world] each."""
+
+    received: Ints
+    """From other ranks: the source elements that a rank needs and does not hold, each once,
+    whatever the number of layers they are copied to."""
+    sent: Ints
+    """To other ranks, each missing box by one of those that hold it, in turn."""
+
+    @property
+    def total(self) -> int:
+        """Over all ranks. No reshard needs fewer: each rank gets what it misses, once."""
+        return int(self.received.sum())
+
+    def seconds(self, gb_per_s: float) -> float:
+        """Time of the exchange where every rank sends and receives at ``gb_per_s`` (1e9 bytes
+        per second, each way, both at once): that of the busiest rank."""
+        return max(int(self.received.max()), int(self.sent.max())) / (gb_per_s * 1e9)
+
+
+def reshard_bytes(config: RunConfig, index: int, world: int) -> ReshardBytes:
+    """Bytes that move at expansion ``index`` of ``config`` on ``world`` ranks.
+
+    Raises:
+        ConfigError: a layout that the ranks do not divide into.
+    """
+    expansion = config.expansion[index]
+    depth = config.expansion[index - 1].to_layers if index else None
+    sides = [
+        held_pieces(
+            shape,
+            config.optim,
+            config.train.precision,
+            make_layout(config.parallel_after(phase), world),
+        )
+        for phase, shape in (
+            (index, model_shape(config, depth)),
+            (index + 1, model_shape(config, expansion.to_layers)),
+        )
+    ]
+    source, target = model_shape(config, depth), model_shape(config, expansion.to_layers)
+    rules = rules_of(expansion, source, target)
+    old, new = ([(PieceTable.of(pieces), ranks) for pieces, ranks in side] for side in sides)
+    sent, received = Schedule(old, new, copied_from(rules)).bytes_by_rank(world)
+    return ReshardBytes(received, sent)

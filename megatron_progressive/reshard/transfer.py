@@ -1,0 +1,254 @@
+"""Reshard in memory: move boxes of global tensors from one set of ranks' pieces to another.
+
+Every rank gathers the same metadata, derives its own part of the same schedule and exchanges
+it point to point. No rank sees whole tensors, nothing goes through disk, and the bytes that
+are staged at once are bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_progressive.reshard.boxes import PARAM, Box, Key, Piece, PieceMeta, ShardedState
+from megatron_progressive.reshard.metadata import DTYPE_BYTES, Held, PieceTable
+from megatron_progressive.reshard.schedule import Move, Schedule, TransferError
+
+_SMALL = 16 << 10  # tables up to this size travel in one all-gather, larger ones one by one
+
+
+@dataclass(frozen=True)
+class TransferStats:
+    """Over all ranks: bytes sent between ranks, the largest staging of one rank and the
+    largest target state of one rank."""
+
+    bytes_moved: int
+    peak_staging_bytes: int
+    largest_target_bytes: int
+
+
+def _device() -> torch.device:
+    """Where the backend sends from; also for numbers that live on the CPU."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def gather_metadata(states: Iterable[ShardedState]) -> list[list[Held]]:
+    """Everybody's metadata of each of some states. Collective over all ranks.
+
+    A rank's weights and its other slots are separate tables: data-parallel ranks share the
+    first, often the second too, and a table that several ranks share travels once.
+    """
+    world, rank, device = dist.get_world_size(), dist.get_rank(), _device()
+    mine: list[bytes] = []
+    for state in states:
+        weights: list[PieceMeta] = []
+        others: list[PieceMeta] = []
+        for piece in state.pieces:
+            (weights if piece.slot == PARAM else others).append(piece.meta)
+        mine += [PieceTable.of(weights).to_bytes(), PieceTable.of(others).to_bytes()]
+    digests = b"".join(hashlib.blake2b(table, digest_size=16).digest() for table in mine)
+    everyone = torch.empty(world, len(digests), dtype=torch.uint8, device=device)
+    own = torch.from_numpy(np.frombuffer(digests, np.uint8).copy()).to(device)
+    dist.all_gather(list(everyone.unbind()), own)
+    table_of = everyone.cpu().numpy().reshape(world, len(mine), 16)
+    holders: dict[bytes, dict[int, list[int]]] = {}
+    for other in range(world):
+        for index in range(len(mine)):
+            digest = table_of[other, index].tobytes()
+            holders.setdefault(digest, {}).setdefault(index, []).append(other)
+    owner = {digest: min(min(r) for r in where.values()) for digest, where in holders.items()}
+    tables = _exchange_tables(
+        {table_of[rank, i].tobytes(): table for i, table in enumerate(mine)}, owner, rank, device
+    )
+    gathered: list[list[Held]] = [[] for _ in range(len(mine) // 2)]
+    for digest, where in holders.items():
+        table = PieceTable.from_bytes(tables[digest])
+        for index, ranks in where.items():
+            gathered[index // 2].append((table, ranks))
+    return gathered
+
+
+def _exchange_tables(
+    mine: dict[bytes, bytes], owner: dict[bytes, int], rank: int, device: torch.device
+) -> dict[bytes, bytes]:
+    """Each distinct table, by digest, from the first rank that has it."""
+    world = dist.get_world_size()
+    by_owner: list[list[bytes]] = [[] for _ in range(world)]
+    for digest, first in owner.items():  # the same order on every rank
+        by_owner[first].append(digest)
+    most = max(len(digests) for digests in by_owner)
+    sizes = torch.zeros(most, dtype=torch.int64)
+    for i, digest in enumerate(by_owner[rank]):
+        sizes[i] = len(mine[digest])
+    all_sizes = torch.empty(world, most, dtype=torch.int64, device=device)
+    dist.all_gather(list(all_sizes.unbind()), sizes.to(device))
+    size_of = {
+        digest: int(all_sizes[first, i])
+        for first, digests in enumerate(by_owner)
+        for i, digest in enumerate(digests)
+    }
+    tables: dict[bytes, bytes] = {}
+    small = [[d for d in digests if size_of[d] <= _SMALL] for digests in by_owner]
+    room = max(sum(size_of[d] for d in digests) for digests in small)
+    packed = b"".join(mine[d] for d in small[rank]).ljust(room, b"\0")
+    if room:
+        received = torch.empty(world, room, dtype=torch.uint8, device=device)
+        own = torch.from_numpy(np.frombuffer(packed, np.uint8).copy()).to(device)
+        dist.all_gather(list(received.unbind()), own)
+        for first, data in enumerate(received.cpu().numpy()):
+            start = 0
+            for digest in small[first]:
+                tables[digest] = data[start : start + size_of[digest]].tobytes()
+                start += size_of[digest]
+    for first, digests in enumerate(by_owner):
+        for digest in digests:
+            if digest in tables:
+                continue
+            buffer = torch.empty(size_of[digest], dtype=torch.uint8, device=device)
+            if first == rank:
+                buffer.copy_(torch.from_numpy(np.frombuffer(mine[digest], np.uint8).copy()))
+            dist.broadcast(buffer, first)
+            tables[digest] = buffer.cpu().numpy().tobytes()
+    return tables
+
+
+def transfer(
+    source: ShardedState,
+    target: ShardedState,
+    source_of: Callable[[Key], Key | None],
+    staging_bytes: int,
+) -> TransferStats:
+    """Fill the target's pieces from the sources of all ranks. Collective over all ranks.
+
+    Args:
+        source: this rank's pieces in the old layout; only read.
+        target: this rank's pieces in the new layout.
+        source_of: the source of a target tensor; None where it is not copied.
+        staging_bytes: most bytes staged at once on a rank.
+
+    Raises:
+        TransferError: on every rank, before anything is written: a piece that the sources do
+            not cover, or of another type.
+    """
+    rank, device = dist.get_rank(), _device()
+    sources, targets = gather_metadata([source, target])
+    problem, own = "", None
+    try:
+        own = Schedule(sources, targets, source_of).own_part(rank)
+    except TransferError as error:
+        problem = str(error)
+    peers = len({*own.sends, *own.receives}) if own else 0
+    limits = torch.tensor([peers, bool(problem)], dtype=torch.int64, device=device)
+    dist.all_reduce(limits, op=dist.ReduceOp.MAX)
+    if limits[1] or own is None:
+        problems = [problem] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        raise TransferError(next(p for p in problems if p))
+    held = {(piece.key, piece.box): piece for piece in source.pieces}
+    wanted = {(piece.key, piece.box): piece for piece in target.pieces}
+    for move in own.local:
+        _spread(move, move.box, _view(held[move.source], move.box), wanted)
+    # One message to and one from each peer at a time; both ends must cut alike.
+    message_bytes = max(1 << 10, staging_bytes // (2 * max(1, int(limits[0]))) // 8 * 8)
+    sends = {peer: _messages(moves, message_bytes) for peer, moves in sorted(own.sends.items())}
+    receives = {peer: _messages(m, message_bytes) for peer, m in sorted(own.receives.items())}
+    # Staging is allocated once: fresh memory costs more than the copy into it.
+    outbox = {peer: _staging(messages, device) for peer, messages in sends.items()}
+    inbox = {peer: _staging(messages, device) for peer, messages in receives.items()}
+    for turn in range(max((len(m) for m in (*sends.values(), *receives.values())), default=0)):
+        _exchange(
+            [(peer, outbox[peer], m[turn]) for peer, m in sends.items() if turn < len(m)],
+            [(peer, inbox[peer], m[turn]) for peer, m in receives.items() if turn < len(m)],
+            held,
+            wanted,
+        )
+    peak = sum(buffer.numel() for buffer in (*outbox.values(), *inbox.values()))
+    sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
+    largest = torch.tensor([peak, target.nbytes], dtype=torch.int64, device=device)
+    dist.all_reduce(sent)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return TransferStats(int(sent), int(largest[0]), int(largest[1]))
+
+
+def _view(piece: Piece, box: Box) -> torch.Tensor:
+    return piece.data[box.slices_within(piece.box)]
+
+
+Message = list[tuple[Move, Box]]
+"""Parts of moves that travel together."""
+Pieces = dict[tuple[Key, Box], Piece]
+
+
+def _exchange(
+    outgoing: list[tuple[int, torch.Tensor, Message]],
+    incoming: list[tuple[int, torch.Tensor, Message]],
+    held: Pieces,
+    wanted: Pieces,
+) -> None:
+    """Send and receive one message of each peer: (peer, staging buffer, message)."""
+    operations = []
+    for peer, buffer, message in outgoing:
+        slots, length = _slots(buffer, message)
+        for (move, part), slot in zip(message, slots, strict=True):
+            slot.copy_(_view(held[move.source], part))
+        operations.append(dist.P2POp(dist.isend, buffer[:length], peer))
+    arriving: list[tuple[tuple[Move, Box], torch.Tensor]] = []
+    for peer, buffer, message in incoming:
+        slots, length = _slots(buffer, message)
+        arriving += zip(message, slots, strict=True)
+        operations.append(dist.P2POp(dist.irecv, buffer[:length], peer))
+    for request in dist.batch_isend_irecv(operations) if operations else ():
+        request.wait()
+    for (move, part), slot in arriving:
+        _spread(move, part, slot, wanted)
+
+
+def _spread(move: Move, part: Box, data: torch.Tensor, wanted: Pieces) -> None:
+    """Write part of a move, which ``data`` holds, to all pieces that take some of it."""
+    for target in move.targets:
+        share = part.intersect(target[1])
+        if share is not None:
+            _view(wanted[target], share).copy_(data[share.slices_within(part)])
+
+
+def _messages(moves: Iterable[Move], most: int) -> list[Message]:
+    """Cut one pair's moves into messages of at most ``most`` bytes; both ends cut alike."""
+    messages: list[Message] = []
+    room = 0
+    for move in moves:
+        for part in move.box.split(max(1, most // DTYPE_BYTES[move.dtype])):
+            nbytes = _aligned(part, move.dtype)
+            if nbytes > room or not messages:
+                messages.append([])
+                room = most
+            messages[-1].append((move, part))
+            room -= nbytes
+    return messages
+
+
+def _aligned(part: Box, dtype: str) -> int:
+    """Bytes of a part's slot, in eights, so that every type can be viewed in the buffer."""
+    return math.ceil(part.numel * DTYPE_BYTES[dtype] / 8) * 8
+
+
+def _staging(messages: list[Message], device: torch.device) -> torch.Tensor:
+    """Room for the longest of one peer's messages, in bytes."""
+    longest = max(sum(_aligned(part, move.dtype) for move, part in m) for m in messages)
+    return torch.empty(longest, dtype=torch.uint8, device=device)
+
+
+def _slots(buffer: torch.Tensor, message: Message) -> tuple[list[torch.Tensor], int]:
+    """The places of a message's parts in a byte buffer, of their types and shapes, and the
+    bytes that they take in all."""
+    slots, start = [], 0
+    for move, part in message:
+        flat = buffer[start : start + part.numel * DTYPE_BYTES[move.dtype]]
+        slots.append(flat.view(getattr(torch, move.dtype)).view(part.shape))
+        start += _aligned(part, move.dtype)
+    return slots, start

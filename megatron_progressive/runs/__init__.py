@@ -1,0 +1,1 @@
+"""The run folder: its format, its one writer, reading it, and what decides a run's numbers."""

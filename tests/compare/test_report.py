@@ -1,0 +1,447 @@
+"""The report, on run folders with made-up curves (``synthetic``)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from scipy.stats import ttest_1samp
+
+from megatron_progressive.compare.judged import Report
+from megatron_progressive.compare.report import (
+    make_report,
+    record_verdicts,
+    terminal_table,
+    verdict_fields,
+)
+from megatron_progressive.config import ConfigError, load
+from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.plan.controls import fixed_size, short_control
+from megatron_progressive.runtime.folder_lock import LOCK_NAME, FolderLock
+from tests.runs.synthetic import progressive_config, three_arms, with_seed, write_run
+
+
+@pytest.fixture(scope="module")
+def losing(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path, Report]:
+    """Three arms of which the short control ends below the progressive run."""
+    folder = tmp_path_factory.mktemp("losing")
+    arms = three_arms(folder / "runs", {"progressive": 2.55, "fixed": 2.5, "short": 2.525})
+    out = folder / "out"
+    return arms, out, make_report(list(arms.values()), out)
+
+
+def test_verdict_is_the_arithmetic_of_the_arms(
+    losing: tuple[dict[str, Path], Path, Report],
+) -> None:
+    arms, _, report = losing
+    (verdict,) = report.verdicts
+    config = progressive_config(arms["progressive"].parent)
+    assert [row.arm for row in report.rows] == ["progressive", "fixed-size", "short control"]
+    assert report.complete
+    assert verdict.speedup_flops == pytest.approx(
+        total_flops(fixed_size(config)) / total_flops(config)
+    )
+    assert verdict.loss_gap_percent == pytest.approx(2.0)
+    assert verdict.short_gap_percent == pytest.approx(100 * (2.55 / 2.525 - 1))
+    assert verdict.outcome == "open"  # one seed
+    walls = {
+        arm: json.loads((folder / "summary.json").read_text())["train_wall_s"]
+        for arm, folder in arms.items()
+    }
+    pause = 0.5  # of the expansion event, which train_wall_s leaves out
+    assert verdict.speedup_wall == pytest.approx(walls["fixed"] / (walls["progressive"] + pause))
+
+
+# "whether growing pays at equal FLOPs is open" decides nothing
+VERDICTS = re.compile(
+    r"\b(pays|does not pay|wins?|loses?|beats?)\b(?! at equal FLOPs is open)", re.IGNORECASE
+)
+
+
+def test_one_seed_is_told_with_its_number_and_decides_nothing(
+    losing: tuple[dict[str, Path], Path, Report],
+) -> None:
+    _, out, report = losing
+    page = (out / "report.html").read_text()
+    for text in (report.verdicts[0].verdict, page):
+        assert "At equal FLOPs it ends 0.99 % above the short control" in text
+        assert "Whether growing pays at equal FLOPs is open" in text
+        assert "against the short control: +0.99 % (one seed" in text
+        assert "did not mix" in text
+        assert not VERDICTS.findall(text)
+    assert "0.99 % above the short control: open (1 pair)" in report.title
+
+
+@pytest.mark.parametrize("end", [2.5, 2.59987, 2.6, 2.7])
+def test_no_size_of_a_difference_is_enough_for_one_seed(tmp_path: Path, end: float) -> None:
+    arms = three_arms(tmp_path / "runs", {"progressive": end, "fixed": 2.5, "short": 2.6})
+    report = make_report(list(arms.values()), tmp_path / "out")
+    verdict = report.verdicts[0]
+    assert verdict.outcome == "open"
+    for text in (verdict.verdict, report.title, (tmp_path / "out" / "report.html").read_text()):
+        assert not VERDICTS.findall(text), text
+    gap = 100 * (end / 2.6 - 1)
+    assert f"{gap:+.2f} % (one seed" in verdict.verdict
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome"),
+    [
+        ([2.50, 2.51, 2.49, 2.52], "pays"),
+        ([2.57, 2.62, 2.56, 2.60], "open"),
+        ([2.66, 2.68, 2.65, 2.67], "does not pay"),
+    ],
+)
+def test_seeds_decide_by_the_paired_difference(
+    tmp_path: Path, ends: list[float], outcome: str
+) -> None:
+    """The controls differ more between seeds than the runs do from their own."""
+    config, shorts = progressive_config(tmp_path / "runs"), [2.6, 2.61, 2.59, 2.62]
+    folders = []
+    for seed, (end, short) in enumerate(zip(ends, shorts, strict=True), 1):
+        seeded = with_seed(config, seed)
+        folders += [write_run(seeded, end), write_run(short_control(seeded), short)]
+    report = make_report(folders, tmp_path / "out")
+    gaps = [100 * (end / short - 1) for end, short in zip(ends, shorts, strict=True)]
+    low, high = ttest_1samp(gaps, 0).confidence_interval(0.95)
+    for verdict in report.verdicts:
+        (short,) = verdict.controls
+        assert short.values == pytest.approx(gaps)
+        assert (short.low, short.high) == pytest.approx((low, high))
+        assert verdict.outcome == short.outcome == outcome
+        needed = f"over 4 pairs; {short.pairs_needed} needed for 80 % power at a spread of "
+        assert needed in verdict.verdict
+    words = f"Growing {outcome} at equal FLOPs" if outcome != "open" else "is open"
+    assert words in report.verdicts[0].verdict
+    assert f": {outcome} (4 pairs)" in report.title
+
+
+def test_pairs_have_one_seed_and_one_set_of_validation_samples(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folders = []
+    for seed in (1, 2, 3):
+        folders.append(write_run(with_seed(config, seed), 2.4 + seed / 100))
+    short = short_control(config)
+    folders.append(write_run(short, 2.6))  # of seed 1 only
+    other = with_seed(short, 3)
+    other = replace(other, train=replace(other.train, eval_samples=64))
+    folders.append(write_run(other, 2.6))
+    verdict = make_report(folders, tmp_path / "out").verdicts[0]
+    (control,) = verdict.controls
+    assert control.seeds == [1]
+    assert verdict.outcome == "open"
+    assert "left out seed 2: tiny_short" in verdict.verdict.replace("_seed3", "")
+    assert "is validated on other samples" in verdict.verdict
+
+
+def test_seeds_that_diverged_are_not_forgotten(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folders = []
+    for seed in (1, 2, 3, 4):
+        seeded = with_seed(config, seed)
+        folders += [write_run(seeded, 2.4 + seed / 100), write_run(short_control(seeded), 2.6)]
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    summary["final_eval_loss"] = None
+    (folders[0] / "summary.json").write_text(json.dumps(summary))
+    metrics = folders[0] / "metrics.jsonl"
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    next(e for e in reversed(events) if e["event"] == "eval")["loss"] = None
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    verdict = make_report(folders, tmp_path / "out").verdicts[-1]
+    assert verdict.controls[0].high is not None
+    assert verdict.controls[0].high < 0
+    assert verdict.outcome == "open"
+    assert "left out seed 1: it diverged" in verdict.verdict
+
+
+def test_mixing_is_told_with_its_number(tmp_path: Path) -> None:
+    arms = three_arms(tmp_path / "runs", {"progressive": 2.5, "fixed": 2.5, "short": 2.6})
+    verdict = make_report(list(arms.values()), tmp_path / "out").verdicts[0]
+    assert verdict.mixing is not None
+    assert verdict.mixing.mixed
+    assert "It mixed within 0.5 %" in verdict.verdict
+
+
+def test_equal_loss_says_where_fixed_size_got_there_and_its_learning_rate(tmp_path: Path) -> None:
+    arms = three_arms(tmp_path / "runs", {"progressive": 2.9, "fixed": 2.5, "short": 2.6})
+    verdict = make_report(list(arms.values()), tmp_path / "out").verdicts[0]
+    evals = [
+        event
+        for line in (arms["fixed"] / "metrics.jsonl").read_text().splitlines()
+        if (event := json.loads(line))["event"] == "eval"
+    ]
+    first = next(event for event in evals if event["loss"] <= 2.9)
+    total = json.loads((arms["progressive"] / "summary.json").read_text())["total_flops"]
+    assert verdict.equal_loss is not None
+    assert verdict.equal_loss.step == first["step"] < 270  # before the decay
+    assert verdict.equal_loss.compute_ratio == pytest.approx(first["flops"] / total)
+    assert "has not decayed there" in verdict.verdict
+    assert "Failure signature: final loss >= 5 % worse" in verdict.verdict
+
+
+def test_mixing_time_is_counted_in_tokens_after_tau(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    fixed, ours = write_run(fixed_size(config), 2.5), write_run(config, 2.5)
+    lines = [json.loads(line) for line in (fixed / "metrics.jsonl").read_text().splitlines()]
+    same = {event["step"]: event["loss"] for event in lines if event["event"] == "eval"}
+    events = []
+    for line in (ours / "metrics.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "eval":  # level at the start, at τ and once after
+            step = event["step"]
+            event["loss"] = same[step] * (1.004 if step >= 270 else 1.01)
+            event["loss"] = same[step] if step < 40 or step in (240, 250) else event["loss"]
+        events.append(json.dumps(event) + "\n")
+    (ours / "metrics.jsonl").write_text("".join(events))
+    mixing = make_report([ours, fixed], tmp_path / "out").verdicts[0].mixing
+    assert mixing is not None
+    assert mixing.tokens == (270 - 240) * config.train.global_batch * 128
+
+
+class _Resources(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [v or "" for k, v in attrs if k in ("src", "href", "data", "srcset")]
+        assert tag not in ("script", "link", "iframe")
+
+
+def test_the_page_is_self_contained(losing: tuple[dict[str, Path], Path, Report]) -> None:
+    _, out, report = losing
+    text = (out / "report.html").read_text()
+    parser = _Resources()
+    parser.feed(text)
+    prefix = "data:image/png;base64,"
+    assert len(parser.sources) == 2
+    for source, path in zip(parser.sources, report.files[2:], strict=True):
+        assert source.startswith(prefix)
+        data = base64.b64decode(source[len(prefix) :])
+        assert data == path.read_bytes()
+        assert Image.open(io.BytesIO(data)).width > 1000
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_json_has_the_fixed_keys_and_no_nan(losing: tuple[dict[str, Path], Path, Report]) -> None:
+    arms, out, report = losing
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    values = json.loads((out / "report.json").read_text(), parse_constant=refuse)
+    fields = verdict_fields(report, arms["progressive"])
+    assert set(fields) == {"speedup_flops", "speedup_wall", "loss_gap_percent", "verdict"}
+    assert {key: values[key] for key in fields} == fields
+    assert values["verdicts"][0]["outcome"] == "open"
+    assert values["verdicts"][0]["controls"][0]["control"] == "the short control"
+    assert len(values["runs"]) == 3
+    assert verdict_fields(report, arms["fixed"]) == {}
+
+
+def test_missing_controls_come_with_the_commands_that_make_them(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folder = write_run(config, 2.5)
+    report = make_report([folder], tmp_path / "out")
+    assert not report.complete
+    assert report.verdicts[0].loss_gap_percent is None
+    assert "Incomplete: no fixed-size" in report.verdicts[0].verdict
+    page = (tmp_path / "out" / "report.html").read_text()
+    for missing, control in zip(
+        report.missing, (fixed_size(config), short_control(config)), strict=True
+    ):
+        program, verb, path, *words = missing.command.replace("'", "").split()
+        assert (program, verb) == ("mprog", "train")
+        assert load(path, words) == control
+        assert f"run.name={control.run.name}" in page
+    assert not (tmp_path / "out" / "gap.png").exists()
+    console = Console(width=60, file=io.StringIO(), record=True)
+    terminal_table(report, console)
+    assert report.missing[0].command in console.export_text()  # whole, to be copied
+
+
+def test_unfinished_runs_are_shown_and_not_judged(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folders = [
+        write_run(config, 2.5, stop_at=140),
+        write_run(fixed_size(config), 2.4),
+        write_run(short_control(config), 2.6, stop_at=20),
+    ]
+    report = make_report(folders, tmp_path / "out")
+    assert [row.finished for row in report.rows] == [False, True, False]
+    assert "unfinished at step 140 of 300" in report.title
+    assert report.verdicts[0].speedup_flops is None
+    assert [m.arm for m in report.missing] == ["short control"]
+    assert report.missing[0].command == f"mprog train {folders[2] / 'config.yaml'}"
+
+
+def test_recorded_warnings_are_shown(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5, warning="loss <spike> > 2x")
+    make_report([folder], tmp_path / "out")
+    assert "step 1: loss &lt;spike&gt; &gt; 2x" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_seeds_are_paired_and_summarised(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    folders = []
+    for seed, ours, theirs in ((1, 2.525, 2.5), (2, 2.58, 2.51)):
+        seeded = with_seed(config, seed)
+        runs = ((seeded, ours), (fixed_size(seeded), theirs))
+        folders += [write_run(run, loss, content="a") for run, loss in runs]
+    report = make_report(folders, tmp_path / "out")
+    gaps = [verdict.loss_gap_percent for verdict in report.verdicts]
+    assert gaps == pytest.approx([1.0, 100 * (2.58 / 2.51 - 1)])
+    found = ttest_1samp(gaps, 0).confidence_interval(0.95)
+    expected = f"Gap to fixed-size: +1.89 % (95 % {found.low:+.2f} to {found.high:+.2f} over 2"
+    assert expected in report.verdicts[0].verdict
+    assert report.notes == []
+
+
+def test_controls_that_differ_are_noted_and_wrong_ones_not_taken(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    fixed, short = fixed_size(config), short_control(config)
+    other_rate = replace(fixed, optim=replace(fixed.optim, lr=0.02))
+    too_short = replace(short, train=replace(short.train, steps=int(0.9 * short.train.steps)))
+    other_data = replace(
+        fixed, data=replace(fixed.data, corpus="x"), run=replace(fixed.run, name="other_data")
+    )
+    folders = [write_run(c, 2.5) for c in (config, other_rate, too_short, other_data)]
+    report = make_report(folders, tmp_path / "out")
+    assert [row.arm for row in report.rows] == ["progressive", "fixed-size", "other", "other"]
+    assert any("optim.lr 0.02 (instead of 0.01)" in note for note in report.notes)
+    assert [m.arm for m in report.missing] == ["short control"]
+
+
+def test_flops_that_the_configuration_does_not_count_to_are_noted(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["total_flops"] *= 1.5
+    (folder / "summary.json").write_text(json.dumps(summary))
+    report = make_report([folder], tmp_path / "out")
+    assert any("another version of the code" in note for note in report.notes)
+
+
+def test_diverged_run_is_no_result(tmp_path: Path) -> None:
+    arms = three_arms(tmp_path / "runs")
+    summary = json.loads((arms["progressive"] / "summary.json").read_text())
+    summary["final_eval_loss"] = float("nan")
+    (arms["progressive"] / "summary.json").write_text(json.dumps(summary))
+    metrics = arms["progressive"] / "metrics.jsonl"
+    *lines, last = metrics.read_text().splitlines()
+    last = json.dumps({**json.loads(last), "loss": float("nan")})
+    metrics.write_text("\n".join([*lines, last, ""]))
+    report = make_report(list(arms.values()), tmp_path / "out")
+    assert report.title == "tiny: diverged"
+    assert verdict_fields(report, arms["progressive"]).keys() == {"verdict"}
+    assert "NaN" not in (tmp_path / "out" / "report.json").read_text()
+
+
+def test_terminal_table_fits_80_columns(losing: tuple[dict[str, Path], Path, Report]) -> None:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    terminal_table(losing[2], console)
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines()[:8]) <= 80
+    assert "0.99 % above the short control" in " ".join(text.split())
+    for cell in ("progressive", "fixed-size", "short control", "0 → 6", "2.5250", "+2.00 %"):
+        assert cell in text
+
+
+def test_a_metrics_line_that_a_kill_cut_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5, stop_at=60)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 61, "lo')
+    (row,) = make_report([folder], tmp_path / "out").rows
+    assert row.steps_done == 60
+
+
+def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines()
+    metrics.write_bytes(b"\n".join([*lines[:9], lines[9][:20], *lines[10:], b""]))
+    report = make_report([folder], tmp_path / "out")
+    assert report.rows[0].steps_done == 300
+    assert any("line 10 of metrics.jsonl" in text for text in report.rows[0].warnings)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    terminal_table(report, console)
+    assert "line 10 of metrics.jsonl cannot be read" in " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize("text", ["", '{"final_ev', "[]", "null", '{"final_eval_loss": NaN}'])
+def test_a_summary_without_a_result_is_of_an_unfinished_run(tmp_path: Path, text: str) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    (folder / "summary.json").write_text(text)
+    report = make_report([folder], tmp_path / "out")
+    record_verdicts(report)
+    assert not report.rows[0].finished
+    assert report.rows[0].final_eval_loss is None
+    assert any("summary.json" in warning for warning in report.rows[0].warnings)
+    assert (folder / "summary.json").read_text() == text
+
+
+def test_no_verdict_is_written_where_a_job_trains_on(tmp_path: Path) -> None:
+    folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
+    report = make_report([folder], tmp_path / "out")
+    before = (folder / "summary.json").read_text()
+    with FolderLock(folder / LOCK_NAME):
+        record_verdicts(report)
+        assert (folder / "summary.json").read_text() == before
+    record_verdicts(report)
+    assert (folder / "summary.json").read_text() != before
+
+
+def _break(folder: Path, how: str) -> Path:
+    metrics = folder / "metrics.jsonl"
+    if how == "no folder":
+        return folder / "nowhere"
+    if how == "no config.yaml":
+        (folder / "config.yaml").unlink()
+    elif how == "no metrics.jsonl":
+        metrics.unlink()
+    elif how == "is empty":
+        metrics.write_text("")
+    elif how == "has no line that can be read":
+        metrics.write_text('{"event": "tr\n')
+    elif how == "model.family: missing":
+        (folder / "config.yaml").write_text("run: {name: x}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no folder", "no config.yaml", "no metrics.jsonl", "is empty",
+        "has no line that can be read", "model.family: missing",
+    ],
+)  # fmt: skip
+def test_bad_folders_are_refused_in_one_line_before_anything_is_written(
+    tmp_path: Path, how: str
+) -> None:
+    folder = _break(write_run(progressive_config(tmp_path / "runs"), 2.5, stop_at=12), how)
+    with pytest.raises(ConfigError, match=re.escape(how)) as caught:
+        make_report([folder], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert "accepted" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got none"):
+        make_report([], tmp_path / "out")
+
+
+def test_importing_the_room_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, megatron_progressive.compare as s; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

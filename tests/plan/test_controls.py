@@ -1,0 +1,94 @@
+"""Controls: equal compute, equal everything else, and commands that make them."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_progressive.config import ConfigError, RunConfig, from_dict, load, to_yaml
+from megatron_progressive.cost.flops import step_flops, total_flops
+from megatron_progressive.models import model_shape
+from megatron_progressive.plan import controls
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "gpt2"
+
+
+def progressive(
+    layers: int, expansion: list[dict[str, Any]], steps: int = 1500, optimizer: str = "muon_nsgd"
+) -> RunConfig:
+    return from_dict(
+        {
+            "run": {"name": "run"},
+            "model": {"family": "gpt2", "num_layers": layers},
+            "train": {"steps": steps, "eval_every": 37},
+            "optim": {"name": optimizer},
+            "expansion": expansion,
+        }
+    )
+
+
+WHOLE = progressive(0, [{"at": 0.5, "to_layers": 6}])
+CASES = [
+    progressive(0, [{"at": 0.8, "to_layers": 6}]),
+    progressive(1, [{"at": 0.5, "to_layers": 4, "parallel": {"tensor": 2}}], 77, "adamw"),
+    progressive(
+        0,
+        [
+            {"at": 0.3, "to_layers": 2, "parallel": {"pipeline": 2}},
+            {"at": 600, "to_layers": 8, "parallel": {"tensor": 4, "pipeline": 1}},
+        ],
+    ),
+    replace(WHOLE, train=replace(WHOLE.train, stop_after=1000)),
+]
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_short_control_costs_as_much_within_one_step(config: RunConfig) -> None:
+    short = controls.short_control(config)
+    one_step = step_flops(model_shape(short), short)
+    assert 0 <= total_flops(config) - total_flops(short) < one_step
+    assert short.train.eval_every == config.train.eval_every
+    assert short.run.name == "run_short"
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_fixed_size_is_the_target_on_the_last_layout(config: RunConfig) -> None:
+    fixed = controls.fixed_size(config)
+    last = config.expansion[-1]
+    assert fixed.model.num_layers == last.to_layers
+    assert fixed.expansion == []
+    assert fixed.parallel == config.parallel_after(len(config.expansion))
+    assert fixed.run.name == "run_fixed"
+    unchanged = replace(
+        fixed, run=config.run, model=config.model, parallel=config.parallel,
+        expansion=config.expansion,
+    )  # fmt: skip
+    assert unchanged == config
+
+
+@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize("make", [controls.fixed_size, controls.short_control])
+def test_the_command_makes_the_control(config: RunConfig, make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    control = make(config)
+    program, verb, read, *words = shlex.split(controls.control_command(str(path), config, control))
+    assert (program, verb) == ("mprog", "train")
+    assert load(read, words) == control
+
+
+def test_no_control_without_expansion_or_budget() -> None:
+    with pytest.raises(ConfigError, match=r"^expansion: got none"):
+        controls.fixed_size(from_dict({"model": {"family": "gpt2"}}))
+    with pytest.raises(ConfigError, match=r"^train\.steps: got 2"):
+        controls.short_control(progressive(0, [{"at": 2, "to_layers": 6}], steps=2))
+
+
+@pytest.mark.parametrize("size", ["124m", "7b"])
+def test_shipped_fixed_configs_are_the_controls_of_the_progressive_ones(size: str) -> None:
+    wanted = controls.fixed_size(load(CONFIGS / f"{size}_progressive.yaml"))
+    assert load(CONFIGS / f"{size}_fixed.yaml") == wanted
