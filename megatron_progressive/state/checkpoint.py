@@ -66,6 +66,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one of :func:`checkpoints`."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints of a run folder, oldest first."""
     found = [

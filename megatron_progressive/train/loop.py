@@ -258,7 +258,7 @@ def train(config: RunConfig, resumed: Progress | None, warnings: list[str]) -> i
     """
     damaged: dict[Path, str] = {}
     if resumed is not None:
-        resumed, damaged = resuming.newest_whole(config.folder)
+        resumed, damaged = resuming.newest_whole(config.folder, resumed.step)
     elif config.run.init_from is not None:
         resuming.check_whole(Path(config.run.init_from).expanduser())
     run = _Run(config, resumed, warnings, damaged)
