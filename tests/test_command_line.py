@@ -102,3 +102,8 @@ def test_output_and_files_where_nothing_is_utf8(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert "->" in done.stdout.decode("ascii")
     assert "tau" in done.stdout.decode("ascii")
+    page = tmp_path / "page.html"
+    code = "from megatron_progressive.runtime.files import write_atomically as write; "
+    code += f"from pathlib import Path; write(Path({str(page)!r}), chr(0x3c4))"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **plain}, cwd=ROOT, check=True)
+    assert page.read_bytes() == "τ".encode()

@@ -4,14 +4,15 @@ that says so."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_progressive.checkpoints.checkpoint import (
     Progress,
-    checkpoint_path,
     checkpoints,
     files_of,
     read_progress,
+    step_of,
 )
 from megatron_progressive.checkpoints.contents import DamagedCheckpoint, content_damage
 
@@ -26,35 +27,25 @@ def newest_described(folder: Path) -> Progress | None:
     Raises:
         DamagedCheckpoint: there are some, and none is whole.
     """
-
-    def damage(checkpoint: Path) -> str | None:
-        try:
-            read_progress(checkpoint)
-        except DamagedCheckpoint as error:
-            return error.damage
-        return None
-
-    found, _ = _newest(checkpoints(folder), damage)
+    found, _ = _newest(checkpoints(folder), _size_damage)
     return None if found is None else read_progress(found)
 
 
-def newest_whole(folder: Path, until: int | None = None) -> tuple[Progress | None, dict[Path, str]]:
-    """Progress of the newest checkpoint whose files have the content that was saved (None: there
-    is no checkpoint), and what is damaged of each that is newer. Collective over all ranks, each
-    of which reads a part of the files.
-
-    Args:
-        until: the step after which none is looked at.
+def newest_whole(folder: Path, last: int) -> tuple[Progress | None, dict[Path, str]]:
+    """Progress of the newest checkpoint up to step ``last`` whose files have the content that was
+    saved (None: there is no checkpoint), and what is damaged of each that is newer. Collective
+    over all ranks, each of which reads a part of the files.
 
     Raises:
         DamagedCheckpoint: on every rank: there are some, and none is whole.
     """
     import torch.distributed as dist
 
-    last = None if until is None else checkpoint_path(folder, until)
-    saved = [[path for path in checkpoints(folder) if last is None or path <= last]]
+    saved = [checkpoints(folder)]
     dist.broadcast_object_list(saved)
-    found, damaged = _newest(saved[0], _damage)
+    later = {path: _size_damage(path) for path in reversed(saved[0]) if step_of(path) > last}
+    found, damaged = _newest([path for path in saved[0] if step_of(path) <= last], _damage)
+    damaged = {path: damage for path, damage in later.items() if damage} | damaged
     return (None if found is None else read_progress(found)), damaged
 
 
@@ -74,8 +65,17 @@ def set_aside(checkpoint: Path) -> Path:
     while (aside := checkpoint.with_name(name)).exists():
         number += 1
         name = f"{checkpoint.name}{ASIDE}.{number}"
-    checkpoint.rename(aside)
+    with suppress(FileNotFoundError):  # moved meanwhile, with all that came after a step
+        checkpoint.rename(aside)
     return aside
+
+
+def _size_damage(checkpoint: Path) -> str | None:
+    try:
+        read_progress(checkpoint)
+    except DamagedCheckpoint as error:
+        return error.damage
+    return None
 
 
 def _newest(

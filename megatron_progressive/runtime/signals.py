@@ -46,10 +46,12 @@ class StopFlag:
 @contextlib.contextmanager
 def outlives_its_reader() -> Iterator[None]:
     """Print in it what a job can do without: where the terminal is closed, or the reader of a pipe
-    gone, output goes nowhere from then on, and the job on."""
+    gone, output goes nowhere from then on, and the job on; where a log's disk is full, it waits."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return
         if error.errno not in (errno.EIO, errno.EPIPE):
             raise
         for stream in (sys.stdout, sys.stderr):

@@ -342,8 +342,7 @@ def train(
     """
     damaged: dict[Path, str] = {}
     if resumed is not None:
-        until = resumed.step if config.run.extend else None
-        resumed, damaged = resuming.newest_whole(config.folder, until)
+        resumed, damaged = resuming.newest_whole(config.folder, resumed.step)
     elif config.run.init_from is not None:
         resuming.check_whole(Path(config.run.init_from))
     run = _Run(config, resumed, warnings, trained_on, lock, damaged)

@@ -52,7 +52,10 @@ def test_a_save_that_does_not_fit(jobs: Jobs, corpus: Path, tmp_path: Path, disk
     assert any(last[rank] == f"rank {rank}: {cause}" for rank in range(2))
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
     assert read_whole(saved)[0].step == 3
-    assert jobs.run(2, tmp_path, words).codes == [0, 0]
+    job = jobs.run(2, tmp_path, words)
+    assert job.codes == [0, 0]
+    assert "resumed after step 3" in job.output[0]
+    assert "Warning" not in job.output[0]  # of torch's and Megatron-core's code to each other
     steps = [e["step"] for e in read_metrics(run) if e["event"] == "train"]
     assert steps == list(range(1, 10))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import subprocess
@@ -145,6 +146,21 @@ def test_output_may_lose_its_reader(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_other_errors_of_output_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="full"), signals.outlives_its_reader():
-        raise OSError(28, "full")
+def test_a_log_may_be_on_a_full_disk() -> None:
+    script = (
+        "import sys\n"
+        "from megatron_progressive.runtime.signals import outlives_its_reader\n"
+        "for _ in range(3):\n"
+        "    with outlives_its_reader():\n"
+        "        print('step', file=sys.stderr, flush=True)\n"
+        "print('saved')\n"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
+                              stderr=full, check=False)  # fmt: skip
+    assert done.stdout == b"saved\n"
+
+
+def test_other_errors_of_output_are_errors() -> None:
+    with pytest.raises(OSError, match="closed"), signals.outlives_its_reader():
+        raise OSError(errno.EBADF, "closed")
