@@ -47,7 +47,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
         config = _with_tokenizer(_from(config, own.run.init_from), own.data.tokenizer)
         return _filled(config, _sizes_of_configuration(own))
     try:
-        checkpoint = newest_checkpoint(Path(config.run.init_from))
+        checkpoint = newest_checkpoint(Path(start))
         shape = read_description(checkpoint)[1].shape
     except ConfigError as error:
         raise ConfigError(f"run.init_from: {error}") from None

@@ -41,7 +41,7 @@ def positive(text: str) -> float:
 Call = Callable[[argparse.Namespace, list[str]], int]
 """A command: its parsed words and all of them as they were given; returns the exit code."""
 
-Commands = argparse._SubParsersAction  # type: ignore[type-arg]
+type Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 """Where a group adds its commands."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import DATA_FILE, differ, read_identity
 from megatron_progressive.grid.cells import Cell
-from megatron_progressive.runs.reading import SUMMARY_FILE
+from megatron_progressive.runs.files import SUMMARY_FILE
 
 
 def one_a_run(cells: Sequence[Cell]) -> list[Cell]:

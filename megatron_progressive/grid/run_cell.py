@@ -9,7 +9,7 @@ from megatron_progressive.grid.failures import NO_PROGRAM_CODE, judge
 from megatron_progressive.grid.launch import Launch, Signals
 from megatron_progressive.grid.settling import cell_file
 from megatron_progressive.grid.state import Attempts, Study, code_version
-from megatron_progressive.runs.reading import METRICS_FILE
+from megatron_progressive.runs.files import METRICS_FILE
 from megatron_progressive.runtime.files import write_atomically
 from megatron_progressive.runtime.folder_lock import (
     HEARTBEAT_SECONDS,
