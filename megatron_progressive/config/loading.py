@@ -25,7 +25,7 @@ from megatron_progressive.config.accepted import (
     WORDING,
 )
 from megatron_progressive.config.errors import ConfigError
-from megatron_progressive.config.places import check_name, expanded
+from megatron_progressive.config.places import check_run_name, expanded
 from megatron_progressive.config.schema import (
     FAMILY_DEFAULTS,
     MISSING,
@@ -208,7 +208,7 @@ def _accepted(name: str, value: Any, resolved: bool) -> Any:
     if resolved:  # earlier versions left ~ in it
         return os.path.expanduser(value) if name in PATHS else value
     if name in NAMES:
-        check_name(name, value)
+        check_run_name(name, value)
         if why := NAMES[name].get(value):
             raise ConfigError(f"{name}: got {shown(value)}; accepted: another name ({why})")
     if name in PATHS:

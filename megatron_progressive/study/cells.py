@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig, check_value, from_dict
 from megatron_progressive.config.loading import Override
-from megatron_progressive.config.places import check_name, check_run_file_name
+from megatron_progressive.config.places import check_name, check_run_name
 from megatron_progressive.config.values import converted, shown
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.decisive import decisive
@@ -198,7 +198,7 @@ class SizeCells:
     ) -> Cell:
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
         folder = name if unknown else f"{name}-{fingerprint(config)}"
-        check_run_file_name(f"cell {name}", folder)
+        check_run_name(f"cell {name}", folder)
         placed = replace(config, run=replace(config.run, name=folder))
         return Cell(name, self.name, arm, self.seed, placed, tau=tau, unknown=unknown)
 

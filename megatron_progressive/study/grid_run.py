@@ -48,6 +48,14 @@ class Launch:
     srun: str = ""
     """Inside a Slurm job instead: ``srun`` and its options, over all of the job's tasks."""
 
+    def __post_init__(self) -> None:
+        try:
+            shlex.split(self.srun)
+        except ValueError as error:
+            raise ConfigError(
+                f"--srun: got {self.srun!r}: {error}; accepted: srun and its options"
+            ) from None
+
     def environment(self) -> dict[str, str]:
         """For a try. Under ``srun`` the ranks meet on this host, the job's first, at a port that
         is free now: one that another job took is not tried again."""
