@@ -85,7 +85,9 @@ def _unknown_key(full_key: str) -> ConfigError:
         leaves = {k.rsplit(".", 1)[-1]: k for k in known}
         leaf_of = difflib.get_close_matches(plain.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
         close = [leaves[leaf_of[0]]] if leaf_of else []
-    accepted = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(known)}"
+    beside = [k for k in known if k.rpartition(".")[0] == plain.rpartition(".")[0]]
+    beside = beside or [k for k in known if "." not in k]
+    accepted = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(beside)}"
     return ConfigError(f"{shown_key(full_key)}: unknown key; {accepted}")
 
 
