@@ -58,6 +58,12 @@ def test_no_number_is_out_of_range(words: list[str], option: str, capfd: Any) ->
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "COMMAND: invalid choice: 'trian'"),
+        (["grid", "run", GRID, "--srun", "'"], '--srun: got "\'": No closing quotation; accepted'),
+        (
+            ["coordcheck", DEMO, "--widths", "64,9" + "0" * 99],
+            "two or more sizes from 1 to 1048576",
+        ),
+        (["pilot", DEMO, "run.name=" + "x" * 240], "run.name of a pilot: got 'xxx"),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", DEMO, "--gpu", "a100"], "unrecognized arguments: --gpu"),
         (["report", DEMO, "--out"], "--out: expected one argument"),

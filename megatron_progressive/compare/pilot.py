@@ -24,6 +24,7 @@ from megatron_progressive.compare.mixing import (
     propose,
 )
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.config.places import check_run_name
 from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.data import DataIdentity, differ
 from megatron_progressive.optim.schedule import decay_steps, warmup_steps
@@ -70,7 +71,8 @@ def plan_pilot(config: RunConfig, steps: float | None = None, at: float | None =
 
     Raises:
         ConfigError: not one expansion, a schedule without a stable phase, a stop of its own,
-            ``at`` outside the stable phase, or ``steps`` too few after it or beyond that phase.
+            ``at`` outside the stable phase, ``steps`` too few after it or beyond that phase, or a
+            name of the run that leaves no room for the pilot's.
     """
     if len(config.expansion) != 1:
         raise ConfigError(
@@ -99,6 +101,7 @@ def plan_pilot(config: RunConfig, steps: float | None = None, at: float | None =
     grown = name if at is None else f"{name}_at{tau}"
     expansion = [replace(config.expansion[0], at=float(tau))]
     fixed = fixed_size(config)
+    check_run_name("run.name of a pilot", f"{grown}_progressive")
     return Pilot(
         replace(fixed, run=replace(config.run, name=f"{name}_fixed"), train=train),
         replace(

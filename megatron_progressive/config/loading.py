@@ -25,7 +25,7 @@ from megatron_progressive.config.accepted import (
     WORDING,
 )
 from megatron_progressive.config.errors import ConfigError
-from megatron_progressive.config.places import check_name, expanded
+from megatron_progressive.config.places import check_run_name, expanded
 from megatron_progressive.config.schema import (
     FAMILY_DEFAULTS,
     MISSING,
@@ -85,7 +85,9 @@ def _unknown_key(full_key: str) -> ConfigError:
         leaves = {k.rsplit(".", 1)[-1]: k for k in known}
         leaf_of = difflib.get_close_matches(plain.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
         close = [leaves[leaf_of[0]]] if leaf_of else []
-    accepted = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(known)}"
+    beside = [k for k in known if k.rpartition(".")[0] == plain.rpartition(".")[0]]
+    beside = beside or [k for k in known if "." not in k]
+    accepted = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(beside)}"
     return ConfigError(f"{shown_key(full_key)}: unknown key; {accepted}")
 
 
@@ -208,7 +210,7 @@ def _accepted(name: str, value: Any, resolved: bool) -> Any:
     if resolved:  # earlier versions left ~ in it
         return os.path.expanduser(value) if name in PATHS else value
     if name in NAMES:
-        check_name(name, value)
+        check_run_name(name, value)
         if why := NAMES[name].get(value):
             raise ConfigError(f"{name}: got {shown(value)}; accepted: another name ({why})")
     if name in PATHS:

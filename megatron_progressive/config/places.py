@@ -14,8 +14,7 @@ from megatron_progressive.config.schema import RunConfig
 from megatron_progressive.config.values import shown
 
 NAME_BYTES = 200
-"""Longest name that a user gives a folder: of the 255 bytes that file systems have for a name, what
-runs, studies and half-written files add to it is left free."""
+"""Longest name of a study or a size, to which names of runs add: file systems have 255 bytes."""
 FILE_NAME_BYTES = 255
 _ADDED = len("..yaml.tmp")
 """Most that is put around the name of a run for a file of it."""
@@ -49,8 +48,8 @@ def check_name(field: str, name: str, most: int = NAME_BYTES) -> None:
         )
 
 
-def check_run_file_name(field: str, name: str) -> None:
-    """Whether a name that was put together from others leaves room for its files' endings.
+def check_run_name(field: str, name: str) -> None:
+    """Whether a run can have a name: one of a folder with room for the endings of files beside it.
 
     Raises:
         ConfigError: it does not.

@@ -28,6 +28,8 @@ import numpy as np
 
 from megatron_progressive import data
 from megatron_progressive.config import ConfigError, ParallelSection, RunConfig
+from megatron_progressive.config.accepted import BOUNDS
+from megatron_progressive.config.values import shown
 from megatron_progressive.cost.flops import step_flops
 from megatron_progressive.models import transformer_shape
 from megatron_progressive.plan.preflight import check_run
@@ -45,6 +47,7 @@ RMS, CHANGE = "rms", "change"
 CHECKED = {RMS: ("embedding", "stream", "logits"), CHANGE: QUANTITIES}
 """Initial branches are not: they may be any small part of the stream, and are independent of each
 other, so that their sum shrinks with depth where each is 1 / L."""
+_LARGEST = int(BOUNDS["model.hidden_size"][1])
 _ROWS = 256  # tokens of the probe that are kept
 
 Read = Callable[[int, int], "torch.Tensor"]
@@ -104,8 +107,11 @@ def sizes_from_text(option: str, text: str | None, default: list[int]) -> list[i
         sizes = sorted({int(word) for word in text.split(",")})
     except ValueError:
         sizes = []
-    if len(sizes) < 2 or sizes[0] < 1:
-        raise ConfigError(f"{option}: got {text!r}; accepted: two or more sizes from 1, as 64,128")
+    if len(sizes) < 2 or sizes[0] < 1 or sizes[-1] > _LARGEST:
+        raise ConfigError(
+            f"{option}: got {shown(text)}; accepted: two or more sizes from 1 to {_LARGEST}, as "
+            "64,128"
+        )
     return sizes
 
 

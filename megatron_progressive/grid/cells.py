@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig, check_value, from_dict
 from megatron_progressive.config.loading import Override
-from megatron_progressive.config.places import check_name, check_run_file_name
+from megatron_progressive.config.places import check_name, check_run_name
 from megatron_progressive.config.values import converted, shown
 from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
@@ -240,7 +240,7 @@ class SizeCells:
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
         trained_on = self.trained_on(config)
         folder = name if unknown else self.choose_name(name, config, [""])
-        check_run_file_name(f"cell {name}", folder)
+        check_run_name(f"cell {name}", folder)
         placed = replace(config, run=replace(config.run, name=folder))
         axes = {**self._setting, **(axes or {})}
         return Cell(

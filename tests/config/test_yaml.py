@@ -52,7 +52,7 @@ def said_of(tmp_path: Path, text: str | bytes) -> str:
         (b"PK\x03\x04\x00\x00", "is not YAML: unacceptable character"),
         ("model:\n", "model: got nothing; accepted: a mapping of keys"),
         ("model.family: gpt2", "model.family: unknown key; accepted: the key family in model"),
-        ("1: 2\nmodel: {}", "1: unknown key"),
+        ("1: 2\nmodel: {}", "1: unknown key; accepted: model, run, data, train, optim, schedule"),
         ("a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
             f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in pairwise("abcdefg")),
          "more than 100,000 values"),

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from megatron_progressive.checkpoints.checkpoint import checkpoints, read_whole
-from megatron_progressive.config import to_yaml
+from megatron_progressive.config import load, to_yaml
 from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.runs.folder import read_metrics
 from tests.pool import Pool
-from tests.train.cases import run_config, run_values, train_here
+from tests.train.cases import run_config, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -315,8 +315,27 @@ def test_workers_save_and_end_without_their_launcher(
     assert read_whole(stopped)[0].step == read_metrics(config.folder)[-2]["step"] < 5000
 
 
-def test_config_written_is_the_one_that_ran(unbroken: Path, corpus: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load((unbroken / "config.yaml").read_text())
-    wanted = run_values(unbroken.parent, corpus, "run")
-    assert values["expansion"][0]["to_layers"] == wanted["expansion"][0]["to_layers"]
-    assert values["optim"]["name"] == "muon_nsgd"
+def test_config_written_is_the_one_that_ran(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """Every key, none of them left at what it would be anyway, and the metrics are of these."""
+    words = ["run.seed=7", "optim.name=adamw", "optim.lr=0.0031", "schedule.name=linear",
+             "train.steps=6", "train.global_batch=4", "train.micro_batch=2", "train.eval_every=3",
+             "train.eval_samples=5", "train.save_every=0", "expansion.0.at=4",
+             "expansion.0.to_layers=3", "expansion.0.init=random"]  # fmt: skip
+    config = run_config(tmp_path, corpus, "run", *words)
+    plain = yaml.safe_load(to_yaml(run_config(tmp_path, corpus, "run")))
+    values = yaml.safe_load(to_yaml(config))
+    for word in words:
+        mine, default = values, plain
+        for key in word.split("=")[0].split("."):
+            index: Any = int(key) if key.isdigit() else key
+            mine, default = mine[index], default[index]
+        assert mine != default, word
+    pool.run(1, train_here, config)
+    assert load(config.folder / "config.yaml") == config
+    train, (expansion,) = events(config.folder, "train"), events(config.folder, "expansion")
+    assert [event["tokens"] for event in train] == [step * 4 * 32 for step in range(1, 7)]
+    rates = [0.0031 * (1 - step / 7) for step in range(1, 7)]
+    assert [event["lr"] for event in train] == pytest.approx(rates)
+    assert [event["num_layers"] for event in train] == [1] * 4 + [3] * 2
+    assert (expansion["to_layers"], expansion["init"]) == (3, "random")
+    assert [event["step"] for event in events(config.folder, "eval")] == [3, 6]
