@@ -62,7 +62,9 @@ def write_run(
     random_ = random.Random(config.run.seed)
     steps, taus = config.train.steps, config.expansion_steps()
     depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
-    start = math.log(model_shape(config).padded_vocab_size)
+    shape = model_shape(config)
+    classes = getattr(shape, "padded_vocab_size", None) or getattr(shape, "num_classes", 0)
+    start = math.log(classes)
     flops, wall, lines = 0.0, 0.0, []
     peak, scale = config.optim.lr, 0.008 * steps
 

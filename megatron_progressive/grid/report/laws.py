@@ -61,10 +61,15 @@ def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
     """``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: of all runs from scratch
-    together (fixed-size and short controls are one recipe at several D), and of each family that
-    grows, whose D are all its tokens."""
+    of one setting together (fixed-size and short controls are one recipe at several D), and of
+    each family that grows, whose D are all its tokens."""
     scratch = [r for r in results if r.cell.arm in (FIXED, SHORT)]
-    groups = {"from scratch (fixed-size and short controls)": scratch}
+    settings = list(dict.fromkeys(r.cell.setting for r in scratch))
+    groups: dict[str, list[Result]] = {}
+    for setting in settings or [()]:
+        words = "".join(f", {value}" for _, value in setting) if len(settings) > 1 else ""
+        name = f"from scratch (fixed-size and short controls{words})"
+        groups[name] = [r for r in scratch if r.cell.setting == setting]
     groups |= {
         family: members
         for family, members in of_families(results).items()
