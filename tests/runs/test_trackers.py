@@ -114,7 +114,9 @@ def wandb_numbers(path: Path) -> dict[tuple[str, int], float]:
 def test_nothing_is_tracked_by_default(jobs: Jobs, corpus: Path, tmp_path: Path) -> None:
     folder = train(jobs, corpus, tmp_path)
     present = {path.name for path in folder.iterdir()}
-    assert present == {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json"}
+    assert present == {
+        "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "summary.json",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
