@@ -21,6 +21,7 @@ from megatron_progressive.data.identity import (
     prepared_identity,
 )
 from megatron_progressive.data.manifest import (
+    FORMAT,
     MANIFEST,
     check_fit,
     fingerprint,
@@ -87,6 +88,19 @@ def settle(
             return goes_on, [
                 f"data.corpus {config.data.corpus} has changed since {begun.what} began: it goes "
                 f"on with {kept}, prepared then ({begun.another} takes what is there now)"
+            ]
+    if begun is not None and known is None and config.data.prepared is None:
+        # of a version that did not record it, and that prepares otherwise than this one
+        earlier = [
+            folder
+            for folder in _preparations(config)
+            if _made(folder) <= begun.at and read_manifest(folder).format < FORMAT
+        ]
+        if len(earlier) == 1:
+            check_fit(config, read_manifest(earlier[0]))
+            return prepared_identity(earlier[0]), [
+                f"what {begun.what} was trained on before was not recorded; it goes on with "
+                f"{earlier[0]}, the only one that was prepared then"
             ]
     check(config)
     found = prepared_identity(prepare(config, progress))
@@ -187,8 +201,9 @@ def _unrecorded(config: RunConfig, begun: Begun, found: DataIdentity) -> list[st
         others = [folder for folder in _preparations(config, mine) if _made(folder) <= begun.at]
         if others and not any(_has(folder, found) for folder in others):
             raise ConfigError(
-                f"data.corpus: got {config.data.corpus}, which has changed since {begun.what} was "
-                f"trained; accepted: data.prepared={max(others, key=_made)}, or {begun.another}"
+                f"data.corpus: got {config.data.corpus}, which is not prepared as it was when "
+                f"{begun.what} was trained; accepted: data.prepared={max(others, key=_made)}, or "
+                f"{begun.another}"
             )
     return [
         f"what {begun.what} was trained on before was not recorded; it goes on with "
@@ -200,10 +215,12 @@ def _made(folder: Path) -> float:
     return (folder / MANIFEST).stat().st_mtime
 
 
-def _preparations(config: RunConfig, but: Path) -> Iterator[Path]:
-    """The other preparations of this corpus and tokenizer beside the run."""
+def _preparations(config: RunConfig, but: Path | None = None) -> Iterator[Path]:
+    """The (other) preparations of this corpus and tokenizer beside the run."""
     for folder in (Path(config.run.dir) / "data").glob("*/"):
-        if not (folder / MANIFEST).is_file() or folder.resolve() == but.resolve():
+        if not (folder / MANIFEST).is_file():
+            continue
+        if but is not None and folder.resolve() == but.resolve():
             continue
         try:
             manifest = read_manifest(folder)

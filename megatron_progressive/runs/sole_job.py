@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_progressive.checkpoints.checkpoint import Progress
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.runs.folder import look
+from megatron_progressive.runtime.files import WriteFailed, writing
 from megatron_progressive.runtime.folder_lock import (
     LOCK_NAME,
     STALE_SECONDS,
@@ -31,6 +32,8 @@ class Start:
     """Whether another job has finished the run meanwhile."""
     refusal: str = ""
     """Why this job cannot begin."""
+    failure: str = ""
+    """What the disk said, where that is why."""
     lock: FolderLock | None = None
     """Of rank 0."""
 
@@ -62,6 +65,7 @@ def sole_job(config: RunConfig) -> Iterator[Start]:
     Raises:
         ConfigError: on rank 0: another job has it, or has made something else of it, or it cannot
             be written. The other ranks end without a word, with the same exit code.
+        WriteFailed: the same where the disk is full or fails.
     """
     first = dist.get_rank() == 0
     lock = FolderLock(config.folder / LOCK_NAME)
@@ -73,8 +77,10 @@ def sole_job(config: RunConfig) -> Iterator[Start]:
             start = told[0]
         if start.refusal and first:
             raise ConfigError(start.refusal)
-        if start.refusal:
-            raise SystemExit(2)
+        if start.failure and first:
+            raise WriteFailed(start.failure)
+        if start.refusal or start.failure:
+            raise SystemExit(2 if start.refusal else 1)
         yield replace(start, lock=lock if first else None)
     finally:
         had = lock.held
@@ -86,8 +92,11 @@ def sole_job(config: RunConfig) -> Iterator[Start]:
 
 def _begin(config: RunConfig, lock: FolderLock) -> Start:
     try:
-        lock.acquire()
+        with writing(f"making {config.folder}"):
+            lock.acquire()
         return Start(*look(config))
+    except WriteFailed as error:
+        return Start(failure=str(error))
     except FolderInUse as error:
         return Start(refusal=_in_use(config, error.owner))
     except ConfigError as error:

@@ -179,7 +179,9 @@ def test_it_says_when_the_runs_met_and_what_follows(
 def test_in_a_job_it_names_the_files_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+    for name, value in job.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"^environment: got a job of 2 ranks; .*fixed\.yaml and"):
         run_pilot(config_of(tmp_path), None)

@@ -92,7 +92,7 @@ def test_sizes_that_are_none(text: str) -> None:
         (["--widths", "48,x"], ["--widths: got '48,x'", "64,128"]),
         (["--widths", "36,72"], ["--widths: got 36", "num_attention_heads 4"]),
         (["--depths", "0,2"], ["--depths: got '0,2'", "from 1"]),
-        (["--steps", "0"], ["--steps, --slope: got 0", "from 1"]),
+        (["--steps", "0"], ["--steps: got '0'", "from 1"]),
         (["data.prepared=/no/such"], ["data.prepared", "/no/such"]),
         (["train.micro_batch=3"], ["train.global_batch: got 8"]),
     ],

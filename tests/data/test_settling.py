@@ -171,6 +171,26 @@ def test_runs_of_before_this_was_recorded(config: RunConfig) -> None:
     assert settle(named, begun(None, now - 50), quiet)[0] == first
 
 
+def test_runs_of_a_version_that_prepared_otherwise_go_on_with_that(config: RunConfig) -> None:
+    first, _ = settle(config, None, quiet)
+    folder = Path(first.prepared or "")
+    before = folder.with_name(f"{folder.name[:-10]}0123456789")  # of another fingerprint
+    folder.rename(before)
+    values = json.loads((before / "manifest.json").read_text())
+    (before / "manifest.json").write_text(json.dumps({**values, "format": 1}))
+    now = time.time()
+    os.utime(before / "manifest.json", (now - 100, now - 100))
+    found, (note,) = settle(config, begun(None, now - 50), quiet)
+    assert Path(found.prepared or "") == before.resolve()
+    assert "the only one that was prepared then" in note
+    assert not folder.exists()  # nothing was prepared anew
+    copied = before.with_name(f"{before.name[:-1]}0")
+    shutil.copytree(before, copied)  # two: nobody knows which
+    extend(config)
+    with config_error("data.corpus", "not prepared as it was", "data.prepared=", "a new run.name"):
+        settle(config, begun(None, now - 50), quiet)
+
+
 def test_stdlib_is_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two interpreters with the same sources have the same corpus; times of files do not count."""
 

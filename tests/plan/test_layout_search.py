@@ -234,8 +234,8 @@ def test_a_search_imports_no_framework() -> None:
     [
         (["--gpu", "v100"], ["--gpu: got 'v100'", "a100, h100, h200"]),
         (["--gpu", "h100", "--mfu", "40"], ["--mfu: got 40", "up to 1"]),
-        (["--gpu", "h100", "--peak-tflops", "nan"], ["--peak-tflops: got nan", "above 0"]),
-        (["--gpu", "h100", "--gpu-memory-gib", "0"], ["--gpu-memory-gib: got 0", "above 0"]),
+        (["--gpu", "h100", "--peak-tflops", "nan"], ["--peak-tflops: got 'nan'", "above 0"]),
+        (["--gpu", "h100", "--gpu-memory-gib", "0"], ["--gpu-memory-gib: got '0'", "above 0"]),
         (["--mfu", "0.4"], ["--mfu: got no --gpu"]),
         (["--search", "--gpus", "64"], ["--search", "--gpu and --nproc"]),
         (["--search", "--gpu", "h100"], ["--search", "--gpu and --nproc"]),
