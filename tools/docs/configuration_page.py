@@ -31,11 +31,13 @@ A configuration is a YAML file of sections. `key=value` words after it on the co
 single keys (`train.steps=200`, `expansion.0.at=0.6`). Every key has a default but `model.family`
 and, of an expansion, `at` and `to_layers`. "preset" as a default means the value of
 `model.preset`, or of the checkpoint in `run.init_from`. What is refused is refused before anything
-is written, in one line that names the key, the value and what is accepted, with exit code 2. Paths may hold
-`~`, `$NAME` and `${NAME}`. Names are taken as they are written (`007`, `2026-11-28`, `no`).
+is written, in one line that names the key, the value and what is accepted, with exit code 2.
+Paths may hold `~`, `$NAME` and `${NAME}`. Names are taken as they are written (`007`, `2026-11-28`,
+`no`).
 
-A finished run is extended with `run.extend=true train.steps=MORE`: it goes on from its newest checkpoint before the
-decay, to the bits of a run that was longer from the start; what came after that stays in `until_STEPS`.
+A finished run is extended with `run.extend=true train.steps=MORE`: it goes on from its newest
+checkpoint before the decay, to the bits of a run that was longer from the start; what came after
+that stays in `until_STEPS`.
 """
 
 
