@@ -52,8 +52,11 @@ def mprog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmMprog]:
 
 def _sandbox(folder: Path, mprog: WarmMprog) -> dict[str, str]:
     """A folder that looks like a clone, and the environment of a shell in it."""
-    for name in ("configs", "launch", "tools", "docs", "Makefile", "pyproject.toml"):
+    for name in ("configs", "launch", "tools", "docs", "Makefile", "pyproject.toml",
+                 "constraints.txt"):  # fmt: skip
         (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
     programs = folder / ".programs"
     programs.mkdir()
     for name, text in PROGRAMS.items():
@@ -62,7 +65,14 @@ def _sandbox(folder: Path, mprog: WarmMprog) -> dict[str, str]:
     for name in ("python", "python3"):
         (programs / name).symlink_to(sys.executable)
     mprog.program(programs / "mprog-itself")
+    python = f"""#!/usr/bin/env bash
+if [ "${{1:-}} ${{2:-}}" = "-m megatron_progressive" ]; then shift 2; exec mprog "$@"; fi
+exec {sys.executable} "$@"
+"""
+    (programs / "mprog-python").write_text(python)
+    (programs / "mprog-python").chmod(0o755)
     text = f"""#!/usr/bin/env bash
+set -f  # words like [fixed] are no patterns
 for known in {" ".join(map(shlex.quote, TAKES_WORDS))}; do
     case "$1 $2" in "$known"*) exec mprog-itself "$@" $MPROG_WORDS ;; esac
 done
@@ -74,7 +84,7 @@ exec mprog-itself "$@"
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "MPROG_PYTHON": sys.executable,
+        "MPROG_PYTHON": str(programs / "mprog-python"),
         "OMP_NUM_THREADS": "1",
     }
 

@@ -29,6 +29,9 @@ def _command(words: list[str], folder: str, environment: dict[str, str], files: 
     """The fork: becomes the command, and ends with its exit code."""
     for number, file in enumerate(files):
         os.dup2(file, number)
+    # what this process began with may have been of another kind: a file, and not a pipe
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
