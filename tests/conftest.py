@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from tests.jobs import Jobs
 from tests.pool import Pool
+
+# In the background, or under nohup, these are ignored, by the children of the tests as well.
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+for _number, _handler in _DEFAULTS.items():
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
