@@ -55,6 +55,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {
         "run": {"dir": str(folder)},
         "model": {"family": "gpt2"},
-        "data": {"vocab_size": 512, "sequence_length": 32, "max_bytes": 400_000},
+        # of few documents enough are held out for validations of some samples
+        "data": {
+            "vocab_size": 512,
+            "sequence_length": 32,
+            "max_bytes": 400_000,
+            "validation_fraction": 0.1,
+        },
     }
     return data.prepare(config.from_dict(values))

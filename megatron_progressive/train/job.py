@@ -66,9 +66,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
             prepare_imports()
         values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
     except (LeaderFailed, TimeoutError) as error:
-        from megatron_progressive.runtime.agreement import cause_line
-
-        _last_line(cause_line(place.rank if place else 0, error))
+        _last_line(f"rank {place.rank if place else 0}: {error}")
         return 1
     trained_on = data.DataIdentity.from_values(values)
     assert trained_on is not None, values

@@ -258,7 +258,7 @@ def test_folders_that_stand_for_no_checkpoint(tmp_path: Path, capfd: Any) -> Non
     for name, said in (
         ("empty", "is a run folder without a checkpoint"), ("study", "is a folder of runs"),
         ("study/cells", "is a folder of runs"), ("", "is a folder of runs"),
-        ("thesis", "no readable progress.json"), ("nothing", "no folder"),
+        ("thesis", "progress.json is missing or not readable"), ("nothing", "no folder"),
     ):  # fmt: skip
         for words in (["inspect", str(tmp_path / name)],
                       ["expand", str(tmp_path / name), "out", "--to-layers", "3"]):  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_progressive import cli
 from megatron_progressive.checkpoints.checkpoint import checkpoint_path
+from tests.checkpoints.altered import alter
 from tests.huggingface import cases
 from tests.pool import Pool
 
@@ -287,9 +288,11 @@ def test_export_arguments(pool: Pool, tmp_path: Path, capsys: Any) -> None:
     refused(capsys, tmp_path, ["export", "hf", source, out, "--tokenizer", str(tmp_path / "empty")],
             ["100001 entries", "vocab_size"])  # fmt: skip
     shutil.copytree(source, tmp_path / "other")
-    record = json.loads((tmp_path / "other" / "progress.json").read_text())
-    record["model"]["sequence_length"] *= 2
-    (tmp_path / "other" / "progress.json").write_text(json.dumps(record))
+
+    def longer(values: dict[str, Any]) -> None:
+        values["model"]["sequence_length"] *= 2
+
+    alter(tmp_path / "other", longer)
     refused(capsys, tmp_path, ["export", "hf", str(tmp_path / "other"), out],
             ["missing embedding.position_embeddings.weight"])  # fmt: skip
 

@@ -123,8 +123,8 @@ def test_nothing_is_tracked_by_default(jobs: Jobs, corpus: Path, tmp_path: Path)
     ("value", "said"),
     [
         ("[wandb]", "train.trackers: got wandb, whose package is not installed"),
-        ("[tensorbord]", "train.trackers: got 'tensorbord'; accepted: tensorboard, wandb"),
-        ("[3]", "train.trackers[0]: got 3; accepted: text"),
+        ("[tensorbord]", "train.trackers[0]: got 'tensorbord'; accepted: tensorboard, wandb"),
+        ("[3]", "train.trackers[0]: got '3'; accepted: tensorboard, wandb"),
         ("wandb", "train.trackers: got 'wandb'; accepted: a list"),
     ],
 )

@@ -21,6 +21,7 @@ from megatron_progressive.checkpoints.inspection import inspect_checkpoint
 from megatron_progressive.data import DATA_FILE, read_identity
 from megatron_progressive.data.manifest import read_manifest
 from megatron_progressive.runs.folder import read_metrics
+from tests.checkpoints.altered import alter
 from tests.jobs import Job, Jobs
 
 GREEK, FRENCH = "alpha beta gamma delta epsilon zeta eta", "un deux trois quatre cinq six sept"
@@ -128,11 +129,12 @@ def test_a_run_of_before_it_was_recorded_goes_on(jobs: Jobs, base: Path) -> None
 def forget(checkpoint: Path) -> None:
     """As versions that did not record data saved it."""
     shutil.rmtree(checkpoint / "tokenizer")
-    file = checkpoint / "progress.json"
-    values = json.loads(file.read_text())
-    del values["model"]["data"]
-    values["files"] = {n: size for n, size in values["files"].items() if "tokenizer" not in n}
-    file.write_text(json.dumps(values))
+
+    def change(values: dict[str, Any]) -> None:
+        del values["model"]["data"]
+        values["files"] = {n: size for n, size in values["files"].items() if "tokenizer" not in n}
+
+    alter(checkpoint, change)
 
 
 def test_exports_have_the_tokenizer_of_their_weights(jobs: Jobs, base: Path, capsys: Any) -> None:
