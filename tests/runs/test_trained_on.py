@@ -50,7 +50,7 @@ def write_base(folder: Path, **data: Any) -> Path:
         "data": {"corpus": str(folder / "c.jsonl"), "tokenizer": "bpe", "vocab_size": 300,
                  "sequence_length": 32, **data},
         "train": {"steps": 8, "global_batch": 4, "micro_batch": 2, "eval_every": 4,
-                  "eval_samples": 8, "save_every": 4, "keep_checkpoints": 0},
+                  "eval_samples": 2, "save_every": 4, "keep_checkpoints": 0},
     }  # fmt: skip
     path = folder / "base.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -159,7 +159,7 @@ def test_exports_have_the_tokenizer_of_their_weights(jobs: Jobs, base: Path, cap
     assert cli.main(["data", "prepare", str(base)]) == 0
     capsys.readouterr()
     assert not export("unknown").exists()
-    assert capsys.readouterr().err.startswith("no tokenizer found: exported without one")
+    assert "no tokenizer found: exported without one" in capsys.readouterr().err
 
 
 def test_weights_that_are_there_keep_their_tokenizer(jobs: Jobs, base: Path, capsys: Any) -> None:
