@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,10 +22,9 @@ from megatron_progressive.data import Begun, DataIdentity, read_identity
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.files import fsync_path, write_json
+from megatron_progressive.runtime.progress import Say
 
 _NOT_CONTENT = ("prepared", "sequence_length")  # of the data section
-
-Say = Callable[[str], None]
 
 
 def data_key(config: RunConfig) -> str:

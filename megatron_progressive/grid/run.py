@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +27,11 @@ from megatron_progressive.grid.run_cell import (
 )
 from megatron_progressive.grid.settling import settled
 from megatron_progressive.grid.state import FAILED, RUNNING, Study
+from megatron_progressive.runtime.progress import Say
 
 FAILED_CODE = 1
 NO_TAU_CODE = 3
 """Exit code of a grid whose pilot gives no τ to some cell; all others are finished."""
-
-
-Say = Callable[[str], None]
 
 
 def run_grid(

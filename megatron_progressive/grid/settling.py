@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from megatron_progressive import data
 from megatron_progressive.config import CONFIG_FILE, to_yaml
 from megatron_progressive.data import DATA_FILE, read_identity
-from megatron_progressive.grid.data import Say, StudyData, data_key
+from megatron_progressive.grid.data import StudyData, data_key
+from megatron_progressive.runtime.progress import Say
 
 if TYPE_CHECKING:
     from megatron_progressive.grid.cells import Cell
