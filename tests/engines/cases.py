@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,28 @@ def groups_after_expansions(config: RunConfig, cycles: int) -> list[tuple[int, i
         time.sleep(0.1)  # threads end a moment later
         counts.append((len(c10d._world.pg_map), psutil.Process().num_threads()))
     return counts
+
+
+def left_after_close(config: RunConfig) -> dict[str, int]:
+    """What an engine that has trained leaves when its ``close`` returns, while the caller still
+    has the engine: modules, parameters and bytes of floating-point tensors of a kibibyte and more
+    (the states of Megatron-core's generators, of which there is one set a process, are bytes)."""
+    known = {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Module | torch.Tensor)}
+    engine = start(config)
+    step(engine, 0)
+    engine.close()
+    alive = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module | torch.Tensor)]
+    alive = [o for o in alive if id(o) not in known]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in alive
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
+    return {
+        "modules": sum(isinstance(o, torch.nn.Module) for o in alive),
+        "parameters": sum(isinstance(o, torch.nn.Parameter) for o in alive),
+        "bytes": sum(size for size in storages.values() if size > 1 << 10),
+    }
 
 
 def held_pieces_of(configs: list[RunConfig]) -> list[list[PieceMeta]]:
