@@ -6,9 +6,11 @@ import gc
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from scipy.special import ndtri
 
 from megatron_progressive import config as configuration
 from megatron_progressive.checkpoints import checkpoint
@@ -18,6 +20,7 @@ from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.reshard import initial_values
 from megatron_progressive.reshard.boxes import PieceMeta, ShardedState
 from megatron_progressive.reshard.initial_values import initialise_all
 from megatron_progressive.runtime.layout import make_layout
@@ -122,6 +125,22 @@ def _expand(engine: Engine, config: RunConfig, read: Any = tokens) -> tuple[Engi
 
     probe = GlobalBatch(read, 10_000, config.train.global_batch)
     return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, 1 << 14)
+
+
+def drawn_in_expansion(config: RunConfig) -> int:
+    """Normal values that this rank draws at an expansion."""
+    engine = start(config)
+    step(engine, 0)
+    drawn: list[int] = []
+
+    def counted(values: Any, **given: Any) -> Any:
+        drawn.append(values.size)
+        return ndtri(values, **given)
+
+    with patch.object(initial_values, "ndtri", counted):
+        engine, _ = _expand(engine, config)
+    engine.close()
+    return sum(drawn)
 
 
 def trainable_after_expansion(config: RunConfig) -> list[str]:
