@@ -244,10 +244,11 @@ class OptimSection:
 @dataclass(frozen=True)
 class KernelsSection:
     """Fast kernels of the Megatron engine, on CUDA only: by default on there (but CUDA graphs)
-    where the model has a use for them. True is refused without CUDA. Not run on a GPU yet."""
+    where the model has a use for them. True is refused without CUDA. In fp32 the layers are
+    Megatron-core's local ones, without TF32. Not run on a GPU yet."""
 
     cross_entropy: Optional[bool] = None
-    """Fused cross-entropy."""
+    """Fused cross-entropy (bf16 only: it rounds the gradient of the logits)."""
     rope: Optional[bool] = None
     """Fused rotation by position (with Transformer Engine)."""
     activation: Optional[bool] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
 from megatron_progressive.engines.megatron import engine as megatron
-from megatron_progressive.engines.megatron import kernels
+from megatron_progressive.engines.megatron import kernels, spec
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import Layout, make_layout
 from tests.engines.cases import Full, family_config, gather, start, step
@@ -44,6 +45,46 @@ def test_defaults_on_cuda() -> None:
         "overlap_gradients",
         "overlap_parameters",
     }
+
+
+def test_fp32_is_fp32() -> None:
+    """No kernel that rounds to bf16 or asks for TF32: Transformer Engine's layers and what comes
+    with them, and Megatron-core's fused cross-entropy."""
+    dense = {"activation", "dropout", "overlap_gradients", "overlap_parameters"}
+    for family in ("gpt2", "llama3", "mixtral", "deepseek_v3"):
+        assert on(family, fp32=True) == dense
+    shape = model_shape(family_config("llama3", []), 2)
+    machine = {"cuda": True, "transformer_engine": True, "sharded": True}
+    assert not kernels.resolve(KernelsSection(), shape, **machine, fp32=True).transformer_engine
+    assert kernels.resolve(KernelsSection(), shape, **machine, fp32=False).transformer_engine
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_decides_which_layers_a_run_has(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As if this were CUDA with Transformer Engine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(spec, "transformer_engine_available", lambda: True)
+    config = family_config("llama3", [f"train.precision={precision}"])
+    shape, layout = model_shape(config, 2), Layout(1)
+    fused = kernels.kernels_here(config, shape, layout).transformer_engine
+    assert fused is (precision == "bf16")
+    line = kernels.kernels_line(config, shape, layout)
+    assert ("Transformer Engine layers" in line) is fused
+
+
+def test_the_layers_are_those_that_the_configuration_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Transformer Engine is there."""
+    monkeypatch.setattr(spec, "transformer_engine_available", lambda: True)
+    local = SimpleNamespace(
+        num_moe_experts=None, qk_layernorm=False, multi_latent_attention=False,
+        normalization="RMSNorm", transformer_impl="local", moe_grouped_gemm=False,
+    )  # fmt: skip
+    layers = spec.decoder_spec(local, ["dense"])  # type: ignore[arg-type]
+    attention = layers.layer_specs[0].submodules.self_attention.submodules
+    assert attention.core_attention is spec.CausalAttention
+    assert layers.layer_norm is spec.local_norm
 
 
 def test_each_can_be_turned_off_and_graphs_on() -> None:

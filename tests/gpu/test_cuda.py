@@ -36,7 +36,9 @@ def test_fp32_run_agrees_with_the_cpu(corpus: Path, tmp_path: Path, optimizer: s
     optim = {"name": optimizer, "ns_dtype": "fp32"}  # on CUDA it is fp16 by default
     here = train(tmp_path, corpus, "cuda", False, optim=optim)
     there = train(tmp_path, corpus, "cpu", True, optim=optim)
-    assert losses(here) == pytest.approx(losses(there), rel=5e-3)  # TF32 is off by default
+    # TF32 is off (runtime/numerics.py, which tests/runtime/test_numerics.py holds): with its ten
+    # bits of mantissa the losses of sixty steps would differ by more
+    assert losses(here) == pytest.approx(losses(there), rel=5e-3)
 
 
 def test_bf16_run_learns_through_an_expansion(corpus: Path, tmp_path: Path) -> None:

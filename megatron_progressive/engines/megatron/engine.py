@@ -76,7 +76,7 @@ class MegatronEngine:
         ]
         named = [canonical_names(chunk, self.groups) for chunk in chunks]
         self._names = {name: weight for names in named for name, weight in names.items()}
-        table = engine_table(tensor_table(shape))
+        table = engine_table(tensor_table(shape), kernels.transformer_engine)
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=sharded,
