@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.checkpoints import checkpoint
-from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition
 from megatron_progressive.checkpoints.record import record_of_run
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines import make_engine
@@ -24,8 +24,8 @@ def saved_and_expanded(config: RunConfig, folder: Path, steps: int) -> Full:
         cases.step(engine, number)
     layers = engine.shape.num_layers
     model = record_of_run(config, engine.shape, engine.layout, ((0, layers),))
-    progress = Progress(2, 0, layers, 16, 1e6, 0.0, 0.0)
-    checkpoint.save(engine.state(), folder, progress, model, keep=0)
+    position = TrainingPosition(2, 0, layers, 16, 1e6, 0.0, 0.0)
+    checkpoint.save(engine.state(), folder, position, model, keep=0)
     if not config.expansion:
         engine.close()
         return {}
