@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from megatron_progressive.runs.folder import read_metrics
-from tests.train.cases import run_values
+from tests.train.small_runs import run_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -27,7 +27,7 @@ from megatron_progressive.grid.report.report import make_grid_report
 from megatron_progressive.grid.run import Launch, run_grid
 from megatron_progressive.grid.state import Study
 from megatron_progressive.runtime.files import write_json
-from tests.data.helpers import make_documents, write_json_lines
+from tests.data.small_corpora import make_documents, write_json_lines
 from tests.runs.synthetic import progressive_config, three_arms, write_run, write_study
 
 NOTHING = Launch(srun="false")  # no cell can run

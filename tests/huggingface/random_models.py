@@ -288,7 +288,7 @@ def batch_of(vocabulary: int, first: int, count: int) -> torch.Tensor:
 
 def loaded_state(path: Path, words: list[str]) -> dict[tuple[str, str], torch.Tensor]:
     """Whole state of a new engine with a checkpoint's weights."""
-    from tests.engines.cases import gather
+    from tests.engines.on_ranks import gather
 
     engine = loaded_engine(config_of(path, *words))
     full = gather(engine.state())
