@@ -12,7 +12,6 @@ from megatron_progressive.data import prepare as text
 from megatron_progressive.data.identity import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
-from megatron_progressive.data.progress import Progress
 from megatron_progressive.data.samples import TrainingData
 from megatron_progressive.data.settling import (
     Begun,
@@ -23,6 +22,7 @@ from megatron_progressive.data.settling import (
 )
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.runtime.progress import ShowBytes
 
 __all__ = [
     "DATA_FILE", "Begun", "Data", "DataIdentity", "TrainingData", "as_settled", "changed_since",
@@ -54,7 +54,7 @@ def check(config: RunConfig) -> None:
     (text if _is_text(config) else images).check(config)
 
 
-def prepare(config: RunConfig, progress: Progress | None = None) -> Path | None:
+def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path | None:
     """Prepare the run's corpus where it is not yet; returns its folder, None for images, which are
     read as they are.
 

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,6 @@ from megatron_progressive.data.manifest import (
     read_manifest,
 )
 from megatron_progressive.data.megatron import indexed_dataset
-from megatron_progressive.data.progress import Progress, say, show_progress
 from megatron_progressive.data.split import split_documents
 from megatron_progressive.data.tally import Tally
 from megatron_progressive.data.tokenizer import (
@@ -43,6 +43,7 @@ from megatron_progressive.data.tokenizer import (
 )
 from megatron_progressive.models import transformer_shape
 from megatron_progressive.runtime.files import fsync_path, writing
+from megatron_progressive.runtime.progress import ShowBytes, show_byte_stages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ BOUNDED_BYTES = 16_000_000
 """A local corpus up to this size is read to check it, with bounds."""
 
 
-def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
+def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path:
     """The folder of the prepared corpus, made now where it is not there yet.
 
     A folder that is there is used as it is. A new one appears under its name only when it is
@@ -95,14 +96,14 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Path:
         temporary.mkdir()
         try:
             with contextlib.ExitStack() as stack:
-                tell = progress or stack.enter_context(show_progress())
+                tell = progress or stack.enter_context(show_byte_stages("data"))
                 _write(config, corpus, tokenizer, temporary, tell)
             _publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if progress is None:
         for line in read_manifest(folder).summary():
-            say(line)
+            _say(line)
     return folder
 
 
@@ -156,7 +157,12 @@ def _recall(manifest: Manifest) -> None:
     """Say what a preparation left out: who trains on it may not be who prepared it."""
     line = manifest.reading.left_out_line() if manifest.reading else ""
     if line:
-        say(f"{manifest.corpus}: {line}")
+        _say(f"{manifest.corpus}: {line}")
+
+
+def _say(line: str) -> None:
+    """Show a line about the corpus on standard error."""
+    print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 def _is_occupied(folder: Path) -> bool:
@@ -179,7 +185,7 @@ def _write(
     corpus: Corpus,
     tokenizer: DocumentTokenizer | None,
     folder: Path,
-    progress: Progress,
+    progress: ShowBytes,
 ) -> None:
     """Fill ``folder``; the manifest comes last."""
     name, fraction = corpus.name, config.data.validation_fraction

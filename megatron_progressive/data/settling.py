@@ -28,10 +28,10 @@ from megatron_progressive.data.manifest import (
     read_manifest,
 )
 from megatron_progressive.data.prepare import check, prepare
-from megatron_progressive.data.progress import Progress
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.families.resnet import ResNetShape
+from megatron_progressive.runtime.progress import ShowBytes
 
 SHARED_SECONDS = 60.0
 """How long another host's new folder may take to be seen on a shared file system."""
@@ -52,7 +52,7 @@ class Begun:
 
 
 def settle(
-    config: RunConfig, begun: Begun | None = None, progress: Progress | None = None
+    config: RunConfig, begun: Begun | None = None, progress: ShowBytes | None = None
 ) -> tuple[DataIdentity, list[str]]:
     """What a run is trained on, prepared and whole, and what is to be said of it.
 

@@ -13,7 +13,13 @@ from megatron_progressive import data as data_room
 from megatron_progressive.config import DataSection
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.reading import PIECE_BYTES
-from tests.data.helpers import config_error, listing, make_config, make_documents, write_json_lines
+from tests.data.small_corpora import (
+    config_error,
+    listing,
+    make_config,
+    make_documents,
+    write_json_lines,
+)
 
 
 def read(corpus: object, **more: object) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_progressive.engines.base import GlobalBatch
 from megatron_progressive.models import TRANSFORMERS
-from tests.engines import cases, reference
+from tests.engines import on_ranks, reference
 
 BEFORE, AFTER = 3, 5
 """Steps before and after the expansion."""
@@ -38,14 +38,14 @@ def run(family: str, *words: str, layers: int = 1, **growth: Any) -> Curve:
         growth: further fields of the expansion.
     """
     expansion = {**GROWTH, **({} if layers else FROM_NOTHING), **growth}
-    config = cases.family_config(family, [f"model.num_layers={layers}", *words], expansion)
-    engine = cases.start(config, layers)
+    config = on_ranks.family_config(family, [f"model.num_layers={layers}", *words], expansion)
+    engine = on_ranks.start(config, layers)
     losses, norms = [], []
     event: Any = None
     for number in range(BEFORE + AFTER):
         if number == BEFORE:
-            engine, event = cases._expand(engine, config)
-        metrics = engine.train_step(GlobalBatch(cases.tokens, 8 * number, 8), 0.01)
+            engine, event = on_ranks._expand(engine, config)
+        metrics = engine.train_step(GlobalBatch(on_ranks.tokens, 8 * number, 8), 0.01)
         losses.append(metrics.loss)
         norms.append(metrics.grad_norm)
     engine.close()
@@ -85,16 +85,16 @@ def named(name: str, *more: str) -> Curve:
     return run(values.pop("family"), *words, **values)
 
 
-def expanded_state(family: str, *words: str) -> tuple[cases.Full, cases.Full]:
+def expanded_state(family: str, *words: str) -> tuple[on_ranks.Full, on_ranks.Full]:
     """The whole state after an expansion, and what plain code makes of the state before it."""
     growth = {**GROWTH, "parallel": {"zero_stage": 1}}
-    config = cases.family_config(family, ["model.num_layers=1", *words], growth)
-    engine = cases.start(config, 1)
+    config = on_ranks.family_config(family, ["model.num_layers=1", *words], growth)
+    engine = on_ranks.start(config, 1)
     for number in range(2):
-        cases.step(engine, number)
-    before = cases.gather(engine.state())
-    engine, _ = cases._expand(engine, config)
-    after = cases.gather(engine.state())
+        on_ranks.step(engine, number)
+    before = on_ranks.gather(engine.state())
+    engine, _ = on_ranks._expand(engine, config)
+    after = on_ranks.gather(engine.state())
     shape = engine.shape
     engine.close()
     adam = config.optim.name == "adamw"

@@ -17,7 +17,7 @@ import yaml
 from megatron_progressive.models import TRANSFORMERS
 from megatron_progressive.runs.folder import read_metrics
 from tests.gpu import runs
-from tests.train.cases import run_values
+from tests.train.small_runs import run_values
 
 FP32_TOLERANCE = 2e-4
 """Relative, of losses and gradient norms: other orders of summation, over eight steps."""

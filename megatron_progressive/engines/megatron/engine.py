@@ -41,7 +41,7 @@ from megatron_progressive.engines.megatron.optimizer import (
     build_optimizer,
     clip_gradients,
 )
-from megatron_progressive.engines.megatron.owners import owner_layout
+from megatron_progressive.engines.megatron.owner_optimizer import owner_layout
 from megatron_progressive.engines.megatron.state import sharded_state, table_with_tied_head
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table

@@ -26,7 +26,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_progressive.config import OptimSection
-from megatron_progressive.engines.megatron.owners import OwnerOptimizer, WholeOptimizer
+from megatron_progressive.engines.megatron.owner_optimizer import OwnerOptimizer, WholeOptimizer
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.rules import ADAMW

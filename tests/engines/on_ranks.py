@@ -155,9 +155,9 @@ def saved_and_loaded(source: RunConfig, target: RunConfig, folder: Path) -> tupl
     for number in range(2):
         step(engine, number)
     saved = gather(engine.state())
-    progress = checkpoint.Progress(2, 0, engine.shape.num_layers, 16, 0.0, 0.0, 0.0)
+    position = checkpoint.TrainingPosition(2, 0, engine.shape.num_layers, 16, 0.0, 0.0, 0.0)
     model = record_of_run(source, engine.shape, engine.layout, ((0, engine.shape.num_layers),))
-    path = checkpoint.save(engine.state(), folder, progress, model, keep=1)
+    path = checkpoint.save(engine.state(), folder, position, model, keep=1)
     expected = step(engine, 2)
     engine.close()
     engine = start(target)
