@@ -231,7 +231,7 @@ class OptimSection:
     """Muon-NSGD on CUDA: the least size from which a Triton kernel computes the symmetric products
     of Newton-Schulz (default: none; the kernel has not been measured on a GPU)."""
     scale: str = "out_in"
-    """Muon-NSGD scales by ``out_in``: sqrt(n_out/n_in), ``moonlight``: 0.2 sqrt(max(n_out, n_in))."""
+    """Muon-NSGD: ``out_in`` is sqrt(n_out/n_in), ``moonlight`` is 0.2 sqrt(max(n_out, n_in))."""
     embeddings: str = "muon"
     """Muon-NSGD: rule of embeddings and LM head: ``muon`` (the paper's words) or ``adamw``."""
     beta1: float = 0.9

@@ -138,7 +138,7 @@ class _Printed:
         if not (due or (begins if self._several else ends)):
             return
         self._last = now
-        text = f"{self._prefix}{stage}"
+        text = f"{self._prefix}{stage}" + ":" * (not self._several)
         if done and total:
             left = (now - self._started) * (total - done) / done
             text += f" {done / 1e6:.1f} of {total / 1e6:.1f} MB"
