@@ -88,7 +88,7 @@ def show_stages(title: str) -> Iterator[Say]:
 
 @contextmanager
 def _drawn() -> Iterator[ShowBytes]:
-    """One bar a stage on a terminal."""
+    """Show one bar for each stage on a terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
