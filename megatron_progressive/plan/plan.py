@@ -121,6 +121,11 @@ class Plan:
     """None without a cluster."""
 
     @property
+    def cores(self) -> int:
+        """Processor cores of each rank: the cluster's, or one."""
+        return 1 if self.on is None else self.on.cluster.cores
+
+    @property
     def saving_percent(self) -> float | None:
         """FLOPs saved against fixed-size training, predicted, %."""
         if self.fixed_flops is None:
