@@ -1,9 +1,9 @@
-"""Initial weights from a counter-based generator keyed by (seed, generation, global name).
+"""Initial weights from a counter-based generator, keyed by (seed, generation, global name).
 
-Element e of a tensor depends on that key and e alone, so each rank fills just the boxes that
-it holds and every layout gets the same bits. The generation is 0 at the start of a run and
-counts its expansions: layers move to other numbers when new ones come below them, and a new
-layer must not repeat the values that the layer of its number once had.
+Element e of a tensor depends on nothing but that key and e, so each rank fills just the boxes that
+it holds, and every layout gets the same bits. The generation is 0 at the start of a run and counts
+its expansions: layers move to other numbers when new ones come below them, and a new layer must not
+repeat the values that the layer of its number once had.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHUNK = 1 << 20  # elements drawn at once: bounds the fp64 working memory
 
 
 def _uniform_words(key: int, start: int, count: int) -> np.ndarray:
-    """Words [start, start + count) of the stream of ``key``: uint64 [count]."""
+    """Words [start, start + count) of the stream of ``key``, as uint64 [count]."""
     generator = Philox(key=key, counter=start // _WORDS)
     skip = start % _WORDS
     words: np.ndarray = generator.random_raw(skip + count)[skip:]
@@ -32,10 +32,10 @@ def _uniform_words(key: int, start: int, count: int) -> np.ndarray:
 
 
 def _normal(key: int, start: int, count: int) -> np.ndarray:
-    """Standard normal elements [start, start + count) of a tensor: float64 [count].
+    """Standard normal elements [start, start + count) of a tensor, as float64 [count].
 
-    One word an element, through the inverse of the normal distribution: rejection methods
-    would make an element depend on how many came before it.
+    Each element takes one word, through the inverse of the normal distribution: with a rejection
+    method an element would depend on how many words the elements before it took.
     """
     uniform = (
         (_uniform_words(key, start, count) >> np.uint64(11)).astype(np.float64) + 0.5
@@ -54,7 +54,7 @@ def tensor_key(seed: int, generation: int, name: str) -> int:
 def initial_values(
     seed: int, generation: int, name: str, spec: TensorSpec, box: Box
 ) -> torch.Tensor:
-    """Initial values of one box of a global tensor: fp32, of the box's shape, on the CPU."""
+    """The initial values of one box of a global tensor: fp32, of the box's shape, on the CPU."""
     if spec.init == "zeros":
         return torch.zeros(box.shape)
     if spec.init == "ones":
@@ -99,7 +99,7 @@ def _fill(
 
 
 def initialise(piece: Piece, spec: TensorSpec, seed: int, generation: int) -> None:
-    """Write a weight piece's initial values (fp32, then rounded to the piece's type)."""
+    """Write the initial values of a weight piece, in fp32 and then rounded to the piece's type."""
     if piece.slot not in WEIGHT_SLOTS:
         raise ValueError(f"{piece.name}/{piece.slot} is not a weight")
     piece.data.copy_(initial_values(seed, generation, piece.name, spec, piece.box))
@@ -108,7 +108,7 @@ def initialise(piece: Piece, spec: TensorSpec, seed: int, generation: int) -> No
 def initialise_all(
     state: ShardedState, table: dict[str, TensorSpec], seed: int, generation: int = 0
 ) -> None:
-    """Initialise every weight of a state; optimizer slots are left as they are."""
+    """Initialise every weight of a state; optimizer slots stay as they are."""
     for piece in state.pieces:
         if piece.slot in WEIGHT_SLOTS:
             initialise(piece, table[piece.name], seed, generation)
