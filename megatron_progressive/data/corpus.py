@@ -40,17 +40,20 @@ _HALVES = re.compile("[\ud800-\udfff]+")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from. :func:`open_corpus` makes one; nothing is read before use."""
+    """The place that documents come from. :func:`open_corpus` makes one; nothing is read before it
+    is used."""
 
     data: DataSection
     root: Path | None
-    """File or folder; None for the Hugging Face hub."""
+    """The file or folder; None for a data set of the Hugging Face hub."""
     revision: str | None = None
-    """Commit of a Hugging Face data set that is read (default: the newest one at each reading)."""
+    """The commit of a Hugging Face data set that is read (default: the newest one at each
+    reading)."""
 
     @property
     def is_hub(self) -> bool:
-        """Whether the ``datasets`` library reads it (a folder may be behind the name too)."""
+        """Whether the ``datasets`` library reads the corpus; behind such a name a folder may stand,
+        too."""
         return self.data.corpus.startswith("hf:")
 
     @property
@@ -60,7 +63,7 @@ class Corpus:
 
     @property
     def name(self) -> str:
-        """A short name that can be part of a file name."""
+        """A short name of the corpus that can be part of a file name."""
         spec = self.data.corpus
         if not self.is_sources and self.root is not None:
             spec = self.root.resolve().name.split(".")[0]
@@ -68,18 +71,18 @@ class Corpus:
         return spec[:60] or "corpus"
 
     def files(self) -> list[Path]:
-        """Files of a local corpus, sorted by their path; hidden ones are left out.
+        """The files of a local corpus, sorted by their path; hidden files are left out.
 
         Raises:
-            ConfigError: a file or folder that may not be read.
+            ConfigError: a file or folder may not be read.
         """
         return self.listing().files
 
     def listing(self) -> Listing:
-        """Files of a local corpus, and what in its folders is left out.
+        """The files of a local corpus, and what is left out of its folders.
 
         Raises:
-            ConfigError: a file or folder that may not be read.
+            ConfigError: a file or folder may not be read.
         """
         if self.root is None:
             return Listing([], [], [])
@@ -92,10 +95,17 @@ class Corpus:
         return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
+<<<<<<< HEAD
         """What decides the documents, as JSON can hold it: names, sizes and times of files; of
         Python sources, which each environment has a copy of, names and content."""
         if self.is_sources and self.root is not None:
             return [self.data.corpus, _content(self.root, tuple(self.files()))]
+=======
+        """What decides the documents, as JSON can hold it: the names, sizes and times of files, or,
+        for ``stdlib``, of which each interpreter has a copy, their names and content."""
+        if self.data.corpus == "stdlib" and self.root is not None:
+            return ["stdlib", _content(self.root, tuple(self.files()))]
+>>>>>>> part-a
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
         for path in self.files():
             stat = path.stat()
@@ -104,8 +114,8 @@ class Corpus:
         return listing
 
     def pinned(self) -> Corpus:
-        """The same corpus, whose every reading is of the commit that a Hugging Face data set has
-        now; a local one, or one whose commit cannot be had, as it is."""
+        """The same corpus, each reading of which is of the commit that a Hugging Face data set has
+        now. A local corpus, and one whose commit cannot be found out, stays as it is."""
         if not self.is_hub or self.root is not None:
             return self
         import huggingface_hub
@@ -117,23 +127,23 @@ class Corpus:
         return replace(self, revision=found.sha)
 
     def size(self) -> int | None:
-        """Bytes to read, as they lie on disk (less than the text's where compressed); None
-        where nobody knows."""
+        """The number of bytes to read, as they lie on disk (fewer than those of the text where
+        files are compressed); None where it is not known."""
         if self.is_hub:
             return self.data.max_bytes or None
         total = sum(path.stat().st_size for path in self.files())
         return min(total, self.data.max_bytes or total)
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """Every document that is not blank, up to ``data.max_bytes`` of UTF-8 (the last one
-        is shortened to that). In a folder, files that cannot be read as text are left out.
+        """The documents that are not blank, up to ``data.max_bytes`` of UTF-8; the last one is
+        shortened to that length. Files of a folder that cannot be read as text are left out.
 
         Args:
-            tally: filled with what was read and left out.
+            tally: gets the counts of what was read and left out.
 
         Raises:
-            ConfigError: no text at all, a single file that cannot be read as text, a file that
-                is damaged or may not be read, or no field ``data.text_field``.
+            ConfigError: there is no text at all, the only file cannot be read as text, a file is
+                damaged or may not be read, or there is no field ``data.text_field``.
         """
         tally = Tally() if tally is None else tally
         read, limit = 0, self.data.max_bytes
@@ -163,7 +173,7 @@ class Corpus:
             )
 
     def _from_files(self, tally: Tally) -> Generator[tuple[Path | None, str]]:
-        """The file and the text of each document."""
+        """The file and the text of each document of a local corpus."""
         listing, field = self.listing(), self.data.text_field
         root = self.root
         assert root is not None
@@ -193,7 +203,7 @@ class Corpus:
             self._refuse(refused)
 
     def _refuse(self, refused: list[NotText]) -> None:
-        """Raise the error of a corpus of which no file can be read as text."""
+        """Raise the error of a corpus none of whose files can be read as text."""
         errors = [why.error for why in refused if why.error]
         if len(errors) == len(refused):
             raise errors[0]
@@ -242,7 +252,7 @@ def _package_sources(root: Path) -> list[Path]:
 
 @functools.cache
 def _content(root: Path, files: tuple[Path, ...]) -> str:
-    """Hash of the names and the content of files that do not change while a process runs."""
+    """A hash of the names and the content of files that do not change while a process runs."""
     digest = hashlib.sha256()
     for path in files:
         content = path.read_bytes()
@@ -251,7 +261,7 @@ def _content(root: Path, files: tuple[Path, ...]) -> str:
 
 
 def _hub_name(spec: str) -> tuple[str, str | None]:
-    """Name and configuration of ``hf:NAME`` or ``hf:NAME:CONFIG``."""
+    """The name and the configuration in ``hf:NAME`` or ``hf:NAME:CONFIG``."""
     name, _, configuration = spec.removeprefix("hf:").partition(":")
     return name, configuration or None
 
