@@ -46,8 +46,8 @@ _NAME = re.compile(r"step_(\d{7,})")
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
+class TrainingPosition:
+    """How far a run has come: what a checkpoint keeps of it beside the model."""
 
     step: int
     """Steps done."""
@@ -114,8 +114,8 @@ def newest_checkpoint(path: Path) -> Path:
     return path
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """The progress that a checkpoint holds, after checking that all its files are there.
+def read_position(checkpoint: Path) -> TrainingPosition:
+    """The position that a checkpoint holds, after checking that all its files are there.
 
     Raises:
         ConfigError: as :func:`read_description`.
@@ -123,8 +123,8 @@ def read_progress(checkpoint: Path) -> Progress:
     return read_description(checkpoint)[0]
 
 
-def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
-    """Progress and model of a checkpoint, after a look at its files' sizes.
+def read_description(checkpoint: Path) -> tuple[TrainingPosition, ModelRecord]:
+    """Position and model of a checkpoint, after a look at its files' sizes.
 
     Raises:
         ConfigError: no such folder.
@@ -133,15 +133,15 @@ def read_description(checkpoint: Path) -> tuple[Progress, ModelRecord]:
     return _described(checkpoint)[:2]
 
 
-def read_whole(checkpoint: Path) -> tuple[Progress, ModelRecord]:
+def read_whole(checkpoint: Path) -> tuple[TrainingPosition, ModelRecord]:
     """As :func:`read_description`, after reading all files: their content is what was saved."""
-    progress, model, files = _described(checkpoint)
+    position, model, files = _described(checkpoint)
     if damage := content_damage(checkpoint, files):
         raise DamagedCheckpoint(checkpoint, damage)
-    return progress, model
+    return position, model
 
 
-def _described(checkpoint: Path) -> tuple[Progress, ModelRecord, dict[str, SavedFile]]:
+def _described(checkpoint: Path) -> tuple[TrainingPosition, ModelRecord, dict[str, SavedFile]]:
     if not checkpoint.is_dir():
         raise ConfigError(
             f"checkpoint: no folder {checkpoint}; accepted: a checkpoint, as "
@@ -150,14 +150,14 @@ def _described(checkpoint: Path) -> tuple[Progress, ModelRecord, dict[str, Saved
     values, files = read_listed(checkpoint)
     try:
         model = ModelRecord.from_values(values.pop("model"))
-        progress = Progress(**values)
+        position = TrainingPosition(**values)
     except (ValueError, KeyError, TypeError):
         raise DamagedCheckpoint(
             checkpoint, f"{PROGRESS_FILE} does not describe a checkpoint of this version"
         ) from None
     if damage := size_damage(checkpoint, files):
         raise DamagedCheckpoint(checkpoint, damage)
-    return progress, model, files
+    return position, model, files
 
 
 def files_of(checkpoint: Path) -> dict[str, SavedFile]:
@@ -167,7 +167,10 @@ def files_of(checkpoint: Path) -> dict[str, SavedFile]:
 
 
 def seal(
-    folder: Path, progress: Progress, model: ModelRecord, sha256: Mapping[str, str] | None = None
+    folder: Path,
+    position: TrainingPosition,
+    model: ModelRecord,
+    sha256: Mapping[str, str] | None = None,
 ) -> None:
     """Make the files in ``folder`` a checkpoint: flush them to disk, then describe them.
 
@@ -181,7 +184,7 @@ def seal(
     hashes = dict(sha256 or {})
     hashes |= sha256_of(folder, [name for name in names if name not in hashes])
     files = {name: SavedFile(path.stat().st_size, hashes[name]) for name, path in names.items()}
-    values = {**asdict(progress), "model": model.to_values(), **listed(files)}
+    values = {**asdict(position), "model": model.to_values(), **listed(files)}
     write_json(folder / PROGRESS_FILE, with_own_checksum(values))
 
 
@@ -206,7 +209,7 @@ def _sharded_tensors(state: ShardedState) -> dict[str, Any]:
 def save(
     state: ShardedState,
     folder: Path,
-    progress: Progress,
+    position: TrainingPosition,
     model: ModelRecord,
     keep: int,
     protected: Collection[int] = (),
@@ -227,10 +230,10 @@ def save(
 
     from megatron_progressive.runtime.agreement import all_succeed
 
-    final = checkpoint_path(folder, progress.step)
+    final = checkpoint_path(folder, position.step)
     temporary = final.with_name(f".{final.name}.tmp")
     first = dist.get_rank() == 0
-    what = f"saving step {progress.step} to {final}"
+    what = f"saving step {position.step} to {final}"
     try:
         with all_succeed(what), writing(what):
             if first:
@@ -241,7 +244,7 @@ def save(
             if first:
                 if tokenizer is not None:
                     copy_tokenizer(tokenizer, temporary / TOKENIZER_FOLDER)
-                seal(temporary, progress, model, hashes)
+                seal(temporary, position, model, hashes)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
                 fsync_path(final.parent)

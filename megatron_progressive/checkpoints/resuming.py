@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_progressive.checkpoints.checkpoint import (
-    Progress,
+    TrainingPosition,
     checkpoints,
     files_of,
-    read_progress,
+    read_position,
     step_of,
 )
 from megatron_progressive.checkpoints.contents import DamagedCheckpoint, content_damage
@@ -20,19 +20,19 @@ ASIDE = ".damaged"
 """Suffix of a damaged checkpoint, which neither resuming nor clearing up looks at."""
 
 
-def newest_described(folder: Path) -> Progress | None:
-    """Progress of the newest checkpoint of a run folder whose files have their sizes; None where
+def newest_described(folder: Path) -> TrainingPosition | None:
+    """Position of the newest checkpoint of a run folder whose files have their sizes; None where
     there is no checkpoint.
 
     Raises:
         DamagedCheckpoint: there are some, and none is whole.
     """
     found, _ = _newest(checkpoints(folder), _size_damage)
-    return None if found is None else read_progress(found)
+    return None if found is None else read_position(found)
 
 
-def newest_whole(folder: Path, last: int) -> tuple[Progress | None, dict[Path, str]]:
-    """Progress of the newest checkpoint up to step ``last`` whose files have the content that was
+def newest_whole(folder: Path, last: int) -> tuple[TrainingPosition | None, dict[Path, str]]:
+    """Position of the newest checkpoint up to step ``last`` whose files have the content that was
     saved (None: there is no checkpoint), and what is damaged of each that is newer. Collective
     over all ranks, each of which reads a part of the files.
 
@@ -46,7 +46,7 @@ def newest_whole(folder: Path, last: int) -> tuple[Progress | None, dict[Path, s
     later = {path: _size_damage(path) for path in reversed(saved[0]) if step_of(path) > last}
     found, damaged = _newest([path for path in saved[0] if step_of(path) <= last], _damage)
     damaged = {path: damage for path, damage in later.items() if damage} | damaged
-    return (None if found is None else read_progress(found)), damaged
+    return (None if found is None else read_position(found)), damaged
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -72,7 +72,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 def _size_damage(checkpoint: Path) -> str | None:
     try:
-        read_progress(checkpoint)
+        read_position(checkpoint)
     except DamagedCheckpoint as error:
         return error.damage
     return None

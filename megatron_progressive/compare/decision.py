@@ -1,4 +1,4 @@
-"""Whether growing pays, and the words that the pairs at hand can carry.
+"""Whether growing pays: what pairs of runs decide. :mod:`.verdict_words` says it.
 
 One run says nothing of the next seed: two seeds of one recipe differ by about as much as growing is
 said to gain. So what decides is the *paired* difference: the final loss of a run that grows above
@@ -8,8 +8,7 @@ pair leaves it open, whatever its size; from two pairs on the 95 % interval of t
 
 Growing pays where it ends below *every* control of equal FLOPs that is there
 (:data:`.arms.EQUAL_FLOPS`). Each of them has to be beaten on its own, which keeps the level of the
-test (an intersection-union test; Berger 1982, Technometrics 24). All tables, headlines and pages
-take their words from here.
+test (an intersection-union test; Berger 1982, Technometrics 24).
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from megatron_progressive.laws.fits import LEVEL
 
 PAYS, DOES_NOT_PAY, OPEN = "pays", "does not pay", "open"
 
-LEVEL_PERCENT = 0.005  # rounds to 0.00 %
+LEVEL_PERCENT = 0.005
+"""A difference below this, in %, is none: it rounds to 0.00 %."""
 
 POWER = 0.8
 """Chance to find a difference that is there, which the number of pairs is stated for."""
 
-_MOST_PAIRS = 10_000
+MOST_PAIRS = 10_000
+"""More pairs than this are not stated as needed."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,6 @@ class Against:
     """Seeds that are in no pair, and why."""
 
 
-def percent(value: float) -> str:
-    """A magnitude in %, with the digits that matter."""
-    value = abs(value)
-    return f"{value:.2f} %" if value < 1 else f"{value:.1f} %"
-
-
-def above(gap: float) -> str:
-    """``1.2 % above``, ``0.30 % below`` or ``level with``: how a gap in % stands to a control."""
-    if abs(gap) < LEVEL_PERCENT:
-        return "level with"
-    return f"{percent(gap)} {'above' if gap > 0 else 'below'}"
-
-
 def pairs_needed(difference: float, spread: float) -> int | None:
     """Pairs with which a two-sided paired t-test finds a mean difference with 80 % power.
 
@@ -97,9 +85,9 @@ def pairs_needed(difference: float, spread: float) -> int | None:
         lower = np.nan_to_num(nct.cdf(-critical, pairs - 1, centre))  # far from the centre: none
         return bool(upper + lower >= POWER)
 
-    if not found(_MOST_PAIRS):
+    if not found(MOST_PAIRS):
         return None
-    low, high = 1, _MOST_PAIRS  # power grows with pairs
+    low, high = 1, MOST_PAIRS  # power grows with pairs
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if found(middle) else (middle, high)
@@ -151,76 +139,3 @@ def overall(controls: Sequence[Against]) -> str:
     if DOES_NOT_PAY in outcomes:
         return DOES_NOT_PAY
     return PAYS if outcomes and all(outcome == PAYS for outcome in outcomes) else OPEN
-
-
-def gap_text(one: Against) -> str:
-    """``+1.20 %``, or ``+1.20 % (+0.80 to +1.60)`` over several pairs; ``–`` without any."""
-    if one.mean is None:
-        return "–"
-    if one.low is None or one.high is None:
-        return f"{one.mean:+.2f} %"
-    return f"{one.mean:+.2f} % ({one.low:+.2f} to {one.high:+.2f})"
-
-
-def needed_text(one: Against) -> str:
-    """How many pairs a difference of this size needs; ``–`` where its spread is not known."""
-    if not one.spread:
-        return "–"
-    return f"more than {_MOST_PAIRS:,}" if one.pairs_needed is None else f"{one.pairs_needed:,}"
-
-
-def evidence(one: Against) -> str:
-    """The gap and what its pairs can carry, for a sentence: ``+2.16 % (95 % +0.24 to +4.07 over 3
-    pairs; 4 needed for 80 % power at a spread of 0.77 %)``."""
-    if one.mean is None:
-        text = "no finished pair"
-    elif one.low is None or one.high is None:
-        text = f"{one.mean:+.2f} % (one seed decides nothing)"
-    elif not one.spread:
-        text = f"{one.mean:+.2f} % ({len(one.values)} pairs that do not differ at all)"
-    else:
-        apart = f" to tell it from {one.bound:+g} %" if one.bound else ""
-        text = (
-            f"{one.mean:+.2f} % ({100 * LEVEL:.0f} % {one.low:+.2f} to {one.high:+.2f} over "
-            f"{len(one.values)} pairs; {needed_text(one)} needed{apart} for {100 * POWER:.0f} % "
-            f"power at a spread of {one.spread:.2f} %)"
-        )
-    return "; ".join([text, *(f"left out {reason}" for reason in one.left_out)])
-
-
-def sentence(controls: Sequence[Against]) -> str:
-    """Whether growing pays at equal FLOPs, and against which controls."""
-    there = [one for one in controls if one.mean is not None]
-    lacking = [one.control for one in controls if one.mean is None]
-    without = f" (without {' and '.join(lacking)})" if lacking else ""
-    if not there:
-        return f"Whether growing pays at equal FLOPs is open{without}."
-    outcome = overall(there)
-    start = (
-        "Whether growing pays at equal FLOPs is open"
-        if outcome == OPEN
-        else f"Growing {outcome} at equal FLOPs"
-    )
-    found = "; ".join(f"against {one.control}: {evidence(one)}" for one in there)
-    return f"{start}{without}, {found}."
-
-
-def short_text(controls: Sequence[Against]) -> str:
-    """The same in a headline's words."""
-    there = [one for one in controls if one.mean is not None]
-    if not there:
-        return "no control at equal FLOPs: whether it pays is open"
-    named = " and ".join(f"{above(one.mean or 0.0)} {one.control}" for one in there)
-    pairs = min(len(one.values) for one in there)
-    return f"{named}: {overall(there)} ({pairs} pair{'s' * (pairs != 1)})"
-
-
-def tally(outcomes: Sequence[str]) -> str:
-    """``pays in 2 of 8 comparisons, does not pay in 1, open in 5``."""
-    parts = [
-        f"{outcome} in {outcomes.count(outcome)}" for outcome in (DOES_NOT_PAY, OPEN)
-        if outcome in outcomes
-    ]  # fmt: skip
-    many = f"comparison{'s' * (len(outcomes) != 1)}"
-    first = f"pays in {outcomes.count(PAYS)} of {len(outcomes)} {many}"
-    return ", ".join([first, *parts])

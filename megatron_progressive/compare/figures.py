@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from megatron_progressive.compare.arms import FIXED, OTHER, PROGRESSIVE, SHORT, Comparison
+from megatron_progressive.compare.data_words import per_unit
 from megatron_progressive.compare.drawing import (
     FAINT,
     FIXED_COLOURS,
@@ -29,7 +30,6 @@ from megatron_progressive.compare.drawing import (
 )
 from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_curve
 from megatron_progressive.compare.mixing import MixingTime, averaged, train_gap
-from megatron_progressive.compare.wording import per_unit
 from megatron_progressive.runs.reading import Run
 from megatron_progressive.runtime.text import time_text
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from megatron_progressive.runs.reading import Run
@@ -16,9 +19,44 @@ def gap_percent(loss: float, reference: float) -> float:
     return 100 * (loss / reference - 1)
 
 
+def has_loss(run: Run) -> bool:
+    """Whether a run's final validation loss is a number above zero: else it has diverged."""
+    return run.final_loss is not None and math.isfinite(run.final_loss) and run.final_loss > 0
+
+
 def gap_curve(run: Run, fixed: Run) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which both were validated, and ``run``'s gap there in %."""
     steps, mine, theirs = np.intersect1d(
         run.evals["step"], fixed.evals["step"], assume_unique=True, return_indices=True
     )
     return steps, 100 * (run.evals["loss"][mine] / fixed.evals["loss"][theirs] - 1)
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    """Where the fixed-size run first has the progressive run's final validation loss."""
+
+    step: int
+    flops: float
+    compute_ratio: float
+    """Its FLOPs there over the progressive run's total: above 1 progressive was cheaper."""
+    lr_fraction: float
+    """Its learning rate there over the peak: near 1 it has not decayed, which costs it loss."""
+
+
+def equal_loss(run: Run, fixed: Run) -> EqualLoss | None:
+    """Where the fixed-size run is as good as ``run`` at its end; None where it never is."""
+    if run.final_loss is None or not run.total_flops:
+        return None
+    reached = np.flatnonzero(fixed.evals["loss"] <= run.final_loss)
+    if not len(reached):
+        return None
+    step, flops = fixed.evals["step"][reached[0]], float(fixed.evals["flops"][reached[0]])
+    at = np.flatnonzero(fixed.train["step"] == step)
+    peak = fixed.config.optim.lr
+    return EqualLoss(
+        step=int(step),
+        flops=flops,
+        compute_ratio=flops / run.total_flops,
+        lr_fraction=float(fixed.train["lr"][at[0]]) / peak if len(at) and peak else float("nan"),
+    )

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_progressive.compare.data_words import counted, per_unit
 from megatron_progressive.compare.rows import header, table_cells
-from megatron_progressive.compare.wording import counted, per_unit
 
 if TYPE_CHECKING:
     from megatron_progressive.compare.judged import Report

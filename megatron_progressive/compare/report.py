@@ -15,10 +15,10 @@ from rich.text import Text
 
 from megatron_progressive.compare import figures, page
 from megatron_progressive.compare.arms import Comparison, arm_of, compare
-from megatron_progressive.compare.decision import short_text, tally
 from megatron_progressive.compare.judged import Report
 from megatron_progressive.compare.rows import HEADER, make_row, table_cells
-from megatron_progressive.compare.verdict import Verdict, mixing_title, recipes, verdicts
+from megatron_progressive.compare.verdict import recipes, verdicts
+from megatron_progressive.compare.verdict_words import mixing_title, report_title
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runs.files import SUMMARY_FILE, read_summary
 from megatron_progressive.runs.reading import Run, read_run
@@ -48,7 +48,8 @@ def make_report(run_folders: Sequence[Path], out: Path) -> Report:
     lines = figures.lines_of([(run, row.arm) for run, row in zip(runs, report.rows, strict=True)])
     pictures = [out / "overview.png"]
     figures.overview(lines, report.title, pictures[0])
-    if figures.gaps(comparisons, lines, mixing_title(report.verdicts), out / "gap.png"):
+    mixings = [one.mixing for one in report.verdicts if one.mixing is not None]
+    if figures.gaps(comparisons, lines, mixing_title(mixings), out / "gap.png"):
         pictures.append(out / "gap.png")
     report.files.extend([out / "report.html", out / "report.json", *pictures])
     write_atomically(out / "report.html", page.render(report, pictures))
@@ -63,9 +64,11 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
     notes = [note for comparison in comparisons for note in comparison.notes]
     if not comparisons:
         notes.append("No progressive run among these: nothing to judge.")
+    each = [one.controls for one in recipes(found, runs)]
+    title = report_title(len(runs), [one.headline for one in found], each)
     return (
         Report(
-            title=_title(found, runs),
+            title=title,
             complete=bool(found) and all(verdict.complete for verdict in found),
             rows=rows,
             verdicts=found,
@@ -74,17 +77,6 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
         ),
         comparisons,
     )
-
-
-def _title(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
-    if not found:
-        return f"{len(runs)} run{'s' * (len(runs) != 1)}, none of them progressive"
-    if len(found) == 1:
-        return found[0].headline
-    each = recipes(found, runs)
-    if len(each) == 1:
-        return f"At equal FLOPs growing ends {short_text(each[0].controls)}"
-    return f"At equal FLOPs growing {tally([verdict.outcome for verdict in each])}"
 
 
 def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:

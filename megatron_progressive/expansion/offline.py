@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_progressive.checkpoints.checkpoint import Progress, read_whole, seal
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition, read_whole, seal
 from megatron_progressive.checkpoints.index import Slots, StoredTensor, stored_tensors
 from megatron_progressive.checkpoints.new_folder import check_new_folder, new_folder
 from megatron_progressive.checkpoints.record import ModelRecord
@@ -38,7 +38,7 @@ class OfflineExpansion:
 
     checkpoint: Path
     out: Path
-    progress: Progress
+    position: TrainingPosition
     """Of the result."""
     model: ModelRecord
     """Of the result."""
@@ -62,8 +62,8 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
         ConfigError: no whole checkpoint, a depth or policy that does not fit it, or an ``out``
             that is there or has no room.
     """
-    progress, model = read_whole(checkpoint)
-    depth, target = progress.num_layers, expansion.to_layers
+    position, model = read_whole(checkpoint)
+    depth, target = position.num_layers, expansion.to_layers
     check_depths(expansion, depth, "expansion", f"of {checkpoint}")
     shape = replace(model.shape, num_layers=target)
     table = tensor_table(shape)
@@ -72,12 +72,12 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
     plan = OfflineExpansion(
         checkpoint=checkpoint,
         out=out,
-        progress=replace(progress, expansions=progress.expansions + 1, num_layers=target),
+        position=replace(position, expansions=position.expansions + 1, num_layers=target),
         model=replace(
             model,
             shape=shape,
             layout=LAYOUT,
-            depth_history=(*model.depth_history, (progress.step, target)),
+            depth_history=(*model.depth_history, (position.step, target)),
         ),
         from_layers=depth,
         tensors={
@@ -139,7 +139,7 @@ def expand_checkpoint(plan: OfflineExpansion) -> None:
                 writer.write(key, _value(plan, reader, key))
                 advance(tensor.nbytes)
         copy_tokenizer(plan.checkpoint / FOLDER, temporary / FOLDER)
-        seal(temporary, plan.progress, plan.model)
+        seal(temporary, plan.position, plan.model)
 
 
 def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tensor:
@@ -155,6 +155,6 @@ def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tens
         return reader.read((rule.source or name, slot))
     if action == INIT:
         spec = tensor_table(plan.model.shape)[name]
-        box, generation = whole(tensor.shape), plan.progress.expansions
+        box, generation = whole(tensor.shape), plan.position.expansions
         return initial_values(plan.model.seed, generation, name, spec, box).to(dtype)
     return torch.zeros(tensor.shape, dtype=dtype)

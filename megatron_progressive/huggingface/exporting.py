@@ -98,7 +98,7 @@ def plan_export(
     """
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConfigError(f"--dtype: got {dtype!r}; accepted: {', '.join(DTYPE_NAMES)}")
-    progress, model = read_whole(checkpoint)
+    position, model = read_whole(checkpoint)
     shape = model.shape
     if not isinstance(shape, TransformerShape):
         raise ConfigError(
@@ -141,7 +141,7 @@ def plan_export(
     if tokenizer is None:
         notes.append("no tokenizer found: exported without one (--tokenizer FOLDER)")
     model_type = HUGGING_FACE[shape.family].model_type
-    more, generation, passed = _usage(usage, tokenizer, model_type, progress.step > 0)
+    more, generation, passed = _usage(usage, tokenizer, model_type, position.step > 0)
     notes += passed
     # both names of the type: transformers 5 reads either, other readers know one
     config = {**config, **more, "dtype": kept, "torch_dtype": kept}

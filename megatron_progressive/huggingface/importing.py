@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_progressive.checkpoints.checkpoint import Progress, seal
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition, seal
 from megatron_progressive.checkpoints.index import StoredTensor
 from megatron_progressive.checkpoints.new_folder import check_new_folder, new_folder
 from megatron_progressive.checkpoints.record import ModelRecord
@@ -149,7 +149,7 @@ def import_folder(plan: Import) -> None:
     """
     from megatron_progressive.checkpoints.streamed import TensorWriter
 
-    progress = Progress(0, 0, plan.shape.num_layers, 0, 0.0, 0.0, 0.0)
+    position = TrainingPosition(0, 0, plan.shape.num_layers, 0, 0.0, 0.0, 0.0)
     with new_folder(plan.out) as folder:
         with (
             _Reader(plan) as reader,
@@ -167,7 +167,7 @@ def import_folder(plan: Import) -> None:
         copy_tokenizer(plan.folder, folder / FOLDER)
         (folder / FOLDER).mkdir(exist_ok=True)
         write_json(folder / FOLDER / KEPT_CONFIG, plan.kept)
-        seal(folder, progress, plan.model)
+        seal(folder, position, plan.model)
 
 
 def _value(plan: Import, reader: _Reader, entry: Entry) -> torch.Tensor:

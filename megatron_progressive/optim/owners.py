@@ -1,10 +1,11 @@
 """Which rank orthogonalises which matrix. Needs no torch.
 
 Ownership is decided here, in two steps. :func:`owner_places` lays a model's tensors into the flat
-buffers that data-parallel ranks divide, so that nearly every matrix lies whole in one rank's
-share: that rank owns it, and has it after the reduce-scatter that ZeRO does anyway. For what could
-not be laid out so, and for the shards of tensor-parallel ranks, :func:`homes` chooses the rank to
-which the parts travel (:mod:`.exchange`). Every rank derives the same answer for itself.
+buffers that data-parallel ranks divide, so that nearly every matrix lies whole in one rank's share:
+that rank owns it, and has it after the reduce-scatter that ZeRO does anyway. For matrices that
+cannot be laid out in that way, and for the shards of tensor-parallel ranks, :func:`homes` chooses
+the rank to which the parts travel (:mod:`.exchange`). Every rank derives the same answer for
+itself.
 """
 
 from __future__ import annotations
@@ -19,51 +20,53 @@ from dataclasses import dataclass
 from megatron_progressive.optim.rules import ADAMW
 
 _TENSOR_ALIGNMENT = 64
-"""Elements: where a tensor may start in a buffer of the distributed optimizer."""
+"""A tensor starts at a multiple of so many elements in a buffer of the distributed optimizer."""
 _BUCKET_ALIGNMENT = 128
-"""Elements: the end of a bucket is a multiple of this and of the data-parallel ranks."""
+"""The end of a bucket is a multiple of so many elements and of the number of data-parallel
+ranks."""
 MOST_PADDING = 0.05
-"""Of a bucket, what :func:`owner_places` may leave empty to have tensors whole: it is sent, too."""
+"""The share of a bucket that :func:`owner_places` may leave empty in order to have tensors whole;
+padding is sent, too."""
 _PADDING_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a buffer whose buckets are each cut into equal shares, one of each
-    for every data-parallel rank."""
+    """The place of a tensor in a buffer each of whose buckets is cut into equal shares, one for
+    each data-parallel rank."""
 
     start: int
-    """Of the tensor, from the start of its bucket."""
+    """The tensor's first element, counted from the start of its bucket."""
     numel: int
     share: int
-    """Elements of the bucket on each rank, padding included."""
+    """The number of elements of the bucket on each rank, including padding."""
     bucket: int = 0
-    """Number of the bucket in its buffer."""
+    """The number of the bucket in its buffer."""
 
     def ranks(self) -> range:
-        """Data-parallel ranks that own some of the tensor."""
+        """The data-parallel ranks that own some of the tensor."""
         return range(self.start // self.share, (self.start + self.numel - 1) // self.share + 1)
 
     def owned(self, data_rank: int) -> tuple[int, int]:
-        """The flat range of the tensor that a rank owns; empty where first >= last."""
+        """The flat range of the tensor that a rank owns; it is empty where first >= last."""
         low = data_rank * self.share - self.start
         return max(0, low), min(self.numel, low + self.share)
 
 
 @dataclass(frozen=True)
 class BufferTensor:
-    """One tensor of a buffer, as a tensor-parallel rank has it."""
+    """One tensor of a buffer, as one tensor-parallel rank has it."""
 
     name: str
     numel: int
     rule: str = ADAMW
-    """Its update rule: AdamW's tensors may be cut anywhere."""
+    """The rule that updates it; a tensor of AdamW may be cut anywhere."""
     alone: bool = False
-    """Whether it has a bucket to itself: the embedding that two pipeline stages have copies of.
-    Their gradients are added where each rank owns the same part of both."""
+    """Whether it has a bucket to itself. So has an embedding of which two pipeline stages have
+    copies: their gradients are added where each rank owns the same part of both."""
     first: bool = False
-    """Whether it lies at the start of its bucket, whole in the first share: that embedding, where
-    it fits on both stages."""
+    """Whether it lies at the start of its bucket, whole in the first share. So does that embedding,
+    where it fits on both stages."""
 
 
 def rounded_up(value: int, multiple: int) -> int:
@@ -72,7 +75,8 @@ def rounded_up(value: int, multiple: int) -> int:
 
 
 def _in_a_row(numels: Sequence[int]) -> tuple[list[int], int]:
-    """Starts of tensors one after the other, each at a multiple of 64, and the end of the last."""
+    """The starts of tensors that lie one after the other, each at a multiple of 64, and the end of
+    the last one."""
     starts, end = [], 0
     for numel in numels:
         starts.append(rounded_up(end, _TENSOR_ALIGNMENT))
@@ -85,22 +89,24 @@ def _equal_share(numel: int, data_ranks: int) -> int:
 
 
 def owner_places(tensors: Sequence[BufferTensor], data_ranks: int) -> list[Place]:
-    """Places of tensors in a model chunk's buffer, under Muon-NSGD whole in a rank's share.
+    """The places of tensors in the buffer of a model chunk; under Muon-NSGD tensors lie whole in a
+    rank's share.
 
-    Runs of tensors in reverse order of registration make buckets (Megatron-core takes them in
-    this order): a tensor that is ``alone``, tensors of AdamW, which are laid out as
-    :func:`distributed_optimizer_places` says, and the others. Of these as many as possible lie
-    whole inside one share, the largest first, each in the share with the most room, while
-    padding is at most :data:`MOST_PADDING`; where they do not fit, the largest are cut: they
-    lie in a row at the start of the bucket. Shares are equal, and Newton-Schulz costs nearly the
-    same for each element of a model's matrices, so this balances memory and time.
+    Buckets are made of consecutive tensors in reverse order of registration, as Megatron-core takes
+    them. There are three kinds of bucket: one tensor that is ``alone``; tensors of AdamW, which are
+    laid out as :func:`distributed_optimizer_places` says; and the other tensors. Of these, as many
+    as possible lie whole inside one share while padding is at most :data:`MOST_PADDING`: the
+    largest are placed first, each in the share with the most room. Where they do not fit, the
+    largest are cut, and lie in a row at the start of the bucket. Shares are equal, and
+    Newton-Schulz costs nearly the same for each element of a model's matrices, so this balances
+    memory and time.
 
     Args:
-        tensors: in the order of registration. Within a bucket of whole tensors the places
-            depend on names and sizes alone.
+        tensors: the tensors of the chunk in the order of registration. Within a bucket of whole
+            tensors the places depend on names and sizes alone.
 
     Raises:
-        RuntimeError: a tensor that is to lie first is larger than a share.
+        RuntimeError: a tensor that has to lie first is larger than a share.
     """
     places: dict[int, Place] = {}
     for bucket, members in enumerate(_buckets(tensors)):
@@ -119,7 +125,7 @@ def owner_places(tensors: Sequence[BufferTensor], data_ranks: int) -> list[Place
 
 
 def _buckets(tensors: Sequence[BufferTensor]) -> Iterator[list[int]]:
-    """Numbers of the tensors of each bucket, in reverse order of registration."""
+    """The indices of the tensors in each bucket, in reverse order of registration."""
 
     def kind(i: int) -> tuple[int, bool]:
         return (i if tensors[i].alone else -1), tensors[i].rule == ADAMW
@@ -129,8 +135,8 @@ def _buckets(tensors: Sequence[BufferTensor]) -> Iterator[list[int]]:
 
 
 def _whole_in_shares(numels: Sequence[int], data_ranks: int) -> tuple[list[int], int]:
-    """Starts of tensors, given the largest first (but for one that lies at the start), and the
-    share; as few are cut as fit."""
+    """The starts of tensors and the size of a share, with as few tensors cut as fit. The tensors
+    are given with the largest first, apart from one that lies at the start."""
     total = sum(rounded_up(numel, _TENSOR_ALIGNMENT) for numel in numels)
     least = rounded_up(-(-total // data_ranks), _BUCKET_ALIGNMENT)
     shares = [
@@ -155,8 +161,8 @@ def _whole_in_shares(numels: Sequence[int], data_ranks: int) -> tuple[list[int],
 
 
 def _packed(numels: Sequence[int], cut: int, share: int, data_ranks: int) -> list[int] | None:
-    """Starts of tensors of which the first ``cut`` lie in a row and each other inside one share;
-    None where they do not fit."""
+    """The starts of tensors of which the first ``cut`` lie in a row and each other one inside one
+    share; None where they do not fit."""
     starts, end = _in_a_row(numels[:cut])
     end = rounded_up(end, _TENSOR_ALIGNMENT)
     first, used = divmod(end, share)
@@ -174,15 +180,15 @@ def _packed(numels: Sequence[int], cut: int, share: int, data_ranks: int) -> lis
 
 
 def homes(numels: Sequence[int], lengths: Sequence[Mapping[int, int]], ranks: int) -> list[int]:
-    """The rank that becomes the owner of each tensor that several ranks hold parts of.
+    """The rank that becomes the owner of each tensor of which several ranks hold parts.
 
-    It is the rank that holds the largest part, of several such the one that has least so far; the
-    largest tensors choose first.
+    It is the rank that holds the largest part; of several such ranks it is the one that has the
+    least so far. The largest tensors choose first.
 
     Args:
-        numels: elements of each whole tensor.
-        lengths: of each tensor, the elements that each rank holds, of those that hold some.
-        ranks: of the group.
+        numels: the number of elements of each whole tensor.
+        lengths: for each tensor, the number of elements on each rank that holds some.
+        ranks: the number of ranks in the group.
     """
     load, found = [0] * ranks, [0] * len(numels)
     for i in sorted(range(len(numels)), key=lambda i: (-numels[i], i)):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_progressive.checkpoints.checkpoint import Progress, checkpoints, step_of
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition, checkpoints, step_of
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
 from megatron_progressive.optim.schedule import decay_steps, last_stable_step, warmup_steps
 from megatron_progressive.runs.decisive import decisive
@@ -124,11 +124,11 @@ def kept_for_extension(config: RunConfig, step: int) -> list[int]:
     return [step_of(path) for path in checkpoints(config.folder) if step_of(path) <= last][-1:]
 
 
-def set_aside(folder: Path, present: RunConfig, progress: Progress) -> Path:
-    """Keep what the run has come to after ``progress``: copies of its files, and the checkpoints
+def set_aside(folder: Path, present: RunConfig, position: TrainingPosition) -> Path:
+    """Keep what the run has come to after ``position``: copies of its files, and the checkpoints
     themselves, in ``until_STEPS``; returns it. May be done again where it was interrupted.
     """
-    later = [path for path in checkpoints(folder) if step_of(path) > progress.step]
+    later = [path for path in checkpoints(folder) if step_of(path) > position.step]
     for aside in _names(folder, present.train.steps):
         if not aside.exists():
             break

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_progressive.checkpoints.checkpoint import Progress, read_progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition, read_position
 from megatron_progressive.checkpoints.resuming import newest_described
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
 from megatron_progressive.runs import files as run_files
@@ -25,8 +25,8 @@ DAMAGED_FILE = "metrics.damaged"
 _OWN = (LOCK_NAME, f".{CONFIG_FILE}.")
 
 
-def check_folder(config: RunConfig) -> Progress | None:
-    """Where a run would start: the progress to resume from, or None for a fresh start.
+def check_folder(config: RunConfig) -> TrainingPosition | None:
+    """Where a run would start: the position to resume from, or None for a fresh start.
 
     Creates nothing.
 
@@ -44,10 +44,10 @@ def check_folder(config: RunConfig) -> Progress | None:
     return None
 
 
-def _checked(config: RunConfig, folder: Path) -> Progress | None:
+def _checked(config: RunConfig, folder: Path) -> TrainingPosition | None:
     before = load(folder / CONFIG_FILE, resolved=True)
     if extends(config, before):
-        return read_progress(branch(folder, before))
+        return read_position(branch(folder, before))
     present, wanted = decisive(before), decisive(config)
     for key in sorted({*present, *wanted}):
         if present.get(key) != wanted.get(key):
@@ -68,19 +68,19 @@ def is_finished(config: RunConfig) -> bool:
     return run_files.is_finished(read_summary(config.folder)[0], config.last_step)
 
 
-def look(config: RunConfig) -> tuple[Progress | None, bool]:
+def look(config: RunConfig) -> tuple[TrainingPosition | None, bool]:
     """Where a run would start (:func:`check_folder`), and whether it is finished already.
 
     Raises:
         ConfigError: see :func:`check_folder`; it is to stop before the step where it is.
     """
-    progress, finished = check_folder(config), is_finished(config)
-    if progress is not None and not finished and progress.step > config.last_step:
+    position, finished = check_folder(config), is_finished(config)
+    if position is not None and not finished and position.step > config.last_step:
         raise ConfigError(
-            f"train.stop_after: got {config.train.stop_after}; accepted: from {progress.step}, "
+            f"train.stop_after: got {config.train.stop_after}; accepted: from {position.step}, "
             f"where {config.folder} is"
         )
-    return progress, finished
+    return position, finished
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -88,21 +88,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return run_files.read_metrics(folder).events
 
 
-def _done(event: dict[str, Any], progress: Progress, config: RunConfig) -> bool:
+def _done(event: dict[str, Any], position: TrainingPosition, config: RunConfig) -> bool:
     """Whether an event lies before a checkpoint. One made right before an expansion lies
     before that step's validation too."""
     step, taus = event.get("step", 0), config.expansion_steps()
-    expands_again = taus[progress.expansions : progress.expansions + 1] == [progress.step]
-    if step == progress.step and expands_again:
+    expands_again = taus[position.expansions : position.expansions + 1] == [position.step]
+    if step == position.step and expands_again:
         return event["event"] in ("train", "checkpoint")
-    return bool(step <= progress.step)
+    return bool(step <= position.step)
 
 
 class Recorder:
     """Writes the run folder. Only rank 0 has one that writes; the others' do nothing."""
 
-    def __init__(self, config: RunConfig, progress: Progress | None, writes: bool) -> None:
-        """Make the folder ready to go on after ``progress``: to be called when that has loaded,
+    def __init__(self, config: RunConfig, position: TrainingPosition | None, writes: bool) -> None:
+        """Make the folder ready to go on after ``position``: to be called when that has loaded,
         because what came after it is given up (or set aside, where the run is extended)."""
         self.folder = config.folder
         self.notes: list[str] = []
@@ -116,36 +116,36 @@ class Recorder:
             return
         with writing(f"making {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._set_aside(config, progress)
+        self._set_aside(config, position)
         shown = replace(config, run=replace(config.run, extend=False))
         write_atomically(self.folder / CONFIG_FILE, to_yaml(shown))
         self._remove_summary()
         metrics = run_files.read_metrics(self.folder)
-        if progress is not None and metrics.damaged:
+        if position is not None and metrics.damaged:
             with open(self.folder / DAMAGED_FILE, "ab") as file:
                 file.writelines(line + b"\n" for line in metrics.damaged.values())
                 file.flush()
                 os.fsync(file.fileno())
             self.warnings.append(f"{metrics.describe_damage()}, and kept in {DAMAGED_FILE}")
         # Steps after the checkpoint are going to be done again: no step twice.
-        kept = [e for e in metrics.events if progress and _done(e, progress, config)]
-        if progress is not None:
-            self.validation = run_files.validation_at(kept, progress.step)
+        kept = [e for e in metrics.events if position and _done(e, position, config)]
+        if position is not None:
+            self.validation = run_files.validation_at(kept, position.step)
         text = "".join(json_text(event) + "\n" for event in kept)
         write_atomically(self.folder / METRICS_FILE, text)
         self._file = open(self.folder / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)
-        self._trackers = Trackers(config, progress.step if progress else None)
+        self._trackers = Trackers(config, position.step if position else None)
 
-    def _set_aside(self, config: RunConfig, progress: Progress | None) -> None:
+    def _set_aside(self, config: RunConfig, position: TrainingPosition | None) -> None:
         file = self.folder / CONFIG_FILE
-        if progress is None or not file.is_file():
+        if position is None or not file.is_file():
             return
         before = load(file)
         if extends(config, before):
-            aside = set_aside(self.folder, before, progress)
+            aside = set_aside(self.folder, before, position)
             self.notes.append(
                 f"extended from {before.train.steps} to {config.train.steps} steps; what came "
-                f"after step {progress.step} is in {aside}"
+                f"after step {position.step} is in {aside}"
             )
 
     def _remove_summary(self) -> None:

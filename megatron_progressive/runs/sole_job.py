@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
-from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.runs.folder import look
 from megatron_progressive.runtime.files import WriteFailed, writing
@@ -26,7 +26,7 @@ from megatron_progressive.runtime.folder_lock import (
 class Start:
     """What rank 0 found in the run folder once it was this job's."""
 
-    progress: Progress | None = None
+    position: TrainingPosition | None = None
     """To resume from; None for a fresh start."""
     finished: bool = False
     """Whether another job has finished the run meanwhile."""

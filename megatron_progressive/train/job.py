@@ -8,7 +8,11 @@ import traceback
 from typing import Any
 
 from megatron_progressive import data
-from megatron_progressive.checkpoints.checkpoint import Progress, checkpoint_path, read_description
+from megatron_progressive.checkpoints.checkpoint import (
+    TrainingPosition,
+    checkpoint_path,
+    read_description,
+)
 from megatron_progressive.checkpoints.contents import DamagedCheckpoint
 from megatron_progressive.checkpoints.init_from import check_tokenizer, unknown_tokenizer
 from megatron_progressive.config import ConfigError, RunConfig
@@ -49,22 +53,22 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     warnings = check_run(config, world)
     check_kernels(config)
     check_trackers(config)
-    progress, finished = look(config)
+    position, finished = look(config)
     if finished:
         _say_finished(config, place)
         return 0
     if place is None:  # in a job rank 0 finds out, with its lock
         check_free(config)
-    if progress is None:
+    if position is None:
         warnings += unknown_tokenizer(config)
     check_writable("run.dir", config.folder)
     try:
         leader = Leader(place)
         if leader.is_me:
-            for warning in warnings if progress is None else ():
+            for warning in warnings if position is None else ():
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
             prepare_imports()
-        values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+        values, changes = leader.does(lambda: _settled(config, position), "prepares the corpus")
     except (LeaderFailed, TimeoutError) as error:
         _last_line(f"rank {place.rank if place else 0}: {error}")
         return 1
@@ -90,13 +94,13 @@ def _say_finished(config: RunConfig, place: Place | None) -> None:
         )
 
 
-def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
+def _settled(config: RunConfig, position: TrainingPosition | None) -> list[Any]:
     """What the run is trained on, as JSON can hold it, and what is to be said of that."""
     begun = None
-    if progress is None:
+    if position is None:
         check_tokenizer(config)
     else:
-        newest = checkpoint_path(config.folder, progress.step)
+        newest = checkpoint_path(config.folder, position.step)
         known, at = read_description(newest)[1].data, newest.stat().st_mtime
         begun = data.Begun(str(config.folder), "a new run.name", known, at)
     found, notes = data.settle(config, begun)
@@ -131,8 +135,8 @@ def _rank(
                 if start.finished:
                     _say_finished(config, place)
                     return 0
-                notes = warnings if start.progress is None else changes
-                return train(config, start.progress, notes, trained_on, start.lock)
+                notes = warnings if start.position is None else changes
+                return train(config, start.position, notes, trained_on, start.lock)
     except DamagedCheckpoint:
         if place.rank:
             return 2  # all ranks have found it: one says so

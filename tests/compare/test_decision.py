@@ -10,9 +10,6 @@ from megatron_progressive.compare.decision import (
     against,
     overall,
     pairs_needed,
-    sentence,
-    short_text,
-    tally,
 )
 
 
@@ -45,7 +42,6 @@ def test_one_seed_under_several_names_is_one_pair() -> None:
     assert (one.values, one.outcome) == ([pytest.approx(-5.0)], "open")
     same = against("c", [(1, -5.0), (2, -5.0), (3, -5.0)])  # no spread, so no t
     assert same.outcome == "open"
-    assert "do not differ at all" in sentence([same])
 
 
 def test_every_control_that_is_there_has_to_be_undercut() -> None:
@@ -60,11 +56,6 @@ def test_every_control_that_is_there_has_to_be_undercut() -> None:
     assert overall([below, above]) == overall([level, above]) == "does not pay"
     assert overall([below, none]) == "pays"
     assert overall([none]) == overall([]) == "open"
-    text = sentence([below, none])
-    assert text.startswith("Growing pays at equal FLOPs (without the source), against the short")
-    assert "against the source" in sentence([below, above])
-    assert "whether it pays is open" in short_text([none])
-    assert short_text([below, level]).endswith("the source: open (3 pairs)")
 
 
 def test_a_run_that_diverged_keeps_the_others_from_paying() -> None:
@@ -80,8 +71,3 @@ def test_a_bound_other_than_zero_is_what_the_difference_is_taken_from() -> None:
     assert one.outcome == "pays"  # above it, and within what is allowed
     assert one.pairs_needed == pairs_needed(0.15 - 0.5, 0.05)
     assert against("fixed-size", gaps).outcome == "does not pay"
-
-
-def test_the_tally_names_what_there_is() -> None:
-    assert tally(["pays", "open", "open"]) == "pays in 1 of 3 comparisons, open in 2"
-    assert tally(["does not pay"]) == "pays in 0 of 1 comparison, does not pay in 1"

@@ -15,7 +15,7 @@ from megatron_progressive.engines.megatron import engine as megatron
 from megatron_progressive.engines.megatron import kernels, spec
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import Layout, make_layout
-from tests.engines.cases import Full, family_config, gather, start, step
+from tests.engines.on_ranks import Full, family_config, gather, start, step
 from tests.pool import Pool
 
 NAMES = [f.name for f in fields(KernelsSection)]

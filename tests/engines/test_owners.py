@@ -19,7 +19,7 @@ from megatron_progressive.optim.coefficients import SETS
 from megatron_progressive.optim.owners import MOST_PADDING, BufferTensor, owner_places
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, rule_of
 from megatron_progressive.runtime.layout import Layout
-from tests.engines import cases, owner_cases
+from tests.engines import on_ranks, owners_on_ranks
 from tests.pool import Pool
 
 
@@ -45,10 +45,10 @@ def test_ten_steps_equal_those_of_one_process(pool: Pool, layers: int) -> None:
     for family, world, parallel in LAYOUTS:
         base = [f"model.num_layers={layers}", "train.micro_batch=1"]
         if family not in expected:
-            config = cases.family_config(family, base)
-            expected[family] = pool.run(1, owner_cases.weights_after, config, 10)[0]
-        config = cases.family_config(family, [*base, *words(parallel)])
-        found = pool.run(world, owner_cases.weights_after, config, 10)[0]
+            config = on_ranks.family_config(family, base)
+            expected[family] = pool.run(1, owners_on_ranks.weights_after, config, 10)[0]
+        config = on_ranks.family_config(family, [*base, *words(parallel)])
+        found = pool.run(world, owners_on_ranks.weights_after, config, 10)[0]
         assert set(found) == set(expected[family])
         for name, weight in expected[family].items():
             difference = np.linalg.norm(found[name] - weight)
@@ -78,8 +78,8 @@ def test_one_step_equals_torchs_muon_and_the_formula_of_nsgd(
     # torch orthogonalises in bf16; with its cast to bf16 taken away it is fp32
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
     bias = ["model.linear_bias=true"] if family == "gpt2" else []  # vectors that are cut
-    config = cases.family_config(family, ["model.num_layers=2", *bias, *words(parallel)])
-    before, after = pool.run(world, owner_cases.one_step, config, LR)[0]
+    config = on_ranks.family_config(family, ["model.num_layers=2", *bias, *words(parallel)])
+    before, after = pool.run(world, owners_on_ranks.one_step, config, LR)[0]
     rules = set()
     for name, spec in tensor_table(model_shape(config)).items():
         weight = torch.from_numpy(before[name, "param"])
@@ -155,13 +155,13 @@ def test_each_matrix_is_orthogonalised_once_a_step(
 ) -> None:
     """Over the whole job, whatever the micro-batches, and right after an expansion too."""
     expansion = {"at": 2, "to_layers": 3, "init": "random", "parallel": after}
-    config = cases.family_config(
+    config = on_ranks.family_config(
         family,
         ["model.num_layers=1", f"train.micro_batch={micro_batch}", "parallel.uneven=true",
          "model.tie_embeddings=true", *words(before)],
         expansion,
     )  # fmt: skip
-    ranks = pool.run(world, owner_cases.matrices_of_steps, config, 2)
+    ranks = pool.run(world, owners_on_ranks.matrices_of_steps, config, 2)
     found = [sum(step) for step in zip(*ranks, strict=True)]
     assert found == [matrices(config)] * 2 + [matrices(config, 3)] * 2, ranks
 
@@ -176,7 +176,7 @@ PROPORTIONS = {
 
 def traffic(pool: Pool, world: int, words: list[str]) -> tuple[list[int], list[int], Any]:
     config = from_dict(PROPORTIONS, words)
-    results = pool.run(world, owner_cases.traffic_and_state, config)
+    results = pool.run(world, owners_on_ranks.traffic_and_state, config)
     return [sum(sent.values()) for sent, _ in results], [held for _, held in results], results
 
 

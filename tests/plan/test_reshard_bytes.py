@@ -17,7 +17,7 @@ from megatron_progressive.plan.plan_text import render
 from megatron_progressive.plan.reshard_bytes import NORMALS_PER_SECOND, reshard_bytes
 from megatron_progressive.reshard.boxes import Box, Key, PieceMeta
 from megatron_progressive.runtime.layout import make_layout
-from tests.engines import cases
+from tests.engines import on_ranks
 from tests.engines.test_property import random_case
 from tests.pool import Pool
 
@@ -99,7 +99,7 @@ def test_bytes_from_sharded_weights(seed: int) -> None:
     expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
     words = [f"optim.name={rng.choice(['adamw', 'muon_nsgd'])}", "model.num_layers=1"]
     words += ["parallel.engine=deepspeed", f"parallel.zero_stage={rng.choice([2, 3])}"]
-    config = cases.small_config(words, expansion)
+    config = on_ranks.small_config(words, expansion)
     world = 2 * rng.randint(1, 3)
     planned = reshard_bytes(config, 0, world)
     missed, only, could = by_masks(config, world)
@@ -129,8 +129,8 @@ def test_a_real_expansion_moves_the_planned_bytes(
     pool: Pool, world: int, words: list[str], after: dict[str, int]
 ) -> None:
     expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
-    config = cases.small_config(["model.num_layers=2", "train.micro_batch=1", *words], expansion)
-    event = pool.run(world, cases.expand_and_gather, config)[0][2]
+    config = on_ranks.small_config(["model.num_layers=2", "train.micro_batch=1", *words], expansion)
+    event = pool.run(world, on_ranks.expand_and_gather, config)[0][2]
     assert event.bytes_moved == reshard_bytes(config, 0, world).total > 0
 
 
@@ -146,8 +146,8 @@ def test_a_real_expansion_of_experts_moves_the_planned_bytes(
 ) -> None:
     expansion = {"at": 2, "to_layers": 4, "init": "copying", "parallel": after}
     words = ["model.num_layers=2", "train.micro_batch=1", *words]
-    config = cases.family_config(family, words, expansion)
-    event = pool.run(4, cases.expand_and_gather, config)[0][2]
+    config = on_ranks.family_config(family, words, expansion)
+    event = pool.run(4, on_ranks.expand_and_gather, config)[0][2]
     assert event.bytes_moved == reshard_bytes(config, 0, 4).total > 0
 
 
@@ -175,7 +175,7 @@ def test_a_real_expansion_draws_the_planned_values(
 
 def test_plan_says_bytes_and_time() -> None:
     expansion = {"at": 2, "to_layers": 4, "parallel": {"tensor": 2}}
-    config = cases.small_config(["optim.name=adamw", "model.num_layers=1"], expansion)
+    config = on_ranks.small_config(["optim.name=adamw", "model.num_layers=1"], expansion)
     plan = make_plan(config, 2, link_gb_per_s=0.001)
     moved = plan.expansions[0].reshard
     busiest = max(*moved.received.tolist(), *moved.sent.tolist())

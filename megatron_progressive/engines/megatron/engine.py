@@ -41,7 +41,7 @@ from megatron_progressive.engines.megatron.optimizer import (
     build_optimizer,
     clip_gradients,
 )
-from megatron_progressive.engines.megatron.owners import owner_layout
+from megatron_progressive.engines.megatron.owner_optimizer import owner_layout
 from megatron_progressive.engines.megatron.state import sharded_state, table_with_tied_head
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
@@ -116,7 +116,8 @@ class MegatronEngine:
     def _buffer_layout(
         self, names: dict[str, torch.nn.Parameter], buffers: DistributedDataParallelConfig
     ) -> FullParamLayout:
-        """Where the parameters of a model chunk lie in buffers that data-parallel ranks divide."""
+        """The places of a model chunk's parameters in the buffers that data-parallel ranks
+        divide."""
         if self.config.optim.name != ADAMW:
             optim = self.config.optim
             embedding = shared_embedding_is_whole(self.shape, self.layout, optim)
@@ -157,7 +158,7 @@ class MegatronEngine:
         return mean_over(batches, means)
 
     def _mean_of(self, batch: GlobalBatch) -> float:
-        """The mean loss of a batch of any count. Collective."""
+        """The mean loss of a batch of any number of samples. Collective over all ranks."""
         micro, ranks, layout = self.config.train.micro_batch, self.layout.data, self.layout
         # the interleaved schedule takes micro-batches in groups of one a stage
         group = layout.pipeline if layout.virtual_pipeline > 1 else 1
@@ -192,8 +193,8 @@ class MegatronEngine:
     def _run(
         self, samples: list[tuple[torch.Tensor, int]], forward_only: bool
     ) -> list[torch.Tensor]:
-        """The mean loss of the samples that count in each of this rank's micro-batches (none but
-        on the last stage)."""
+        """The mean loss of the samples that count in each of this rank's micro-batches; only the
+        last stage has any."""
         results = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(samples) for _ in self.chunks],
@@ -226,7 +227,8 @@ class MegatronEngine:
 
 
 def _mean_loss(losses: torch.Tensor, counted: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of the first ``counted`` samples of losses [samples, tokens]; 0 of none."""
+    """The mean loss of the first ``counted`` samples of losses [samples, tokens]; 0 where none
+    counts."""
     mean = losses[:counted].float().mean() if counted else losses.new_zeros((), dtype=torch.float32)
     # a clone: the schedule divides the loss in place by the number of micro-batches
     return mean, {"loss": mean.detach().clone()}

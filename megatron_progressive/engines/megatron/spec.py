@@ -1,7 +1,7 @@
 """Layer specs: Transformer Engine's on CUDA (in bf16), Megatron-core's local one elsewhere.
 
-The local spec of 0.19.2 lacks what latent attention and experts need: a core attention that
-takes heads of two widths, and norms that know of sequence parallelism.
+The local spec of 0.19.2 lacks what latent attention and experts need: a core attention that takes
+heads of two widths, and norms that support sequence parallelism.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ TRANSFORMER_ENGINE = "transformer_engine"
 class CausalAttention(MegatronModule):  # type: ignore[misc]
     """Causal core attention on torch's ``scaled_dot_product_attention``.
 
-    Used with the local spec, in place of Megatron-core's unfused attention (its causal mask
-    is S x S per layer and its softmax is written out). Shapes: query [S, B, heads, d], key
+    It is used with the local spec, in place of Megatron-core's unfused attention, whose causal mask
+    is S x S for each layer and whose softmax is written out. Shapes: query [S, B, heads, d], key
     [S, B, groups, d], value [S, B, groups, v]; output [S, B, heads * v].
     """
 
@@ -63,19 +63,19 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Latent attention, with three things of Megatron-core 0.19.2 set right.
+    """Latent attention in which three things of Megatron-core 0.19.2 are set right.
 
-    Under tensor parallelism the rotated key part gets its whole gradient. All heads share it; with
-    the local spec it is gathered from the ranks that each project a part, and the gradient that
-    goes back is that of each rank's own heads alone (``multi_latent_attention.py``: the gather's
-    backward pass only splits).
+    Under tensor parallelism the rotated part of the keys gets its whole gradient. All heads share
+    that part; with the local spec it is gathered from the ranks that each project some of it, and
+    the gradient that goes back is that of each rank's own heads alone
+    (``multi_latent_attention.py``: the gather's backward pass only splits).
 
     Norms are where the spec has them. Where queries are not compressed, ``mla_qk_norm_config.py``
-    asks for one more, of the queries' input, which DeepSeek-V3 does not have.
+    asks for one more norm, of the queries' input, which DeepSeek-V3 does not have.
 
     The norm of compressed queries is whole on every tensor-parallel rank, and so is its gradient
-    without sequence parallelism: it must not be summed as that of norms per head is, which
-    ``finalize_model_grads.py`` knows by the same name.
+    without sequence parallelism: it must not be summed, unlike the gradient of norms per head,
+    which ``finalize_model_grads.py`` knows by the same name.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -106,8 +106,8 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
 def local_norm(
     config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
 ) -> torch.nn.Module:
-    """torch's LayerNorm or RMSNorm, with the mark by which Megatron-core adds up the gradients of
-    a norm that each tensor-parallel rank applies to its part of the sequence."""
+    """Torch's LayerNorm or RMSNorm, with the mark by which Megatron-core adds up the gradients of a
+    norm that each tensor-parallel rank applies to its part of the sequence."""
     kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
     norm = kind(hidden_size, eps=eps)
     for parameter in norm.parameters():
@@ -125,7 +125,7 @@ def transformer_engine_available() -> bool:
 
 
 def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
-    """The spec of one layer, ``dense`` or ``moe``."""
+    """The spec of one layer, which is ``dense`` or ``moe``."""
     common: dict[str, Any] = dict(
         num_experts=config.num_moe_experts if kind == MOE else None,
         qk_layernorm=config.qk_layernorm,
@@ -156,7 +156,7 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
 
 
 def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> TransformerBlockSubmodules:
-    """The spec of layers of these kinds and the norm behind them."""
+    """The spec of layers of these kinds and of the norm behind them."""
     if config.transformer_impl == TRANSFORMER_ENGINE:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -170,7 +170,7 @@ def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> Transformer
 def mtp_spec(
     config: TransformerConfig, kind: str, depth: int
 ) -> MultiTokenPredictionBlockSubmodules:
-    """The spec of ``depth`` multi-token prediction modules, whose layers are of this kind."""
+    """The spec of ``depth`` multi-token prediction modules whose layers are of this kind."""
     fused = config.transformer_impl == TRANSFORMER_ENGINE
     if fused:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

@@ -11,15 +11,9 @@ import numpy as np
 from megatron_progressive.compare.arms import FIXED as FIXED_ARM
 from megatron_progressive.compare.arms import SHORT as SHORT_ARM
 from megatron_progressive.compare.arms import Comparison, Missing
-from megatron_progressive.compare.decision import (
-    DOES_NOT_PAY,
-    Against,
-    evidence,
-    overall,
-    sentence,
-    tally,
-)
+from megatron_progressive.compare.decision import DOES_NOT_PAY, Against, overall
 from megatron_progressive.compare.verdict import Verdict, paired, verdicts
+from megatron_progressive.compare.verdict_words import study_sentence, study_title
 from megatron_progressive.grid.cells import FIXED, SHORT
 from megatron_progressive.grid.results import Result, sizes_of
 from megatron_progressive.runs.reading import Run
@@ -123,20 +117,9 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
         controls=controls,
         outcome=overall(controls),
         mixed=[v.mixing.mixed for v in mine if v.mixing is not None],
-        sentence=_sentence(share, to_fixed, controls),
+        sentence=study_sentence(share, to_fixed, controls),
         verdicts=mine,
     )
-
-
-def _sentence(share: float | None, to_fixed: Against, controls: Sequence[Against]) -> str:
-    if to_fixed.mean is None or share is None:
-        fixed = "against fixed-size: open, there is no finished one"
-    else:
-        fixed = (
-            f"against fixed-size: {to_fixed.outcome} ({100 * share:.0f} % of its FLOPs, "
-            f"{evidence(to_fixed)})"
-        )
-    return f"{fixed}. {sentence(controls).removesuffix('.')}"
 
 
 def distinct(found: Sequence[Finding]) -> list[Finding]:
@@ -149,22 +132,6 @@ def distinct(found: Sequence[Finding]) -> list[Finding]:
 
 
 def title(name: str, found: Sequence[Finding]) -> str:
-    """The answer in one line."""
+    """The study's finding in one line (:func:`.verdict_words.study_title`)."""
     found = distinct(found)
-    judged = [one for one in found if any(control.mean is not None for control in one.controls)]
-    if not judged:
-        return (
-            f"{name}: no run that grows has a control of equal FLOPs yet, so whether growing pays "
-            f"is open"
-        )
-    there = {c.control for one in judged for c in one.controls if c.mean is not None}
-    pairs = {len(c.values) for one in judged for c in one.controls if c.mean is not None}
-    lower = sum(all(c.mean < 0 for c in one.controls if c.mean is not None) for one in judged)
-    text = (
-        f"{name}: at equal FLOPs growing {tally([one.outcome for one in judged])}, against "
-        f"{' and '.join(sorted(there))}"
-    )
-    if pairs == {1}:
-        text += f" (one seed each; {lower} end below)"
-    close = [one.to_fixed.outcome for one in found if one.to_fixed.mean is not None]
-    return f"{text}; against fixed-size {tally(close)}" if close else text
+    return study_title(name, [one.controls for one in found], [one.to_fixed for one in found])

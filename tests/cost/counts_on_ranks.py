@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_progressive.config import RunConfig
 from megatron_progressive.models import tensor_table
 from megatron_progressive.reshard.boxes import WEIGHT_SLOTS
-from tests.engines.cases import start, step
+from tests.engines.on_ranks import start, step
 
 
 def state_bytes(config: RunConfig) -> dict[str, int]:

@@ -7,30 +7,30 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.checkpoints import checkpoint
-from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition
 from megatron_progressive.checkpoints.record import record_of_run
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines import make_engine
 from megatron_progressive.models import model_shape
 from megatron_progressive.runtime.layout import make_layout
-from tests.engines import cases
-from tests.engines.cases import Full
+from tests.engines import on_ranks
+from tests.engines.on_ranks import Full
 
 
 def saved_and_expanded(config: RunConfig, folder: Path, steps: int) -> Full:
     """Train, save as ``step_0000002`` and expand in memory; the whole state after that."""
-    engine = cases.start(config)
+    engine = on_ranks.start(config)
     for number in range(steps):
-        cases.step(engine, number)
+        on_ranks.step(engine, number)
     layers = engine.shape.num_layers
     model = record_of_run(config, engine.shape, engine.layout, ((0, layers),))
-    progress = Progress(2, 0, layers, 16, 1e6, 0.0, 0.0)
-    checkpoint.save(engine.state(), folder, progress, model, keep=0)
+    position = TrainingPosition(2, 0, layers, 16, 1e6, 0.0, 0.0)
+    checkpoint.save(engine.state(), folder, position, model, keep=0)
     if not config.expansion:
         engine.close()
         return {}
-    engine, _ = cases._expand(engine, config)
-    after = cases.gather(engine.state())
+    engine, _ = on_ranks._expand(engine, config)
+    after = on_ranks.gather(engine.state())
     engine.close()
     return after
 
@@ -41,6 +41,6 @@ def loaded(config: RunConfig, layers: int, path: Path) -> Full:
     engine = make_engine(config, model_shape(config, layers), layout)
     checkpoint.load(engine.state(), path)
     engine.loaded()
-    full = cases.gather(engine.state())
+    full = on_ranks.gather(engine.state())
     engine.close()
     return full

@@ -35,7 +35,7 @@ def train_here(config: RunConfig) -> int:
     from megatron_progressive.runs.folder import check_folder
     from megatron_progressive.train.loop import train
 
-    progress = check_folder(config)
+    position = check_folder(config)
     dist.barrier()  # all have looked before rank 0 begins to write
     trained_on, _ = data.settle(config)
-    return train(config, progress, [], trained_on)
+    return train(config, position, [], trained_on)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_progressive.compare.wording import counted
+from megatron_progressive.compare.data_words import counted
 from megatron_progressive.config import from_dict
 from megatron_progressive.cost.flops import forward_flops_per_token, linear_flops
 from megatron_progressive.models import FAMILIES, model_shape, tensor_table

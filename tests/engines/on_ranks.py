@@ -79,13 +79,14 @@ def step(engine: Engine, number: int, lr: float = 0.01) -> float:
 Full = dict[tuple[str, str], torch.Tensor]
 
 
+def _bits(data: torch.Tensor) -> Any:
+    return data.cpu().contiguous().view(torch.uint8).numpy()
+
+
 def gather(state: ShardedState) -> Full:
     """Whole tensors from all ranks' pieces; replicas must agree bit for bit."""
     # as numpy arrays of bits: pickled tensors take a hundred times as long
-    mine = [
-        (p.key, p.global_shape, p.box, p.data.dtype, p.data.contiguous().view(torch.uint8).numpy())
-        for p in state.pieces
-    ]
+    mine = [(p.key, p.global_shape, p.box, p.data.dtype, _bits(p.data)) for p in state.pieces]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     full: Full = {}
@@ -174,9 +175,9 @@ def saved_and_loaded(source: RunConfig, target: RunConfig, folder: Path) -> tupl
     for number in range(2):
         step(engine, number)
     saved = gather(engine.state())
-    progress = checkpoint.Progress(2, 0, engine.shape.num_layers, 16, 0.0, 0.0, 0.0)
+    position = checkpoint.TrainingPosition(2, 0, engine.shape.num_layers, 16, 0.0, 0.0, 0.0)
     model = record_of_run(source, engine.shape, engine.layout, ((0, engine.shape.num_layers),))
-    path = checkpoint.save(engine.state(), folder, progress, model, keep=1)
+    path = checkpoint.save(engine.state(), folder, position, model, keep=1)
     expected = step(engine, 2)
     engine.close()
     engine = start(target)

@@ -10,7 +10,7 @@ import torch
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch
 from tests.cost.live_bytes import LiveBytes
-from tests.engines.cases import start
+from tests.engines.on_ranks import start
 
 
 def peak_bytes(config: RunConfig) -> int:

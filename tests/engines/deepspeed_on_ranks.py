@@ -20,24 +20,24 @@ from megatron_progressive.optim import flat
 from megatron_progressive.reshard.boxes import ShardedState, whole
 from megatron_progressive.runtime import distributed
 from megatron_progressive.runtime.layout import make_layout
-from tests.engines import cases
+from tests.engines import on_ranks
 
-Run = tuple[list[tuple[float, float]], cases.Full]
+Run = tuple[list[tuple[float, float]], on_ranks.Full]
 
 
 def batch(number: int) -> GlobalBatch:
     """Two micro-batches of two samples on each rank, whatever their number."""
     count = 4 * dist.get_world_size()
-    return GlobalBatch(cases.tokens, count * number, count)
+    return GlobalBatch(on_ranks.tokens, count * number, count)
 
 
 def train(config: RunConfig, steps: int, exchange_numel: int | None = None) -> Run:
     """Losses and gradient norms of each step, and the whole state after them."""
     before = flat.EXCHANGE_NUMEL
     flat.EXCHANGE_NUMEL = exchange_numel or before
-    engine = cases.start(config)
+    engine = on_ranks.start(config)
     metrics = [engine.train_step(batch(number), 0.01) for number in range(steps)]
-    state = cases.gather(engine.state())
+    state = on_ranks.gather(engine.state())
     check_saved_once(engine.state())
     engine.close()
     flat.EXCHANGE_NUMEL = before
@@ -92,19 +92,19 @@ def _expanded(engine: Engine, config: RunConfig) -> Engine:
     return expand(engine, config.expansion[0], build, batch(1000), config.run.seed, 1, 1 << 14)[0]
 
 
-def expansions(configs: list[RunConfig]) -> list[tuple[cases.Full, cases.Full, list[str]]]:
+def expansions(configs: list[RunConfig]) -> list[tuple[on_ranks.Full, on_ranks.Full, list[str]]]:
     """Whole state before and after each expansion, and the weights that the next step left."""
     results = []
     for config in configs:
-        engine = cases.start(config)
+        engine = on_ranks.start(config)
         for number in range(2):
             engine.train_step(batch(number), 0.01)
-        before = cases.gather(engine.state())
+        before = on_ranks.gather(engine.state())
         engine = _expanded(engine, config)
-        after = cases.gather(engine.state())
+        after = on_ranks.gather(engine.state())
         metrics = engine.train_step(batch(2), 0.01)
         assert 0 < metrics.loss < 20, metrics
-        moved = cases.gather(engine.state())
+        moved = on_ranks.gather(engine.state())
         slot = "master" if config.train.precision == "bf16" else "param"
         still = [k[0] for k in after if k[1] == slot and torch.equal(after[k], moved[k])]
         # what the model computes with follows what the optimizer updates
@@ -142,7 +142,7 @@ def losses_after_expansion(configs: list[RunConfig], steps: int) -> list[list[fl
     """Of each run, the losses of the steps after an expansion that follows three."""
     results = []
     for config in configs:
-        engine = cases.start(config)
+        engine = on_ranks.start(config)
         for number in range(3):
             engine.train_step(batch(number), 0.003)
         engine = _expanded(engine, config)
@@ -169,7 +169,7 @@ def resources_over_expansions(configs: list[RunConfig]) -> list[Resources]:
 
     found = []
     for config in configs:
-        engine = cases.start(config)
+        engine = on_ranks.start(config)
         engine.train_step(batch(0), 0.003)
         engine = _expanded(engine, config)
         engine.train_step(batch(1), 0.003)

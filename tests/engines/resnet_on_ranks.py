@@ -13,7 +13,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.data import open_data
 from megatron_progressive.engines.base import GlobalBatch
 from megatron_progressive.plan.preflight import check_run
-from tests.engines import cases
+from tests.engines import on_ranks
 from tests.engines.test_property import SAMPLES, _compare
 
 SMALL: dict[str, Any] = {
@@ -63,20 +63,20 @@ def differences(configs: list[RunConfig]) -> list[list[str]]:
     found = []
     for config in configs:
         read = open_data(config).train_batch
-        engine = cases.start(config)
+        engine = on_ranks.start(config)
         engine.train_step(GlobalBatch(read, 0, SAMPLES), 0.01)
-        before = cases.gather(engine.state())
-        engine, _ = cases._expand(engine, config, read)
-        after = cases.gather(engine.state())
+        before = on_ranks.gather(engine.state())
+        engine, _ = on_ranks._expand(engine, config, read)
+        after = on_ranks.gather(engine.state())
         metrics = engine.train_step(GlobalBatch(read, SAMPLES, SAMPLES), 0.01)
-        stepped = cases.gather(engine.state())
+        stepped = on_ranks.gather(engine.state())
         engine.close()
         found.append(_compare(config, before, after, stepped, metrics.loss))
     return found if dist.get_rank() == 0 else []
 
 
 def losses_and_norms(config: RunConfig, steps: int) -> list[tuple[float, float]]:
-    engine, read = cases.start(config), open_data(config).train_batch
+    engine, read = on_ranks.start(config), open_data(config).train_batch
     found = []
     for number in range(steps):
         metrics = engine.train_step(GlobalBatch(read, SAMPLES * number, SAMPLES), 0.01)
@@ -87,19 +87,19 @@ def losses_and_norms(config: RunConfig, steps: int) -> list[tuple[float, float]]
 
 def event_of_expansion(config: RunConfig) -> Any:
     """Of an expansion after three steps."""
-    engine, read = cases.start(config), open_data(config).train_batch
+    engine, read = on_ranks.start(config), open_data(config).train_batch
     for number in range(3):
         engine.train_step(GlobalBatch(read, SAMPLES * number, SAMPLES), 0.01)
-    engine, event = cases._expand(engine, config, read)
+    engine, event = on_ranks._expand(engine, config, read)
     engine.close()
     return event
 
 
 def updates(config: RunConfig, steps: int) -> dict[str, torch.Tensor]:
     """Whole weights after some steps."""
-    engine, read = cases.start(config), open_data(config).train_batch
+    engine, read = on_ranks.start(config), open_data(config).train_batch
     for number in range(steps):
         engine.train_step(GlobalBatch(read, SAMPLES * number, SAMPLES), 0.01)
-    full = cases.gather(engine.state())
+    full = on_ranks.gather(engine.state())
     engine.close()
     return {name: value for (name, slot), value in full.items() if slot == "param"}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_progressive import config as configuration
 from megatron_progressive.checkpoints import checkpoint
-from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition
 from megatron_progressive.checkpoints.init_from import with_initial_model
 from megatron_progressive.checkpoints.record import record_of_run
 from megatron_progressive.config import RunConfig
@@ -223,7 +223,7 @@ def save_random(config: RunConfig, folder: Path) -> None:
     layers = shape.num_layers
     model = record_of_run(config, shape, engine.layout, ((0, layers),))
     checkpoint.save(
-        engine.state(), folder, Progress(2, 0, layers, 16, 0.0, 0.0, 0.0), model, keep=0
+        engine.state(), folder, TrainingPosition(2, 0, layers, 16, 0.0, 0.0, 0.0), model, keep=0
     )
     engine.close()
 
@@ -288,7 +288,7 @@ def batch_of(vocabulary: int, first: int, count: int) -> torch.Tensor:
 
 def loaded_state(path: Path, words: list[str]) -> dict[tuple[str, str], torch.Tensor]:
     """Whole state of a new engine with a checkpoint's weights."""
-    from tests.engines.cases import gather
+    from tests.engines.on_ranks import gather
 
     engine = loaded_engine(config_of(path, *words))
     full = gather(engine.state())

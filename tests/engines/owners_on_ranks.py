@@ -13,7 +13,7 @@ from megatron.core.distributed import param_and_grad_buffer as buffers
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch
 from megatron_progressive.optim import muon
-from tests.engines import cases
+from tests.engines import on_ranks
 
 
 @contextmanager
@@ -43,16 +43,16 @@ def counted_matrices() -> Iterator[list[int]]:
 def matrices_of_steps(config: RunConfig, steps: int) -> list[int]:
     """Matrices that this rank orthogonalised in each step; with an expansion, in those after it
     as well."""
-    engine = cases.start(config)
+    engine = on_ranks.start(config)
     found = []
     for number in range(2 * steps):
         if number == steps:
             if not config.expansion:
                 break
-            engine, _ = cases._expand(engine, config)
+            engine, _ = on_ranks._expand(engine, config)
         with counted_matrices() as calls:
             size = config.train.global_batch
-            engine.train_step(GlobalBatch(cases.tokens, size * number, size), 0.01)
+            engine.train_step(GlobalBatch(on_ranks.tokens, size * number, size), 0.01)
         found.append(sum(calls))
     engine.close()
     return found
@@ -60,10 +60,10 @@ def matrices_of_steps(config: RunConfig, steps: int) -> list[int]:
 
 def weights_after(config: RunConfig, steps: int) -> dict[str, Any]:
     """Every weight, as an array of rank 0, after some steps."""
-    engine = cases.start(config)
+    engine = on_ranks.start(config)
     for number in range(steps):
-        cases.step(engine, number)
-    state = cases.gather(engine.state())
+        on_ranks.step(engine, number)
+    state = on_ranks.gather(engine.state())
     engine.close()
     if dist.get_rank():
         return {}
@@ -72,10 +72,10 @@ def weights_after(config: RunConfig, steps: int) -> dict[str, Any]:
 
 def one_step(config: RunConfig, lr: float) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """The whole state before and after the first step, as arrays of rank 0."""
-    engine = cases.start(config)
-    before = cases.gather(engine.state())
-    cases.step(engine, 0, lr)
-    after = cases.gather(engine.state())
+    engine = on_ranks.start(config)
+    before = on_ranks.gather(engine.state())
+    on_ranks.step(engine, 0, lr)
+    after = on_ranks.gather(engine.state())
     engine.close()
     if dist.get_rank():
         return {}, {}
@@ -123,11 +123,11 @@ def counted_bytes(groups: list[Any]) -> Iterator[dict[str, int]]:
 def traffic_and_state(config: RunConfig) -> tuple[dict[str, int], int]:
     """Of a step: bytes that this rank sends over its data-parallel groups; and the bytes of the
     optimizer state that it holds."""
-    engine: Any = cases.start(config)
-    cases.step(engine, 0)
+    engine: Any = on_ranks.start(config)
+    on_ranks.step(engine, 0)
     groups = [engine.groups.data_group, engine.groups.expert_data_group]
     with counted_bytes(groups) as sent:
-        cases.step(engine, 1)
+        on_ranks.step(engine, 1)
     held = sum(p.nbytes for p in engine.state().pieces if p.slot != "param")
     engine.close()
     return sent, held

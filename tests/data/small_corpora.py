@@ -19,7 +19,7 @@ WORDS += ["<|endoftext|>"]  # in a text it is text, not a token
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody reads."""
+    """Show nothing of a preparation."""
 
 
 def make_config(tmp_path: Path, corpus: object, **data: Any) -> RunConfig:
