@@ -262,7 +262,9 @@ def test_buckets_hold_every_tensor_once_and_cut_no_more(ranks: int) -> None:
         sizes = rng.choices([300, 5_000, 20_000, 90_000], k=rng.randint(1, 60))
         rules = rng.choice([[MUON], [ADAMW], [MUON, MUON, ADAMW]])
         tensors = [
-            BufferTensor(f"t{i}", rng.randint(size // 2, size), rng.choice(rules), rng.random() < 0.03)
+            BufferTensor(
+                f"t{i}", rng.randint(size // 2, size), rng.choice(rules), rng.random() < 0.03
+            )
             for i, size in enumerate(sizes)
         ]  # fmt: skip
         bucket = rng.choice([50_000, 400_000])
