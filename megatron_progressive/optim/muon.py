@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -105,33 +106,34 @@ def muon_updates(
     """
     kinds: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = defaultdict(list)
     for i, (tensor, blocks) in enumerate(zip(tensors, row_blocks, strict=True)):
-        kinds[tensor.shape, blocks].append(i)
-    parts = {
-        kind: _parts(torch.stack([tensors[i] for i in members]), kind[1])
-        for kind, members in kinds.items()
-    }
-    by_shape: dict[torch.Size, list[tuple[list[torch.Tensor], int]]] = defaultdict(list)
-    for of_kind in parts.values():
-        for number, part in enumerate(of_kind):
-            by_shape[part.shape[1:]].append((of_kind, number))
-    for shape, places in by_shape.items():
-        found = [of_kind[number] for of_kind, number in places]
+        kinds[tensor.shape, blocks if tensor.dim() == 2 else ()].append(i)
+    parts: dict[Any, list[torch.Tensor]] = {}  # of tensors in blocks, which are copied for it
+    places: dict[torch.Size, list[tuple[Any, int]]] = defaultdict(list)
+    for (shape, blocks), members in kinds.items():
+        kind = shape, blocks
+        if blocks:
+            parts[kind] = _parts(torch.stack([tensors[i] for i in members]), blocks)
+        else:
+            parts[kind] = [tensors[i].reshape(-1, *shape[-2:]) for i in members]
+        for number, part in enumerate(parts[kind]):
+            places[part.shape[1:]].append((kind, number))
+    for size, of_size in places.items():
+        found = [parts[kind][number] for kind, number in of_size]
+        counts = [len(part) for part in found]
         batch = newton_schulz(
-            found[0] if len(found) == 1 else torch.cat(found),
+            torch.cat(found),
             optim.ns_steps,
             coefficients=optim.ns_coefficients,
             dtype=compute_dtype(optim, tensors[0].device),
             kernel_from=optim.ns_kernel_from,
         )
-        batch *= update_scale(shape[0], shape[1], optim.scale)
-        sizes = [len(part) for part in found]
-        for (of_kind, number), matrices in zip(places, torch.split(batch, sizes), strict=True):
-            of_kind[number] = matrices
+        batch *= update_scale(size[0], size[1], optim.scale)
+        for (kind, number), matrices in zip(of_size, torch.split(batch, counts), strict=True):
+            parts[kind][number] = matrices
     updates: dict[int, torch.Tensor] = {}
-    for (shape, blocks), members in kinds.items():
-        of_kind = parts[shape, blocks]
-        whole = _rejoined(of_kind, blocks) if len(of_kind) > 1 else of_kind[0]
-        updates |= zip(members, whole.reshape(len(members), *shape), strict=True)
+    for kind, members in kinds.items():
+        whole = _rejoined(parts[kind], kind[1]) if kind[1] else parts[kind]
+        updates |= zip(members, (one.reshape(kind[0]) for one in whole), strict=True)
     return [updates[i] for i in range(len(tensors))]
 
 
