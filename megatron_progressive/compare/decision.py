@@ -6,10 +6,11 @@ that of its control, in %, where both have the same seed and with it the same or
 pair leaves it open, whatever its size; from two pairs on the 95 % interval of the mean difference
 (Student's t) decides, and a difference whose interval has both signs is open as well.
 
-Growing pays where it ends below *every* control of equal FLOPs that is there
-(:data:`.arms.EQUAL_FLOPS`). Each of them has to be beaten on its own, which keeps the level of the
-test (an intersection-union test; Berger 1982, Technometrics 24). All tables, headlines and pages
-take their words from here.
+Growing pays where it ends below *every* control of equal FLOPs (:data:`.arms.EQUAL_FLOPS`): the
+short control and the source that is never grown. Each of them has to be beaten on its own, which
+keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24); ending
+above one of them decides against growing, and without one of them nothing is said to pay. All
+tables, headlines and pages take their words from here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scipy.stats import t as student
 from megatron_progressive.laws.fits import LEVEL
 
 PAYS, DOES_NOT_PAY, OPEN = "pays", "does not pay", "open"
+BELOW, NOT_BELOW = "below", "not below"
 
 LEVEL_PERCENT = 0.005  # rounds to 0.00 %
 
@@ -40,7 +42,7 @@ class Against:
 
     control: str
     bound: float
-    """Growing pays where the difference is below this, %: 0, or the gap that is allowed."""
+    """What the difference is to be below, %: 0, or the gap that is allowed."""
     seeds: list[int]
     """Of the pairs."""
     values: list[float]
@@ -56,9 +58,11 @@ class Against:
     """Pairs with which a difference from the bound as large as the mean's would be found with
     80 % power at this spread; None where there is no spread, or that takes more than 10,000."""
     outcome: str
-    """``pays``, ``does not pay`` or ``open``."""
+    """``below``, ``not below`` or ``open``."""
     left_out: list[str] = field(default_factory=list)
     """Seeds that are in no pair, and why."""
+    lacking: list[str] = field(default_factory=list)
+    """What of the control is not there, of which another part is in the pairs."""
 
 
 def percent(value: float) -> str:
@@ -108,17 +112,19 @@ def pairs_needed(difference: float, spread: float) -> int | None:
 
 def against(
     control: str, gaps: Sequence[tuple[int, float]], bound: float = 0.0,
-    left_out: Sequence[str] = (), diverged: bool = False,
+    left_out: Sequence[str] = (), diverged: bool = False, lacking: Sequence[str] = (),
 ) -> Against:  # fmt: skip
     """Decide between a run that grows and one control.
 
     Args:
         control: its name.
         gaps: seed and gap in % of each pair; several of one seed count as one pair, their mean.
-        bound: growing pays below it, %.
+        bound: what the difference is to be below, %.
         left_out: seeds that are in no pair, and why.
         diverged: whether a run that grows is among them because it diverged: the others do not show
-            then that growing pays.
+            then that growing ends below.
+        lacking: what of the control is not there: without it the pairs may show that growing does
+            not end below, and not that it does.
     """
     by_seed: dict[int, list[float]] = {}
     for seed, gap in gaps:
@@ -134,23 +140,23 @@ def against(
         needed = pairs_needed(mean - bound, spread)
         margin = LEVEL_PERCENT if bound == 0 else 0.0
         # without any spread there is no t: runs of one seed under several names look like that
-        if spread > 0 and high <= bound - margin and not diverged:
-            outcome = PAYS
+        if spread > 0 and high <= bound - margin and not diverged and not lacking:
+            outcome = BELOW
         elif spread > 0 and low > bound - margin:
-            outcome = DOES_NOT_PAY
+            outcome = NOT_BELOW
     return Against(
         control, bound, list(by_seed), values, mean, low, high, spread, needed, outcome,
-        list(left_out),
+        list(left_out), list(lacking),
     )  # fmt: skip
 
 
 def overall(controls: Sequence[Against]) -> str:
-    """Below every control that is there, or not; open where there is none, or some leave it open
-    and none is lost to."""
-    outcomes = [one.outcome for one in controls if one.mean is not None]
-    if DOES_NOT_PAY in outcomes:
+    """``pays`` below every control, ``does not pay`` where one is not undercut; open where some
+    are not there or leave it open, and there is none of which that is known."""
+    outcomes = [one.outcome for one in controls]
+    if NOT_BELOW in outcomes:
         return DOES_NOT_PAY
-    return PAYS if outcomes and all(outcome == PAYS for outcome in outcomes) else OPEN
+    return PAYS if outcomes and set(outcomes) == {BELOW} else OPEN
 
 
 def gap_text(one: Against) -> str:
@@ -185,7 +191,7 @@ def evidence(one: Against) -> str:
             f"{len(one.values)} pairs; {needed_text(one)} needed{apart} for {100 * POWER:.0f} % "
             f"power at a spread of {one.spread:.2f} %)"
         )
-    return "; ".join([text, *(f"left out {reason}" for reason in one.left_out)])
+    return "; ".join([text, *(f"left out {reason}" for reason in one.left_out), *one.lacking])
 
 
 def sentence(controls: Sequence[Against]) -> str:
@@ -195,14 +201,19 @@ def sentence(controls: Sequence[Against]) -> str:
     without = f" (without {' and '.join(lacking)})" if lacking else ""
     if not there:
         return f"Whether growing pays at equal FLOPs is open{without}."
-    outcome = overall(there)
+    outcome = overall(controls)
     start = (
         "Whether growing pays at equal FLOPs is open"
         if outcome == OPEN
         else f"Growing {outcome} at equal FLOPs"
     )
-    found = "; ".join(f"against {one.control}: {evidence(one)}" for one in there)
+    found = "; ".join(f"against {one.control}: {decided_evidence(one)}" for one in there)
     return f"{start}{without}, {found}."
+
+
+def decided_evidence(one: Against) -> str:
+    """:func:`evidence` behind what it decides, if it does."""
+    return evidence(one) if one.outcome == OPEN else f"{one.outcome}, {evidence(one)}"
 
 
 def short_text(controls: Sequence[Against]) -> str:
@@ -212,7 +223,9 @@ def short_text(controls: Sequence[Against]) -> str:
         return "no control at equal FLOPs: whether it pays is open"
     named = " and ".join(f"{above(one.mean or 0.0)} {one.control}" for one in there)
     pairs = min(len(one.values) for one in there)
-    return f"{named}: {overall(there)} ({pairs} pair{'s' * (pairs != 1)})"
+    lacking = [one.control for one in controls if one.mean is None]
+    without = f", without {' and '.join(lacking)}" if lacking else ""
+    return f"{named}: {overall(controls)} ({pairs} pair{'s' * (pairs != 1)}{without})"
 
 
 def tally(outcomes: Sequence[str]) -> str:

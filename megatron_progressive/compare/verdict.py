@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_progressive.compare.arms import EQUAL_FLOPS, Comparison
+from megatron_progressive.compare.arms import Comparison, depth_words
 from megatron_progressive.compare.decision import (
     Against,
     above,
-    against,
     evidence,
     overall,
     sentence,
@@ -20,8 +19,8 @@ from megatron_progressive.compare.decision import (
 )
 from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_percent
 from megatron_progressive.compare.mixing import MixingTime, mixing_time
+from megatron_progressive.compare.pairs import paired, recipe_of, seeds_of, usable
 from megatron_progressive.config import ConfigError
-from megatron_progressive.data import differ
 from megatron_progressive.runs.reading import Run
 from megatron_progressive.runtime.progress import Say
 from megatron_progressive.runtime.text import short_counts
@@ -59,9 +58,11 @@ class Verdict:
     """Final validation loss above (+) or below (-) the fixed-size run's, %."""
     short_gap_percent: float | None
     """Final validation loss above (+) or below (-) the short control's, %."""
+    never_gap_percent: float | None
+    """The same of the best source that never grew."""
     outcome: str
-    """Whether growing pays at equal FLOPs: ``pays``, ``does not pay`` or ``open``, by the pairs of
-    all seeds of this recipe."""
+    """Whether growing pays at equal FLOPs: ``pays`` (it ends below every control), ``does not pay``
+    or ``open``, by the pairs of all seeds of this recipe."""
     to_fixed: Against
     controls: list[Against]
     """Against each control of equal FLOPs."""
@@ -96,7 +97,7 @@ def verdicts(comparisons: Sequence[Comparison], say: Say = lambda text: None) ->
     Args:
         say: told which run is judged.
     """
-    recipes = [_recipe(comparison.progressive) for comparison in comparisons]
+    recipes = [recipe_of(comparison.progressive) for comparison in comparisons]
     finished: dict[str, list[Comparison]] = {}
     for recipe, comparison in zip(recipes, comparisons, strict=True):
         if comparison.progressive.finished:
@@ -104,105 +105,56 @@ def verdicts(comparisons: Sequence[Comparison], say: Say = lambda text: None) ->
     found = []
     for number, (recipe, comparison) in enumerate(zip(recipes, comparisons, strict=True), 1):
         say(f"judging {comparison.progressive.name}, {number} of {len(comparisons)}")
-        found.append(_verdict(comparison, _seeds(comparison, finished.get(recipe, []))))
+        found.append(_verdict(comparison, seeds_of(comparison, finished.get(recipe, []))))
     return found
-
-
-def _seeds(comparison: Comparison, finished: Sequence[Comparison]) -> list[Comparison]:
-    """Those of the recipe that are of the same data, one a seed."""
-    data = comparison.progressive.trained_on
-    same = [c for c in finished if not differ(c.progressive.trained_on, data)]
-    return list({c.progressive.config.run.seed: c for c in same}.values())
-
-
-def _recipe(run: Run) -> str:
-    return repr({k: v for k, v in asdict(run.config).items() if k != "run"})
-
-
-def paired(comparisons: Sequence[Comparison]) -> tuple[Against, list[Against]]:
-    """What the finished runs of one recipe, of one seed or several, say against fixed-size and
-    against each control of equal FLOPs.
-
-    A pair has one seed, and so one order of data, and is validated on the same samples.
-    """
-    fixed = _paired("fixed-size", lambda c: c.fixed, comparisons, MIXED_PERCENT)
-    return fixed, [_paired(name, control, comparisons) for name, control in EQUAL_FLOPS]
-
-
-def _paired(
-    name: str, control_of: Callable[[Comparison], Run | None], comparisons: Sequence[Comparison],
-    bound: float = 0.0,
-) -> Against:  # fmt: skip
-    gaps: list[tuple[int, float]] = []
-    left_out: list[str] = []
-    diverged = False
-    for comparison in comparisons:
-        run, control = comparison.progressive, control_of(comparison)
-        seed = run.config.run.seed
-        if not _usable(run):
-            diverged = True
-            left_out.append(f"seed {seed}: it diverged")
-        elif control is None:
-            continue  # named as missing
-        elif not _usable(control):
-            left_out.append(f"seed {seed}: {control.name} diverged")
-        elif control.config.run.seed != seed:
-            left_out.append(f"seed {seed}: {control.name} has seed {control.config.run.seed}")
-        elif control.config.train.eval_samples != run.config.train.eval_samples:
-            left_out.append(f"seed {seed}: {control.name} is validated on other samples")
-        else:
-            gaps.append((seed, gap_percent(run.final_loss or 0.0, control.final_loss or 0.0)))
-    return against(name, gaps, bound, left_out, diverged)
-
-
-def _usable(run: Run) -> bool:
-    return run.final_loss is not None and math.isfinite(run.final_loss) and run.final_loss > 0
 
 
 def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     run, fixed, short = comparison.progressive, comparison.fixed, comparison.short
-    loss, usable = run.final_loss, _usable(run)
+    loss, ended = run.final_loss, usable(run)
     to_fixed, controls = paired(seeds)
     gap = _gap(run, fixed)
     short_gap = _gap(run, short)
+    never = sorted((control for control in comparison.never if usable(control)), key=_loss)
     speedup = _quotient(fixed.total_flops if fixed else None, run.total_flops)
     wall = _quotient(fixed.train_wall if fixed else None, run.train_wall)
-    equal = _equal_loss(run, fixed) if fixed and usable else None
-    mixing, untold = _mixing(run, fixed) if fixed and usable else (None, "")
-    missing = [f"{m.arm} ({m.reason})" for m in comparison.missing]
+    equal = _equal_loss(run, fixed) if fixed and ended else None
+    mixing, untold = _mixing(run, fixed) if fixed and ended else (None, "")
+    missing = [f"{one.words} ({one.reason})" for one in comparison.missing]
     sentences = []
     if not run.finished:
         sentences.append(f"Unfinished: step {run.last_step} of {run.config.last_step}.")
-    elif not usable:
+    elif not ended:
         sentences.append("Diverged: its final validation loss is not a number.")
     if missing:
         sentences.append(f"Incomplete: no {' and no '.join(missing)}.")
     sentences += _fixed_sentences(run, fixed, gap, speedup, wall)
-    sentences += _short_sentences(run, short, short_gap)
-    if fixed is not None and usable:
+    sentences += _short_sentences(run, short, short_gap) + _never_sentences(run, never)
+    if fixed is not None and ended:
         sentences.append(_equal_sentence(equal, fixed))
     sentences += _mixing_sentences(mixing) or [untold] * bool(untold)
     if run.finished:
         sentences.append(sentence(controls))
     if len(to_fixed.values) > 1:
         sentences.append(f"Gap to fixed-size: {evidence(to_fixed)}.")
-    complete = usable and fixed is not None and short is not None
+    complete = ended and not comparison.missing
     return Verdict(
         run=run.name,
         folder=str(run.folder),
         seed=run.config.run.seed,
         complete=complete,
         final_loss=loss,
-        speedup_flops=speedup if usable else None,
-        speedup_wall=wall if usable else None,
+        speedup_flops=speedup if ended else None,
+        speedup_wall=wall if ended else None,
         loss_gap_percent=gap,
         short_gap_percent=short_gap,
+        never_gap_percent=_gap(run, next(iter(never), None)),
         outcome=overall(controls),
         to_fixed=to_fixed,
         controls=controls,
         equal_loss=equal,
         mixing=mixing,
-        headline=_headline(run, gap, controls, speedup, usable),
+        headline=_headline(run, gap, controls, speedup, ended),
         verdict=" ".join(sentences),
         sentences=sentences,
     )
@@ -293,6 +245,22 @@ def _short_sentences(run: Run, short: Run | None, gap: float | None) -> list[str
     ]
 
 
+def _never_sentences(run: Run, never: Sequence[Run]) -> list[str]:
+    """Against each source that never grew, the best first."""
+    found = [
+        f"{above(gap)} {depth_words(control.config)} that never grow, "
+        f"{control.config.train.steps:,} steps ({run.final_loss:.4f} against "
+        f"{control.final_loss:.4f})"
+        for control in never
+        if (gap := _gap(run, control)) is not None
+    ]
+    return [f"At equal FLOPs it ends {' and '.join(found)}."] if found else []
+
+
+def _loss(run: Run) -> float:
+    return run.final_loss or 0.0
+
+
 def _equal_sentence(equal: EqualLoss | None, fixed: Run) -> str:
     if equal is None:
         return "The fixed-size run never reaches its final loss."
@@ -326,11 +294,11 @@ def _mixing_sentences(mixing: MixingTime | None) -> list[str]:
 
 
 def _headline(
-    run: Run, gap: float | None, controls: Sequence[Against], speedup: float | None, usable: bool
+    run: Run, gap: float | None, controls: Sequence[Against], speedup: float | None, ended: bool
 ) -> str:
     if not run.finished:
         return f"{run.name}: unfinished at step {run.last_step} of {run.config.last_step}"
-    if not usable:
+    if not ended:
         return f"{run.name}: diverged"
     parts = []
     if gap is not None and speedup is not None:
@@ -341,5 +309,5 @@ def _headline(
 
 def recipes(found: Sequence[Verdict], runs: Sequence[Run]) -> list[Verdict]:
     """One verdict of each recipe, whose seeds share what was decided."""
-    by_folder = {str(run.folder): _recipe(run) for run in runs}
+    by_folder = {str(run.folder): recipe_of(run) for run in runs}
     return list({by_folder[one.folder]: one for one in found}.values())
