@@ -6,9 +6,10 @@ that of its control, in %, where both have the same seed and with it the same or
 pair leaves it open, whatever its size; from two pairs on the 95 % interval of the mean difference
 (Student's t) decides, and a difference whose interval has both signs is open as well.
 
-Growing pays where it ends below *every* control of equal FLOPs that is there
-(:data:`.arms.EQUAL_FLOPS`). Each of them has to be beaten on its own, which keeps the level of the
-test (an intersection-union test; Berger 1982, Technometrics 24).
+Growing pays where it ends below *every* control of equal FLOPs (:data:`.arms.EQUAL_FLOPS`): the
+short control and the source that is never grown. Each of them has to be beaten on its own, which
+keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24); ending
+above one of them decides against growing, and without one of them nothing is said to pay.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from scipy.stats import t as student
 from megatron_progressive.laws.fits import LEVEL
 
 PAYS, DOES_NOT_PAY, OPEN = "pays", "does not pay", "open"
+BELOW, NOT_BELOW = "below", "not below"
 
 LEVEL_PERCENT = 0.005
 """A difference below this, in %, is none: it rounds to 0.00 %."""
@@ -41,7 +43,7 @@ class Against:
 
     control: str
     bound: float
-    """Growing pays where the difference is below this, %: 0, or the gap that is allowed."""
+    """What the difference is to be below, %: 0, or the gap that is allowed."""
     seeds: list[int]
     """Of the pairs."""
     values: list[float]
@@ -57,9 +59,11 @@ class Against:
     """Pairs with which a difference from the bound as large as the mean's would be found with
     80 % power at this spread; None where there is no spread, or that takes more than 10,000."""
     outcome: str
-    """``pays``, ``does not pay`` or ``open``."""
+    """``below``, ``not below`` or ``open``."""
     left_out: list[str] = field(default_factory=list)
     """Seeds that are in no pair, and why."""
+    lacking: list[str] = field(default_factory=list)
+    """What of the control is not there, of which another part is in the pairs."""
 
 
 def pairs_needed(difference: float, spread: float) -> int | None:
@@ -96,17 +100,19 @@ def pairs_needed(difference: float, spread: float) -> int | None:
 
 def against(
     control: str, gaps: Sequence[tuple[int, float]], bound: float = 0.0,
-    left_out: Sequence[str] = (), diverged: bool = False,
+    left_out: Sequence[str] = (), diverged: bool = False, lacking: Sequence[str] = (),
 ) -> Against:  # fmt: skip
     """Decide between a run that grows and one control.
 
     Args:
         control: its name.
         gaps: seed and gap in % of each pair; several of one seed count as one pair, their mean.
-        bound: growing pays below it, %.
+        bound: what the difference is to be below, %.
         left_out: seeds that are in no pair, and why.
         diverged: whether a run that grows is among them because it diverged: the others do not show
-            then that growing pays.
+            then that growing ends below.
+        lacking: what of the control is not there: without it the pairs may show that growing does
+            not end below, and not that it does.
     """
     by_seed: dict[int, list[float]] = {}
     for seed, gap in gaps:
@@ -122,20 +128,20 @@ def against(
         needed = pairs_needed(mean - bound, spread)
         margin = LEVEL_PERCENT if bound == 0 else 0.0
         # without any spread there is no t: runs of one seed under several names look like that
-        if spread > 0 and high <= bound - margin and not diverged:
-            outcome = PAYS
+        if spread > 0 and high <= bound - margin and not diverged and not lacking:
+            outcome = BELOW
         elif spread > 0 and low > bound - margin:
-            outcome = DOES_NOT_PAY
+            outcome = NOT_BELOW
     return Against(
         control, bound, list(by_seed), values, mean, low, high, spread, needed, outcome,
-        list(left_out),
+        list(left_out), list(lacking),
     )  # fmt: skip
 
 
 def overall(controls: Sequence[Against]) -> str:
-    """Below every control that is there, or not; open where there is none, or some leave it open
-    and none is lost to."""
-    outcomes = [one.outcome for one in controls if one.mean is not None]
-    if DOES_NOT_PAY in outcomes:
+    """``pays`` below every control, ``does not pay`` where one is not undercut; open where some
+    are not there or leave it open, and there is none of which that is known."""
+    outcomes = [one.outcome for one in controls]
+    if NOT_BELOW in outcomes:
         return DOES_NOT_PAY
-    return PAYS if outcomes and all(outcome == PAYS for outcome in outcomes) else OPEN
+    return PAYS if outcomes and set(outcomes) == {BELOW} else OPEN

@@ -16,7 +16,7 @@ class Report:
 
     title: str
     complete: bool
-    """Whether each progressive run has both its controls, all finished."""
+    """Whether each progressive run has all its controls, and all are finished."""
     rows: list[Row]
     verdicts: list[Verdict]
     missing: list[Missing]

@@ -58,6 +58,6 @@ class Staging:
         if device.type != "cuda":
             return values
         there = values.to(device, non_blocking=True)
-        self._read[self._next] = torch.cuda.Event()
+        self._read[self._next] = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._read[self._next].record()  # type: ignore[union-attr]
         return there
