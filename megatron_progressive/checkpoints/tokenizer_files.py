@@ -38,9 +38,9 @@ def copy_tokenizer(source: Path, target: Path, *, usage: bool = True) -> None:
 
 
 def usage_of(checkpoint: Path) -> Path | None:
-    """The folder that says how a checkpoint's model is used, where there is one: that of its
-    tokenizer or, if the checkpoint that its run started from has no other tokenizer, that of this
-    checkpoint."""
+    """The folder that says how a checkpoint's model is used, where there is one: the checkpoint's
+    own, or that of the checkpoint from which its run started, unless that one has another
+    tokenizer."""
     own = tokenizer_of(checkpoint)
     for folder in (checkpoint / FOLDER, own):
         if folder is not None and usage_files(folder):
