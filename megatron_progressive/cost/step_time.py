@@ -7,18 +7,19 @@ A step takes, one after another:
   micro-batches in v chunks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2);
 - Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
   (each matrix is one rank's);
-- tensor parallelism: four all-reduces of the residual stream a layer and micro-batch and two for
-  embedding and head, as many bytes with sequence parallelism (Korthikanti et al. 2022, arXiv
+- tensor parallelism: four all-reduces of the residual stream for each layer and micro-batch, and two
+  for embedding and head; sequence parallelism sends as many bytes (Korthikanti et al. 2022, arXiv
   2205.05198, section 4.2.2);
-- experts: four all-to-alls of the routed tokens a layer and micro-batch, at the network's speed for
-  the share that leaves the node;
+- experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
+  speed for the share that leaves the node;
 - sending the residual stream from stage to stage and back, at the network's speed where stages are
   on other nodes;
 - half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half is
   hidden behind compute is an assumption.
 
-Not in it: communication of prediction modules (their products are), kernels that are slow because
-their sizes are small, latency of collectives, uneven experts, input, validation and saving.
+The model leaves out the communication of prediction modules (their products are counted), kernels
+that are slow because their sizes are small, the latency of collectives, uneven experts, input,
+validation and saving.
 """
 
 from __future__ import annotations
