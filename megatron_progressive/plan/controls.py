@@ -1,8 +1,8 @@
 """The two runs that a progressive run is judged against, as configurations and as commands.
 
-*Fixed-size*: the target depth from the first step, as many steps. *Short control*: the target
-depth from scratch with its own complete schedule, stopped at the progressive run's total FLOPs;
-growing pays only where it ends below this one, over several seeds.
+*Fixed-size* has the target depth from the first step, and as many steps. The *short control* has
+the target depth from scratch with a complete schedule of its own, and ends at the progressive run's
+total FLOPs; growing pays only where it ends below this control, over several seeds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _at_target(config: RunConfig, suffix: str) -> RunConfig:
 
 
 def fixed_size(config: RunConfig) -> RunConfig:
-    """The fixed-size control: target depth and the last layout from the first step.
+    """The fixed-size control, which has the target depth and the last layout from the first step.
 
     Raises:
         ConfigError: ``config`` has no expansion.
@@ -39,8 +39,8 @@ def fixed_size(config: RunConfig) -> RunConfig:
 
 
 def short_control(config: RunConfig) -> RunConfig:
-    """The equal-FLOPs control: :func:`fixed_size` for as many steps as the progressive run's
-    total FLOPs allow. The schedule's fractions are of its own steps, so it is complete.
+    """The control of equal FLOPs: :func:`fixed_size` for as many steps as the progressive run's
+    total FLOPs allow. The schedule's fractions are of these steps, so the schedule is complete.
 
     Raises:
         ConfigError: ``config`` has no expansion, or costs less than one step of the target (which
@@ -74,5 +74,5 @@ def control_words(config: RunConfig, control: RunConfig) -> list[str]:
 
 
 def control_command(config_path: str, config: RunConfig, control: RunConfig) -> str:
-    """The shell command that trains a control of the run configured in ``config_path``."""
+    """The shell command that trains a control of the run that ``config_path`` configures."""
     return shlex.join(["mprog", "train", config_path, *control_words(config, control)])

@@ -203,7 +203,9 @@ def _warning(event: dict[str, Any]) -> str:
 
 
 def _summary(folder: Path, evals: Curve) -> tuple[dict[str, Any] | None, str]:
-    """The summary of a run, and what is wrong with it."""
+    """The summary of a run, and what is wrong with it. A summary without a validation loss that is
+    a number does not count, unless that is what the last validation found: then the run has
+    diverged."""
     summary, problem = read_summary(folder)
     if summary is None or finite(summary.get("final_eval_loss")) is not None:
         return summary, problem

@@ -59,7 +59,8 @@ def _in_use(config: RunConfig, owner: Owner) -> str:
 
 @contextmanager
 def sole_job(config: RunConfig) -> Iterator[Start]:
-    """A context in which the run folder belongs to this job alone.
+    """A context in which the run folder belongs to this job alone. Collective over all ranks: rank
+    0 has the lock, and reads the folder once nobody else can write to it.
 
     Raises:
         ConfigError: on rank 0, where another job has the folder or has changed it, or where it
