@@ -8,8 +8,8 @@ A step takes, one after another:
 - Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
   (each matrix is one rank's);
 - tensor parallelism: four all-reduces of the residual stream for each layer and micro-batch, and
-  two for embedding and head; sequence parallelism sends as many bytes (Korthikanti et al. 2022, arXiv
-  2205.05198, section 4.2.2);
+  two for embedding and head; sequence parallelism sends as many bytes (Korthikanti et al. 2022,
+  arXiv 2205.05198, section 4.2.2);
 - experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
   speed for the share that leaves the node;
 - sending the residual stream from stage to stage and back, at the network's speed where stages are
