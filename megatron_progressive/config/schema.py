@@ -150,8 +150,9 @@ class ModelSection:
 @dataclass(frozen=True)
 class DataSection:
     corpus: str = "stdlib"
-    """The corpus: ``stdlib``, a file or folder (plain text, JSON lines or arrays, CSV, TSV, Parquet
-    or Arrow, also compressed as .gz, .xz, .bz2 or .zst), or ``hf:NAME``. For ``resnet``: ``shapes``
+    """The corpus: ``stdlib`` (Python's own sources), ``packages`` (those of the installed packages,
+    more than 200 MB), a file or folder (plain text, JSON lines or arrays, CSV, TSV, Parquet or
+    Arrow, also compressed as .gz, .xz, .bz2 or .zst), or ``hf:NAME``. For ``resnet``: ``shapes``
     (pictures of ten classes, drawn as they are read; the default), or a folder with
     ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...)."""
     tokenizer: str = "bpe"

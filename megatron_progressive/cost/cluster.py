@@ -34,6 +34,8 @@ class Cluster:
     network_gb_per_s: float
     """Rate of the network from one GPU to other nodes, each way, in 1e9 bytes per second."""
     gpus_per_node: int = 8
+    cores: int = 14
+    """Processor cores for each GPU."""
     mfu: float = MFU
 
     @property
@@ -55,12 +57,12 @@ class Cluster:
 
 GPUS = {
     # NVIDIA A100 data sheet (SXM, 80 GB): 312 TFLOP/s dense bf16, NVLink 600 GB/s both ways
-    # together; DGX A100: 8 GPUs, a 200 Gbit/s adapter each
-    "a100": Cluster("a100", 79.0, 312.0, 300.0, 25.0),
+    # together; DGX A100: 8 GPUs, a 200 Gbit/s adapter each, 128 cores
+    "a100": Cluster("a100", 79.0, 312.0, 300.0, 25.0, cores=16),
     # NVIDIA H100 data sheet (SXM, 80 GB): 1,979 TFLOP/s bf16 with sparsity, so 989 dense; NVLink
-    # 900 GB/s both ways together; DGX H100: 8 GPUs, a 400 Gbit/s adapter each
+    # 900 GB/s both ways together; DGX H100: 8 GPUs, a 400 Gbit/s adapter each, 112 cores
     "h100": Cluster("h100", 79.0, 989.0, 450.0, 50.0),
-    # NVIDIA H200 data sheet (SXM, 141 GB): compute and links of the H100
+    # NVIDIA H200 data sheet (SXM, 141 GB): compute, links and cores of the H100
     "h200": Cluster("h200", 139.0, 989.0, 450.0, 50.0),
 }
 

@@ -1,8 +1,8 @@
 """A corpus as a stream of documents.
 
 ``data.corpus`` is ``stdlib`` (the Python sources of the running interpreter: always there, no
-network), a file or folder, or ``hf:NAME`` (``hf:NAME:CONFIG``), which the ``datasets`` library
-streams.
+network), ``packages`` (those of the installed packages that this one needs), a file or folder, or
+``hf:NAME`` (``hf:NAME:CONFIG``), which the ``datasets`` library streams.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from typing import Any
 from megatron_progressive.config import ConfigError, DataSection
 from megatron_progressive.data.decoding import NotText, not_allowed, one_line, open_stream
 from megatron_progressive.data.listing import Listing, list_files
+from megatron_progressive.data.packages import package_sources, packages_root
 from megatron_progressive.data.reading import open_documents
 from megatron_progressive.data.records import text_of
 from megatron_progressive.data.tally import EMPTY, HINTS, WITHOUT_TEXT, Tally
 
-ACCEPTED = "stdlib, a file or folder with text, or hf:NAME"
+ACCEPTED = "stdlib, packages, a file or folder with text, or hf:NAME"
 READ = (
     "plain text, JSON lines, a JSON array of objects, CSV or TSV with a header, Parquet or Arrow, "
     "in UTF-8 or with a byte order mark, also as .gz, .xz, .bz2 or .zst"
 )
 
 _STDLIB_SKIPPED = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
+_SOURCES = ("stdlib", "packages")
+"""Corpora that are there after installing; each environment has a copy of its own."""
 _HALVES = re.compile("[\ud800-\udfff]+")
 
 
@@ -54,10 +57,15 @@ class Corpus:
         return self.data.corpus.startswith("hf:")
 
     @property
+    def is_sources(self) -> bool:
+        """Whether it is the Python sources of the interpreter or of packages."""
+        return self.data.corpus in _SOURCES
+
+    @property
     def name(self) -> str:
         """A short name of the corpus that can be part of a file name."""
         spec = self.data.corpus
-        if spec != "stdlib" and self.root is not None:
+        if not self.is_sources and self.root is not None:
             spec = self.root.resolve().name.split(".")[0]
         spec = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.removeprefix("hf:")).strip(".-")
         return spec[:60] or "corpus"
@@ -78,17 +86,26 @@ class Corpus:
         """
         if self.root is None:
             return Listing([], [], [])
-        if self.data.corpus != "stdlib":
+        if not self.is_sources:
             return list_files(self.root)
+        if self.data.corpus == "packages":
+            return Listing(_package_sources(self.root), [], [])
         listing = list_files(self.root, _STDLIB_SKIPPED)
         sources = [path for path in listing.files if path.suffix == ".py"]
         return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
+<<<<<<< HEAD
+        """What decides the documents, as JSON can hold it: names, sizes and times of files; of
+        Python sources, which each environment has a copy of, names and content."""
+        if self.is_sources and self.root is not None:
+            return [self.data.corpus, _content(self.root, tuple(self.files()))]
+=======
         """What decides the documents, as JSON can hold it: the names, sizes and times of files, or,
         for ``stdlib``, of which each interpreter has a copy, their names and content."""
         if self.data.corpus == "stdlib" and self.root is not None:
             return ["stdlib", _content(self.root, tuple(self.files()))]
+>>>>>>> part-a
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
         for path in self.files():
             stat = path.stat()
@@ -179,8 +196,8 @@ class Corpus:
                     raise NotText(WITHOUT_TEXT)
             except NotText as why:
                 refused.append(why)
-                # of the standard library, an empty __init__.py is nothing to report
-                if self.data.corpus != "stdlib":
+                # of Python sources, an empty __init__.py is nothing to report
+                if not self.is_sources:
                     tally.leave_out(why.reason, path, root)
         if refused and not tally.files_read:
             self._refuse(refused)
@@ -208,6 +225,8 @@ def open_corpus(data: DataSection) -> Corpus:
     spec = data.corpus
     if spec == "stdlib":
         return Corpus(data, Path(sysconfig.get_paths()["stdlib"]))
+    if spec == "packages":
+        return Corpus(data, packages_root())
     if spec.startswith("hf:"):
         if not spec[3:]:
             raise ConfigError(f"data.corpus: got {spec!r}; accepted: {ACCEPTED}")
@@ -224,6 +243,11 @@ def open_corpus(data: DataSection) -> Corpus:
         why = "is no file or folder" if mode else "does not exist"
         raise ConfigError(f"data.corpus: got {spec!r}, which {why}; accepted: {ACCEPTED}")
     return Corpus(data, root)
+
+
+@functools.cache
+def _package_sources(root: Path) -> list[Path]:
+    return package_sources(root)
 
 
 @functools.cache

@@ -58,11 +58,11 @@ def apply_rules(
     Collective over all ranks. A slot that a rule copies comes from the same slot of the source
     tensor.
     """
+    new = [p for p in target.pieces if rules[p.name].action(p.slot) == INIT]
+    initialise(new, table, seed, generation)
     for piece in target.pieces:
         action = rules[piece.name].action(piece.slot)
-        if action == INIT:
-            initialise(piece, table[piece.name], seed, generation)
-        elif action != COPY and piece.slot in WEIGHT_SLOTS:
+        if action != INIT and action != COPY and piece.slot in WEIGHT_SLOTS:
             piece.data.zero_()  # a new engine's optimizer state is zero already
     return transfer(source, target, copied_from(rules), staging_bytes)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.laws.fits import (
@@ -111,6 +112,48 @@ def _efficiency(
         factor=interval(float(factors[0]), draws[~np.isnan(draws)]),
         extrapolated=not inside,
     )
+
+
+def interpolated_factor(
+    compute: ArrayLike, loss: ArrayLike, reference_compute: ArrayLike, reference_loss: ArrayLike,
+    at: float,
+) -> float | None:  # fmt: skip
+    """The compute multiplier without a law: C_reference(L) / C_arm(L) at the loss L that the
+    reference has with ``at`` FLOPs, between measured cells.
+
+    Each arm is the line through its cells in log FLOPs and log loss, cells of equal FLOPs
+    averaged, and falls: where a larger budget ended higher, both ends of that piece are averaged
+    (isotonic regression).
+
+    Args:
+        compute, loss: of the arm's cells, FLOPs and nats per token.
+        reference_compute, reference_loss: of the reference's.
+        at: FLOPs, within the reference's.
+
+    Returns: None where it would lie outside of what either arm has measured.
+    """
+    arm, reference = _line(compute, loss), _line(reference_compute, reference_loss)
+    if not reference[0][0] - _ROUNDING <= np.log(at) <= reference[0][-1] + _ROUNDING:
+        return None
+    wanted = float(np.interp(np.log(at), *reference))
+    logs, losses = arm
+    if not losses[-1] - _ROUNDING <= wanted <= losses[0] + _ROUNDING:
+        return None
+    # np.interp wants rising ones; of a flat piece the cheapest budget counts
+    keep = np.concatenate([[True], np.diff(losses) < 0])
+    mine = float(np.interp(-wanted, -losses[keep], logs[keep]))
+    return float(np.exp(np.log(at) - mine))
+
+
+def _line(compute: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
+    """Log FLOPs in rising order, and the log loss that falls with them."""
+    computes, losses = np.asarray(compute, dtype=float), np.log(np.asarray(loss, dtype=float))
+    # cells of one size at several seeds have the same FLOPs
+    distinct, group = np.unique(np.round(np.log(computes), 6), return_inverse=True)
+    counts = np.bincount(group)
+    means = np.bincount(group, weights=losses) / counts
+    fitted = isotonic_regression(means, weights=counts, increasing=False).x
+    return distinct, np.asarray(fitted, dtype=float)
 
 
 def pareto(compute: ArrayLike, loss: ArrayLike) -> list[int]:

@@ -18,18 +18,23 @@ would say too much of the few cells that studies have: with four, intervals of 9
 efficiency in 68 % of 25 pairs of synthetic arms, against 96 % this way. An outlier, which hardly
 moves the fit, widens them.
 
+A second solver that shares nothing with the first (:mod:`.projection`) fits the same cells; where
+it finds a parameter outside of its interval, a note says so.
+
 Where an interval is hardly narrower than what is allowed anyway, the cells do not determine that
 parameter: a note says so, and its coefficient, which could be any power of ten, has no value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.laws.projection import project
 from megatron_progressive.laws.solver import (
     LARGEST_EXPONENT,
     Array,
@@ -50,6 +55,9 @@ _LARGEST = 20.0  # noise of a bootstrap's log loss: one degree of freedom knows 
 _DRAW_TOLERANCE = 1e-6  # of a draw's optimum: far below the spread between draws
 _EDGE = 1e-6  # of an allowed range: so near to a bound is at it
 _NONE = 1e-4  # of the lowest loss: an E so small is none
+_SAME = (
+    0.01  # relative difference of two solvers that is none: cells without noise have no interval
+)
 _EXACT = 1e-6  # residual of log loss, of cells that lie on their law
 
 
@@ -195,6 +203,7 @@ def _fit(form: str, inputs: Array, losses: Array, draws: int, seed: int) -> Fit:
     notes = [f"the cells do not determine {name}: {why}" for name, why in open_ones.items() if why]
     if "E" not in open_ones and law[-1] < _NONE * losses.min():
         notes.append("E is 0: the cells do not bend towards a floor")
+    notes += _disagreements(found, names, project(logs, losses), open_ones)
     if spare == 1 and rms > _EXACT:
         notes.append(f"{cells} cells for {len(names)} parameters: intervals rest on one residual")
     return Fit(
@@ -248,6 +257,25 @@ def _undetermined(found: dict[str, Interval], lowest: float) -> dict[str, str]:
         elif not exponent and any((found[other].value or 0.0) < edge for other in reasons):
             reasons[name] = "a law that does not fall has no floor"
     return reasons
+
+
+def _disagreements(
+    found: dict[str, Interval], names: list[str], other: Array, open_ones: Container[str]
+) -> list[str]:
+    """What the second solver finds outside of the intervals, of exponents and E that the cells
+    determine."""
+    notes = []
+    for name, value in zip(names, map(float, other), strict=True):
+        low, high = found[name].low, found[name].high
+        if name in ("A", "B") or name in open_ones or low is None or high is None:
+            continue
+        if not low * (1 - _SAME) <= value <= high * (1 + _SAME):
+            notes.append(
+                f"a second solver (least squares by variable projection) finds {name} "
+                f"{_short(value)}, outside of the interval {_short(low)} to {_short(high)}: this "
+                "law rests on the method"
+            )
+    return notes
 
 
 def _short(value: float) -> str:

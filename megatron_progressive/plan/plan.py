@@ -126,6 +126,11 @@ class Plan:
     """What a cluster adds; None without one."""
 
     @property
+    def cores(self) -> int:
+        """Processor cores of each rank: the cluster's, or one."""
+        return 1 if self.on is None else self.on.cluster.cores
+
+    @property
     def saving_percent(self) -> float | None:
         """The FLOPs that the run is predicted to save against fixed-size training, in %."""
         if self.fixed_flops is None:

@@ -1,11 +1,14 @@
-"""What ``mprog env`` shows: versions, devices, and what the fast path lacks, with how to get it."""
+"""What ``mprog env`` shows: versions, devices, and what the fast path lacks, with how to get it;
+and how many cores a rank has."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -114,3 +117,19 @@ def render(found: Environment) -> str:
     if found.missing:
         lines += ["", "missing for the fast path:", *(f"- {line}" for line in found.missing)]
     return "\n".join(lines)
+
+
+def cores_of_this_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Processor cores that this process may compute on without taking those of other ranks.
+
+    A process that was bound to some of the machine's cores has these; else the machine's are
+    divided over its ranks, whose number is torchrun's ``LOCAL_WORLD_SIZE`` (which ``--nproc`` sets
+    as well) or Slurm's tasks on a node.
+    """
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if mine < (os.cpu_count() or 1):
+        return mine
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_NTASKS", "1"))
+    ranks = environment.get("LOCAL_WORLD_SIZE", tasks)
+    number = re.match(r"\d+", ranks)  # Slurm has "8(x2)" for 8 tasks on each of two nodes
+    return max(1, mine // max(1, int(number[0]) if number else 1))

@@ -56,6 +56,7 @@ def run_workers(command: Sequence[str], nproc: int) -> int:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins our store, starts none
         "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     workers: list[subprocess.Popen[bytes]] = []

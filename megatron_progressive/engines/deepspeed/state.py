@@ -105,6 +105,8 @@ def close(engine: Any, model: torch.nn.Module, last: bool) -> None:
     for module in modules:  # each holds classes that hold it
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(name, None)
+    for parameter in model.parameters():  # each holds methods that are bound to it, and fragments
+        parameter.__dict__.clear()
     if last:
         comm.cdb = None
         groups._WORLD_GROUP = None

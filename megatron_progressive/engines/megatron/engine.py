@@ -181,8 +181,8 @@ class MegatronEngine:
         self.groups.activate()
 
     def close(self) -> None:
-        for chunk in self.chunks:
-            forget_graph(chunk)
+        while self.chunks:  # a loop's variable would keep the last one past the collection below
+            forget_graph(self.chunks.pop())
         del self.chunks, self.optimizer, self._names, self._buffers, self._forward_backward
         del self._load
         self.groups.close()
