@@ -95,17 +95,10 @@ class Corpus:
         return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
-<<<<<<< HEAD
         """What decides the documents, as JSON can hold it: names, sizes and times of files; of
         Python sources, which each environment has a copy of, names and content."""
         if self.is_sources and self.root is not None:
             return [self.data.corpus, _content(self.root, tuple(self.files()))]
-=======
-        """What decides the documents, as JSON can hold it: the names, sizes and times of files, or,
-        for ``stdlib``, of which each interpreter has a copy, their names and content."""
-        if self.data.corpus == "stdlib" and self.root is not None:
-            return ["stdlib", _content(self.root, tuple(self.files()))]
->>>>>>> part-a
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
         for path in self.files():
             stat = path.stat()

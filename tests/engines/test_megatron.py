@@ -166,6 +166,6 @@ def test_nothing_of_a_closed_engine_stays(
 ) -> None:
     words = [f"parallel.{key}={value}" for key, value in parallel.items()]
     words += ["model.num_layers=2", "train.micro_batch=1", f"train.precision={precision}"]
-    config = cases.family_config(family, words)
-    for left in pool.run(2, cases.left_after_close, config):
+    config = on_ranks.family_config(family, words)
+    for left in pool.run(2, on_ranks.left_after_close, config):
         assert left == {"modules": 0, "parameters": 0, "bytes": 0}

@@ -167,8 +167,8 @@ def test_a_real_expansion_draws_the_planned_values(
     the columns of other ranks."""
     expansion = {"at": 2, "to_layers": 4, "init": "random", "parallel": after}
     words = ["model.num_layers=1", "train.micro_batch=1", *words]
-    config = cases.family_config(family, words, expansion)
-    drawn = pool.run(4, cases.drawn_in_expansion, config)
+    config = on_ranks.family_config(family, words, expansion)
+    drawn = pool.run(4, on_ranks.drawn_in_expansion, config)
     assert drawn == reshard_bytes(config, 0, 4).drawn.tolist()
     assert min(drawn) > 0
 
