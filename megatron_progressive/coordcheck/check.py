@@ -7,11 +7,12 @@ before the final norm, and the logits. If one learning rate is to serve all size
 must not depend on size: the check passes when the slope of log RMS against log size is small (Yang
 and Hu 2021, arXiv 2011.14522, section H; Yang et al. 2022, arXiv 2203.03466, D.1).
 
-The steps are some 16 because Muon's first updates have full rank: those of different layers are
+There are some 16 steps because Muon's first updates have full rank: updates of different layers are
 independent of each other, their sum over 2 L branches of 1 / (2 L) shrinks, and only after about
 ten steps do they point the same way, which is what the depth scale is for.
 
-Widths change the number of heads and not their width. One process, Megatron's engine.
+Widths change the number of heads and not their width. The check runs in one process, with
+Megatron's engine.
 """
 
 from __future__ import annotations
