@@ -95,8 +95,8 @@ class Corpus:
         return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
-        """What decides the documents, as JSON can hold it: names, sizes and times of files; of
-        Python sources, which each environment has a copy of, names and content."""
+        """What decides the documents, as JSON can hold it: the names, sizes and times of files, or,
+        for Python sources, of which each environment has a copy, their names and content."""
         if self.is_sources and self.root is not None:
             return [self.data.corpus, _content(self.root, tuple(self.files()))]
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
