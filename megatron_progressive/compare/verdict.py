@@ -24,7 +24,8 @@ from megatron_progressive.runtime.progress import Say
 
 @dataclass(frozen=True)
 class Verdict:
-    """One progressive run against its controls; None where a control is missing."""
+    """The verdict on one progressive run against its controls. A number is None where its control
+    is missing."""
 
     run: str
     folder: str
@@ -32,24 +33,25 @@ class Verdict:
     complete: bool
     final_loss: float | None
     speedup_flops: float | None
-    """Total FLOPs of the fixed-size run over this run's."""
+    """The total FLOPs of the fixed-size run over this run's."""
     speedup_wall: float | None
-    """The same of training seconds, expansion pauses included."""
+    """The training seconds of the fixed-size run over this run's, including expansion pauses."""
     loss_gap_percent: float | None
-    """Final validation loss above (+) or below (-) the fixed-size run's, %."""
+    """The final validation loss above (+) or below (-) the fixed-size run's, in %."""
     short_gap_percent: float | None
-    """Final validation loss above (+) or below (-) the short control's, %."""
+    """The final validation loss above (+) or below (-) the short control's, in %."""
     never_gap_percent: float | None
-    """The same of the best source that never grew."""
+    """The final validation loss above (+) or below (-) that of the best source that never grew, in
+    %."""
     outcome: str
     """Whether growing pays at equal FLOPs: ``pays`` (it ends below every control), ``does not pay``
     or ``open``, by the pairs of all seeds of this recipe."""
     to_fixed: Against
     controls: list[Against]
-    """Against each control of equal FLOPs."""
+    """The comparisons with each control of equal FLOPs."""
     equal_loss: EqualLoss | None
     mixing: MixingTime | None
-    """None as well where too few validations follow the expansion."""
+    """The mixing time; None also where too few validations follow the expansion."""
     headline: str
     """The finding in one line."""
     verdict: str
@@ -58,7 +60,7 @@ class Verdict:
 
 
 def verdicts(comparisons: Sequence[Comparison], say: Say = lambda text: None) -> list[Verdict]:
-    """The verdict of each comparison; those of one recipe share what its seeds decide.
+    """The verdict of each comparison; comparisons of one recipe share what its seeds decide.
 
     Args:
         say: told which run is judged.
@@ -139,7 +141,7 @@ def _quotient(above: float | None, below: float | None) -> float | None:
 
 
 def _mixing(run: Run, fixed: Run) -> tuple[MixingTime | None, str]:
-    """When the run met the fixed-size run; None and why where that cannot be told."""
+    """When the run met the fixed-size run; None, and the reason, where that cannot be told."""
     try:
         return mixing_time(run, fixed), ""
     except ConfigError as error:
@@ -147,6 +149,6 @@ def _mixing(run: Run, fixed: Run) -> tuple[MixingTime | None, str]:
 
 
 def recipes(found: Sequence[Verdict], runs: Sequence[Run]) -> list[Verdict]:
-    """One verdict of each recipe, whose seeds share what was decided."""
+    """One verdict for each recipe, whose seeds share what was decided."""
     by_folder = {str(run.folder): recipe_of(run) for run in runs}
     return list({by_folder[one.folder]: one for one in found}.values())

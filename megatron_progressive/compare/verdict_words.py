@@ -46,7 +46,8 @@ def above(gap: float) -> str:
 
 
 def gap_text(one: Against) -> str:
-    """``+1.20 %``, or ``+1.20 % (+0.80 to +1.60)`` over several pairs; ``–`` without any."""
+    """A gap in a table: ``+1.20 %``, or ``+1.20 % (+0.80 to +1.60)`` over several pairs; ``–``
+    without any."""
     if one.mean is None:
         return "–"
     if one.low is None or one.high is None:
@@ -81,7 +82,7 @@ def evidence(one: Against) -> str:
 
 
 def sentence(controls: Sequence[Against]) -> str:
-    """Whether growing pays at equal FLOPs, and against which controls."""
+    """The sentence that says whether growing pays at equal FLOPs, and against which controls."""
     there = [one for one in controls if one.mean is not None]
     lacking = [one.control for one in controls if one.mean is None]
     without = f" (without {' and '.join(lacking)})" if lacking else ""
@@ -103,7 +104,7 @@ def decided_evidence(one: Against) -> str:
 
 
 def short_text(controls: Sequence[Against]) -> str:
-    """The same in a headline's words."""
+    """The same in the few words of a headline."""
     there = [one for one in controls if one.mean is not None]
     if not there:
         return "no control at equal FLOPs: whether it pays is open"
@@ -115,7 +116,8 @@ def short_text(controls: Sequence[Against]) -> str:
 
 
 def tally(outcomes: Sequence[str]) -> str:
-    """``pays in 2 of 8 comparisons, does not pay in 1, open in 5``."""
+    """How often each outcome occurs, as ``pays in 2 of 8 comparisons, does not pay in 1, open in
+    5``."""
     parts = [
         f"{outcome} in {outcomes.count(outcome)}" for outcome in (DOES_NOT_PAY, OPEN)
         if outcome in outcomes

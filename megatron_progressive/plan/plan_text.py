@@ -172,7 +172,7 @@ def _reshard_table(plan: Plan) -> list[str]:
 
 
 def _bytes_text(size: float) -> str:
-    """Bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
+    """A number of bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
     factor, unit = next((f, u) for f, u in _UNITS if size >= f or f == 1.0)
     return f"{size / factor:.3g} {_BYTE_UNITS[unit]}"
 
