@@ -388,6 +388,30 @@ def test_controls_that_differ_are_noted_and_wrong_ones_not_taken(tmp_path: Path)
     assert [m.arm for m in report.missing] == ["short control", "never-grown"]
 
 
+def test_a_source_that_never_grows_has_the_flops_to_one_of_its_steps(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    (never,) = never_grown(config)
+
+    def arms_with(name: str, steps: int, **model: int) -> list[str]:
+        other = replace(
+            never,
+            run=replace(never.run, name=name),
+            train=replace(never.train, steps=steps),
+            model=replace(never.model, **model),
+        )
+        report = make_report([config.folder, write_run(other, 2.5)], tmp_path / f"{name}_out")
+        assert ("never-grown" in [m.arm for m in report.missing]) is (report.rows[1].arm == "other")
+        return [row.arm for row in report.rows]
+
+    write_run(config, 2.5)
+    steps = never.train.steps
+    assert arms_with("same", steps) == ["progressive", "never-grown"]
+    assert arms_with("longer", steps + 1) == ["progressive", "never-grown"]
+    assert arms_with("too_long", steps + 2) == ["progressive", "other"]
+    assert arms_with("too_short", steps - 1) == ["progressive", "other"]
+    assert arms_with("deeper", steps, num_layers=1) == ["progressive", "other"]
+
+
 def test_flops_that_the_configuration_does_not_count_to_are_noted(tmp_path: Path) -> None:
     folder = write_run(progressive_config(tmp_path / "runs"), 2.5)
     summary = json.loads((folder / "summary.json").read_text())

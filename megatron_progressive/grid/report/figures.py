@@ -18,6 +18,7 @@ from megatron_progressive.compare.drawing import (
     INK,
     NEVER_COLOURS,
     SHORT_COLOURS,
+    TEXT,
     count_tick,
     dress,
     label_ends,
@@ -31,6 +32,7 @@ from megatron_progressive.grid.results import Result, of_families
 from megatron_progressive.laws.fits import Fit, losses_of, rows_of
 
 _PALETTES = {FIXED: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
+_SHIFTS = {SHORT: 1, NEVER: 2}
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8
 """Families that one picture can tell apart."""
@@ -66,7 +68,7 @@ def looks(results: Sequence[Result]) -> dict[str, Look]:
             index = counts.get(palette, 0)
             counts[palette] = index + 1
             # controls differ from what they control in shape as well
-            shift = 1 if is_control(family) else 0
+            shift = _SHIFTS.get(cells[0].cell.arm, 0)
             marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
             known[name] = Look(palette[index % len(palette)], marker, name)
         found[family] = known[name]
@@ -216,8 +218,11 @@ def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, p
     ):
         values = [s.efficiency.factor.value for s in savings if s.efficiency.factor.value]
         least, most = min([*values, 0.8]), max([*values, 1.2])
-        _efficiency_panel(axes, found, styles, (0.45 * _on_axis(least), 2.2 * _on_axis(most)))
-        dress(axes, f"FLOPs of {name} over its own, at equal loss", "parameters at full depth")
+        limits = (0.45 * _on_axis(least), 2.2 * _on_axis(most))
+        _efficiency_panel(axes, found, styles, limits, width=1 / len(panels))
+        dress(axes, f"against {name}", "parameters at full depth")
+    axes = figure.axes[0]
+    axes.set_ylabel("FLOPs of the control over its own, at equal loss", **TEXT)  # type: ignore[arg-type]
     save(figure, path)
     return True
 
@@ -236,8 +241,10 @@ def _on_axis(factor: float) -> float:
 
 
 def _efficiency_panel(
-    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float]
-) -> None:
+    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float],
+    width: float,
+) -> None:  # fmt: skip
+    """One panel, which has ``width`` of the picture."""
     labels, lines = [], list(dict.fromkeys((s.family, s.reference) for s in found))
     sizes = sorted({s.params for s in found})
     for number, (family, reference) in enumerate(lines):
@@ -268,7 +275,7 @@ def _efficiency_panel(
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(*limits)
-    room = 0.017 * max((len(text) for _, _, text, _ in labels), default=0)
+    room = min(0.65, 0.0085 / width * max((len(text) for _, _, text, _ in labels), default=0))
     decades = max(0.2, np.log10(sizes[-1] / sizes[0]))
     axes.set_xlim(
         sizes[0] / 10 ** (0.06 * decades), sizes[-1] * 10 ** (decades * room / (1 - room))
