@@ -7,9 +7,10 @@ pair leaves the question open, whatever its difference. From two pairs on the 95
 mean difference (Student's t) decides; where that interval has both signs, the question is open as
 well.
 
-Growing pays where it ends below *every* control of equal FLOPs that is there
-(:data:`.arms.EQUAL_FLOPS`). Each of them has to be beaten on its own, which keeps the level of the
-test (an intersection-union test; Berger 1982, Technometrics 24).
+Growing pays where it ends below *every* control of equal FLOPs (:data:`.arms.EQUAL_FLOPS`): the
+short control and the source that is never grown. Each of them has to be beaten on its own, which
+keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24). Ending
+above one of them decides against growing, and without one of them growing is not said to pay.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scipy.stats import t as student
 from megatron_progressive.laws.fits import LEVEL
 
 PAYS, DOES_NOT_PAY, OPEN = "pays", "does not pay", "open"
+BELOW, NOT_BELOW = "below", "not below"
 
 LEVEL_PERCENT = 0.005
 """A difference below this, in %, is none: it rounds to 0.00 %."""
@@ -42,8 +44,7 @@ class Against:
 
     control: str
     bound: float
-    """Growing pays where the difference is below this many %: below 0, or below the gap that is
-    allowed."""
+    """The difference has to be below this, in %: 0, or the gap that is allowed."""
     seeds: list[int]
     """The seeds of the pairs."""
     values: list[float]
@@ -60,9 +61,11 @@ class Against:
     found with 80 % power at this spread. None where there is no spread, or where it takes more than
     10,000."""
     outcome: str
-    """What the pairs decide: ``pays``, ``does not pay`` or ``open``."""
+    """What the pairs decide: ``below``, ``not below`` or ``open``."""
     left_out: list[str] = field(default_factory=list)
     """The seeds that are in no pair, and why."""
+    lacking: list[str] = field(default_factory=list)
+    """What of the control is not there, where another part of it is in the pairs."""
 
 
 def pairs_needed(difference: float, spread: float) -> int | None:
@@ -101,7 +104,7 @@ def pairs_needed(difference: float, spread: float) -> int | None:
 
 def against(
     control: str, gaps: Sequence[tuple[int, float]], bound: float = 0.0,
-    left_out: Sequence[str] = (), diverged: bool = False,
+    left_out: Sequence[str] = (), diverged: bool = False, lacking: Sequence[str] = (),
 ) -> Against:  # fmt: skip
     """Decide between a run that grows and one control.
 
@@ -109,10 +112,12 @@ def against(
         control: the name of the control.
         gaps: the seed and the gap in % of each pair; several pairs of one seed count as one, their
             mean.
-        bound: the gap in % below which growing pays.
+        bound: what the difference has to be below, in %.
         left_out: the seeds that are in no pair, and why.
         diverged: whether a run that grows is among these because it diverged; the other pairs then
-            do not show that growing pays.
+            do not show that growing ends below.
+        lacking: what of the control is not there; without that the pairs may show that growing
+            does not end below, and not that it does.
     """
     by_seed: dict[int, list[float]] = {}
     for seed, gap in gaps:
@@ -128,21 +133,21 @@ def against(
         needed = pairs_needed(mean - bound, spread)
         margin = LEVEL_PERCENT if bound == 0 else 0.0
         # without any spread there is no t: runs of one seed under several names look like that
-        if spread > 0 and high <= bound - margin and not diverged:
-            outcome = PAYS
+        if spread > 0 and high <= bound - margin and not diverged and not lacking:
+            outcome = BELOW
         elif spread > 0 and low > bound - margin:
-            outcome = DOES_NOT_PAY
+            outcome = NOT_BELOW
     return Against(
         control, bound, list(by_seed), values, mean, low, high, spread, needed, outcome,
-        list(left_out),
+        list(left_out), list(lacking),
     )  # fmt: skip
 
 
 def overall(controls: Sequence[Against]) -> str:
-    """What all controls decide together: ``pays`` where growing ends below every control that is
-    there, ``does not pay`` where it loses to one of them, and otherwise ``open``, also where there
-    is no control."""
-    outcomes = [one.outcome for one in controls if one.mean is not None]
-    if DOES_NOT_PAY in outcomes:
+    """What all controls decide together: ``pays`` where growing ends below every control, ``does
+    not pay`` where it does not end below one of them, and otherwise ``open``, also where a control
+    is not there."""
+    outcomes = [one.outcome for one in controls]
+    if NOT_BELOW in outcomes:
         return DOES_NOT_PAY
-    return PAYS if outcomes and all(outcome == PAYS for outcome in outcomes) else OPEN
+    return PAYS if outcomes and set(outcomes) == {BELOW} else OPEN

@@ -12,13 +12,21 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from megatron_progressive.compare.arms import FIXED, OTHER, PROGRESSIVE, SHORT, Comparison
+from megatron_progressive.compare.arms import (
+    FIXED,
+    NEVER,
+    OTHER,
+    PROGRESSIVE,
+    SHORT,
+    Comparison,
+)
 from megatron_progressive.compare.data_words import per_unit
 from megatron_progressive.compare.drawing import (
     FAINT,
     FIXED_COLOURS,
     GROWN_COLOURS,
     INK,
+    NEVER_COLOURS,
     OTHER_COLOUR,
     SHORT_COLOURS,
     TEXT,
@@ -37,6 +45,7 @@ _PALETTE = {
     PROGRESSIVE: GROWN_COLOURS,
     FIXED: FIXED_COLOURS,
     SHORT: SHORT_COLOURS,
+    NEVER: NEVER_COLOURS,
     OTHER: (OTHER_COLOUR,),
 }
 _POINTS = 2000  # of a drawn line: more cannot be seen

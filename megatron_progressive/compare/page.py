@@ -81,7 +81,7 @@ def items(texts: Sequence[str]) -> str:
 def _missing(report: Report) -> str:
     items = []
     for missing in report.missing:
-        text = f"{missing.run}: no {missing.arm} run ({missing.reason})."
+        text = f"{missing.run}: no {missing.words} ({missing.reason})."
         command = f"<code>{escape(missing.command)}</code>"
         items.append(f"<li>{escape(text)} Make it: {command}</li>")
     return f'<div class="missing"><strong>Incomplete.</strong><ul>{"".join(items)}</ul></div>'

@@ -82,14 +82,9 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
 def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """Notes where it is not known what the compared runs were trained on."""
     compared = [
-        run
-        for one in comparisons
-        if one.fixed or one.short
-        for run in (one.progressive, one.fixed, one.short)
+        run for one in comparisons if one.controls for run in (one.progressive, *one.controls)
     ]
-    unknown = dict.fromkeys(
-        run.name for run in compared if run is not None and run.trained_on is None
-    )
+    unknown = dict.fromkeys(run.name for run in compared if run.trained_on is None)
     if not unknown:
         return []
     return [
@@ -164,7 +159,7 @@ def terminal_table(report: Report, console: Console | None = None) -> None:
     for verdict in report.verdicts:
         console.print(f"{verdict.run}: {verdict.verdict}", markup=False, highlight=False)
     for missing in report.missing:
-        console.print(f"no {missing.arm} run of {missing.run}; make it with", markup=False)
+        console.print(f"{missing.run}: no {missing.words}; make it with", markup=False)
         # unwrapped: to be copied
         console.print(f"  {missing.command}", markup=False, highlight=False, soft_wrap=True)
     for row in report.rows:

@@ -47,7 +47,11 @@ class Row:
 def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
     """The row of one run; its gap is that to the fixed-size run of its comparison."""
     fixed = next(
-        (c.fixed for c in comparisons if c.fixed is not None and run in (c.progressive, c.short)),
+        (
+            c.fixed
+            for c in comparisons
+            if c.fixed is not None and run in (c.progressive, c.short, *c.never)
+        ),
         None,
     )
     gap = None

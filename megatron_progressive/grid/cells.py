@@ -25,11 +25,13 @@ from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.plan import controls
 from megatron_progressive.runs.decisive import decisive
 
-FIXED, SHORT = "fixed", "short_control"
+FIXED, SHORT, NEVER = "fixed", "short_control", "never_grown"
 ZERO_LAYER, ONE_LAYER, FUNCTION_PRESERVING = "zero_layer", "one_layer", "function_preserving"
 G_STACK, GRADUAL_STACK, MULTI_STAGE = "g_stack", "gradual_stack", "multi_stage"
-ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING,
+ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING,
         MULTI_STAGE)  # fmt: skip
+SCRATCH = (FIXED, SHORT, NEVER)
+"""Arms that do not grow."""
 DEEPER_SOURCE = re.compile(r"([2-9]|[1-9]\d+)_layers")
 """Arms of deeper sources: ``2_layers``, ``4_layers``, ..."""
 PILOT = "pilot"
@@ -66,12 +68,12 @@ class Cell:
     config: RunConfig
     """``run.dir`` is the study's folder of cells, ``run.name`` the cell's folder in it."""
     control_of: str | None = None
-    """Of a short control: the name of the cell whose FLOPs it has."""
+    """Of a control of equal FLOPs: the name of the cell whose FLOPs it has."""
     axes: Mapping[str, str] = field(default_factory=dict)
     """Where the cell lies among those of its size, arm and seed: a value for each axis that the
     grid can span (:data:`EXPANSION_AXES`, the schedule, and what :func:`.kinds.kind_keys` says of
-    the sizes). Two cells that differ in any are never two seeds of one run. Of a short control:
-    those of the cell that it controls."""
+    the sizes). Two cells that differ in any are never two seeds of one run. Of a control of equal
+    FLOPs: those of the cell that it controls."""
     unknown: str = ""
     """Why τ is not known. Such a cell is not run; its configuration has an assumed τ."""
     trained_on: DataIdentity | None = None
@@ -83,7 +85,7 @@ class Cell:
 
     @property
     def tau(self) -> str:
-        """As the grid has it, of an arm that spans several; of a short control its cell's."""
+        """As the grid has it, of an arm that spans several; of a control its cell's."""
         return self.axes.get(TAU, "")
 
     @property
@@ -191,12 +193,15 @@ class SizeCells:
                 progressive += self._grown(arm, int(match[1]), taus, inits, tau_of)
         yield from progressive
         for cell in progressive if SHORT in arms else ():
-            what = cell.name.removeprefix(f"{self.name}-").removesuffix(
-                f"{self._mark}-s{self.seed}"
-            )
-            control = controls.short_control(cell.config)
-            short = self._named(f"{SHORT}_of_{what}", SHORT, control, cell.axes, cell.unknown)
-            yield replace(short, control_of=cell.name)
+            yield self._control(cell, SHORT, controls.short_control(cell.config))
+        for cell in progressive if NEVER in arms else ():
+            for control in controls.never_grown(cell.config):
+                yield self._control(cell, NEVER, control, f"_{control.model.num_layers}")
+
+    def _control(self, cell: Cell, arm: str, config: RunConfig, ending: str = "") -> Cell:
+        what = cell.name.removeprefix(f"{self.name}-").removesuffix(f"{self._mark}-s{self.seed}")
+        found = self._named(f"{arm}_of_{what}{ending}", arm, config, cell.axes, cell.unknown)
+        return replace(found, control_of=cell.name)
 
     def grown(self, arm: str, at: float, init: str) -> RunConfig:
         """The configuration of a zero- or one-layer run that expands at ``at``."""

@@ -19,6 +19,7 @@ from megatron_progressive.grid.cells import (
     DEEPER_SOURCE,
     EXPANSION_KEYS,
     FIXED,
+    NEVER,
     ONE_LAYER,
     PILOT,
     SHORT,
@@ -51,6 +52,7 @@ class Grid:
     """That it was read from."""
     overrides: tuple[str, ...] = ()
     """``key=value`` words that it was read with."""
+    arms: tuple[str, ...] = ()
 
     def reloaded(self) -> Grid:
         """The same grid, read anew."""
@@ -102,7 +104,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     check_name("study.name", name)
     directory = converted("study.dir", study.get("dir", "studies"), str)
     folder = Path(expanded("study.dir", directory)) / name
-    arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT])
+    arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER])
     for arm in arms:
         if not isinstance(arm, str) or (arm not in ARMS and not DEEPER_SOURCE.fullmatch(arm)):
             raise ConfigError(f"arms: got {shown(arm)}; accepted: {', '.join(ARMS)}, N_layers")
@@ -142,7 +144,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
                 )
     shared = share_runs(list(cells.values()), folder / "cells")
     return Grid(name, folder, shared, _retries(study), _warnings(cells), pilot, path,
-                tuple(overrides))  # fmt: skip
+                tuple(overrides), tuple(arms))  # fmt: skip
 
 
 def _warnings(cells: dict[str, Cell]) -> list[str]:

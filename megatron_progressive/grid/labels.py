@@ -19,6 +19,7 @@ from megatron_progressive.grid.cells import (
     INIT,
     MULTI_STAGE,
     MULTI_STAGE_LAYERS,
+    NEVER,
     ONE_LAYER,
     PILOT,
     SCHEDULE,
@@ -27,6 +28,8 @@ from megatron_progressive.grid.cells import (
     ZERO_LAYER,
     Cell,
 )
+from megatron_progressive.models import model_shape
+from megatron_progressive.plan.controls import depths_before
 
 _ARMS = {
     FIXED: ("fixed-size", "the full depth from the first step"),
@@ -34,6 +37,11 @@ _ARMS = {
         "short control",
         "the full depth from scratch with its own complete schedule, for as many steps as give it "
         "the total FLOPs of the run that it controls",
+    ),
+    NEVER: (
+        "never-grown",
+        "a depth that the run that it controls has before the full one, from scratch with its own "
+        "complete schedule, for as many steps as those FLOPs pay for",
     ),
     ZERO_LAYER: (
         "zero-layer",
@@ -111,10 +119,21 @@ def families(cells: Sequence[Cell], without: Collection[str] = ()) -> dict[str, 
         if cell.control_of is None:
             varied = {key for key, found in values[cell.arm].items() if len(found) > 1}
             labels[cell.name] = _label(cell, varied - {*without})
+    by_name = {cell.name: cell for cell in cells}
     for cell in cells:
         if cell.control_of is not None:
-            labels[cell.name] = f"{arm_words(SHORT)} of {labels[cell.control_of]}"
+            stage = _stage(cell, by_name[cell.control_of])
+            labels[cell.name] = f"{arm_words(cell.arm)} of {labels[cell.control_of]}{stage}"
     return labels
+
+
+def _stage(control: Cell, grown: Cell) -> str:
+    """Which of a run's stages a source that never grows has the depth of, where there are several:
+    not the depth, which another size has in another stage."""
+    depths = depths_before(grown.config)
+    if control.arm != NEVER or len(depths) < 2:
+        return ""
+    return f", stage {1 + depths.index(model_shape(control.config).num_layers)}"
 
 
 def _label(cell: Cell, varied: Collection[str]) -> str:
@@ -127,6 +146,7 @@ def _label(cell: Cell, varied: Collection[str]) -> str:
     return " ".join([arm_words(cell.arm), *texts])
 
 
-def is_control(family: str) -> bool:
-    """Whether a family is one of short controls."""
-    return family.startswith(arm_words(SHORT))
+def is_control(family: str, arm: str | None = None) -> bool:
+    """Whether a family is one of controls of equal FLOPs (of ``arm``)."""
+    arms = (SHORT, NEVER) if arm is None else (arm,)
+    return any(family.startswith(f"{arm_words(one)} of ") for one in arms)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.data import DataIdentity, differ
-from megatron_progressive.grid.cells import FIXED, SHORT, Cell, params_of
+from megatron_progressive.grid.cells import FIXED, NEVER, SHORT, Cell, params_of
 from megatron_progressive.grid.data import data_key
 from megatron_progressive.grid.labels import families
 from megatron_progressive.grid.state import CellStatus, Study
@@ -22,6 +22,8 @@ class Result:
     family: str
     params: int
     """Of its last model."""
+    size_params: int
+    """At the full depth of its size."""
     run: Run | None
     """None where it has not begun, or its folder cannot be read."""
     problem: str = ""
@@ -46,6 +48,7 @@ def gather(study: Study) -> list[Result]:
     """Every cell of a study in the grid's order."""
     cells = study.grid.cells
     labels = families(cells)
+    full = {cell.size: params_of(cell) for cell in cells if cell.arm != NEVER}
     trained_on: dict[str, DataIdentity | None] = {}
     found = []
     for cell in cells:
@@ -61,7 +64,9 @@ def gather(study: Study) -> list[Result]:
             trained_on[key] = cell.trained_on or trained_on.get(key) or run.trained_on
         if run is not None and differ(run.trained_on, trained_on[key]):
             run, problem = None, "trained on other data than the study"
-        found.append(Result(status, labels[cell.name], params_of(cell), run, problem))
+        found.append(
+            Result(status, labels[cell.name], params_of(cell), full[cell.size], run, problem)
+        )
     return found
 
 
@@ -75,7 +80,7 @@ def once(results: Sequence[Result]) -> list[Result]:
 
 def of_families(results: Sequence[Result]) -> dict[str, list[Result]]:
     """The results of each family: fixed-size first, then those that grow, controls last."""
-    order = {FIXED: 0, SHORT: 2}
+    order = {FIXED: 0, SHORT: 2, NEVER: 3}
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: order.get(r.cell.arm, 1)):
         found.setdefault(result.family, []).append(result)
@@ -84,5 +89,5 @@ def of_families(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def sizes_of(results: Sequence[Result]) -> dict[str, int]:
     """Parameters at full depth of each size, from the smallest."""
-    found = {result.cell.size: result.params for result in results}
+    found = {result.cell.size: result.size_params for result in results}
     return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -115,9 +115,11 @@ class Plan:
     """Total FLOPs of the fixed-size control; None without an expansion."""
     short_steps: int | None
     """Number of steps of the short control; None without an expansion."""
+    never_grown: list[tuple[int, int]]
+    """Numbers of layers and steps of each control that never grows."""
     controls: list[list[str]]
-    """The ``key=value`` words that make the fixed-size and the short control of this
-    configuration."""
+    """The ``key=value`` words that make each control of this configuration: fixed-size, short and
+    never grown."""
     warnings: list[str]
     link_gb_per_s: float
     """The rate at which a rank sends and receives at an expansion, in 1e9 bytes per second each
@@ -195,8 +197,8 @@ def make_plan(
         optimizer += phase.steps * flops.optimizer_flops(shape, config.optim)
     on = _on_cluster(config, planned, cluster, found, words) if cluster is not None else None
     total = sum(p.phase.flops for p in planned)
-    fixed = controls.fixed_size(config) if config.expansion else None
-    short = controls.short_control(config) if config.expansion else None
+    made = controls.all_controls(config) if config.expansion else []
+    fixed, short = (made[0], made[1]) if made else (None, None)
     return Plan(
         config=config,
         world=world,
@@ -209,7 +211,8 @@ def make_plan(
         optimizer_flops_share=optimizer / total,
         fixed_flops=flops.total_flops(fixed) if fixed else None,
         short_steps=short.train.steps if short else None,
-        controls=[controls.control_words(config, c) for c in (fixed, short) if c is not None],
+        never_grown=[(model_shape(c).num_layers, c.train.steps) for c in made[2:]],
+        controls=[controls.control_words(config, control) for control in made],
         warnings=warnings,
         link_gb_per_s=link_gb_per_s,
         on=on,

@@ -196,8 +196,17 @@ def _compute(plan: Plan) -> list[str]:
     steps = f"{plan.short_steps:,} step{'s' * (plan.short_steps != 1)}"
     lines += _line(
         "short control",
-        f"{steps} of the target from scratch for as many FLOPs: growing pays only where it ends "
-        f"below that run, over several seeds",
+        f"{steps} of the target from scratch for as many FLOPs",
+    )
+    never = " and ".join(
+        f"{count:,} step{'s' * (count != 1)} of {layers} layer{'s' * (layers != 1)}"
+        for layers, count in plan.never_grown
+    )
+    lines += _line(
+        "never grown",
+        f"{never} alone, for as many FLOPs{' each' * (len(plan.never_grown) > 1)}: growing pays "
+        "only where it ends below the short control and below the source that is never grown, "
+        "over several seeds",
     )
     for expansion in plan.expansions:
         lines += _line(

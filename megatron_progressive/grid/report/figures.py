@@ -16,19 +16,23 @@ from megatron_progressive.compare.drawing import (
     FIXED_COLOURS,
     GROWN_COLOURS,
     INK,
+    NEVER_COLOURS,
     SHORT_COLOURS,
+    TEXT,
     count_tick,
     dress,
     label_ends,
     new_figure,
     save,
 )
-from megatron_progressive.grid.cells import FIXED
+from megatron_progressive.grid.cells import FIXED, NEVER, SHORT
 from megatron_progressive.grid.labels import arm_words, is_control
 from megatron_progressive.grid.report.laws import Law, Saving, frontier, usable
 from megatron_progressive.grid.results import Result, of_families
 from megatron_progressive.laws.fits import Fit, losses_of, rows_of
 
+_PALETTES = {FIXED: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
+_SHIFTS = {SHORT: 1, NEVER: 2}
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8
 """Families that one picture can tell apart."""
@@ -60,12 +64,11 @@ def looks(results: Sequence[Result]) -> dict[str, Look]:
     for family, cells in members.items():
         name = arm_words(cells[0].cell.arm) if many else family
         if name not in known:
-            palette = SHORT_COLOURS if is_control(family) else GROWN_COLOURS
-            palette = FIXED_COLOURS if cells[0].cell.arm == FIXED else palette
+            palette = _PALETTES.get(cells[0].cell.arm, GROWN_COLOURS)
             index = counts.get(palette, 0)
             counts[palette] = index + 1
             # controls differ from what they control in shape as well
-            shift = 1 if is_control(family) else 0
+            shift = _SHIFTS.get(cells[0].cell.arm, 0)
             marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
             known[name] = Look(palette[index % len(palette)], marker, name)
         found[family] = known[name]
@@ -201,8 +204,9 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
 def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, path: Path) -> bool:
     """Compute-efficiency factors against size, one panel a kind of reference; False without any."""
     panels = [
-        (name, [s for s in savings if is_control(s.reference) is control])
-        for name, control in (("fixed-size", False), ("its own short control", True))
+        ("fixed-size", [s for s in savings if not is_control(s.reference)]),
+        ("its own short control", [s for s in savings if is_control(s.reference, SHORT)]),
+        ("its source never grown", [s for s in savings if is_control(s.reference, NEVER)]),
     ]
     panels = [(name, found) for name, found in panels if found]
     if not panels:
@@ -214,8 +218,11 @@ def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, p
     ):
         values = [s.efficiency.factor.value for s in savings if s.efficiency.factor.value]
         least, most = min([*values, 0.8]), max([*values, 1.2])
-        _efficiency_panel(axes, found, styles, (0.45 * _on_axis(least), 2.2 * _on_axis(most)))
-        dress(axes, f"FLOPs of {name} over its own, at equal loss", "parameters at full depth")
+        limits = (0.45 * _on_axis(least), 2.2 * _on_axis(most))
+        _efficiency_panel(axes, found, styles, limits, width=1 / len(panels))
+        dress(axes, f"against {name}", "parameters at full depth")
+    axes = figure.axes[0]
+    axes.set_ylabel("FLOPs of the control over its own, at equal loss", **TEXT)  # type: ignore[arg-type]
     save(figure, path)
     return True
 
@@ -234,18 +241,22 @@ def _on_axis(factor: float) -> float:
 
 
 def _efficiency_panel(
-    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float]
-) -> None:
-    labels, families = [], list(dict.fromkeys(s.family for s in found))
+    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float],
+    width: float,
+) -> None:  # fmt: skip
+    """One panel, which has ``width`` of the picture."""
+    labels, lines = [], list(dict.fromkeys((s.family, s.reference) for s in found))
     sizes = sorted({s.params for s in found})
-    for number, family in enumerate(families):
+    for number, (family, reference) in enumerate(lines):
         look = styles[family]
+        # of several depths of one source each has its own line
+        stage = reference.rpartition(", ")[2] if sum(one == family for one, _ in lines) > 1 else ""
         # beside each other, so that intervals can be told apart
-        nudge = 1 + 0.02 * (number - (len(families) - 1) / 2)
+        nudge = 1 + 0.02 * (number - (len(lines) - 1) / 2)
         x, y = [], []
         for saving in found:
             factor, hollow = saving.efficiency.factor, saving.efficiency.extrapolated
-            if saving.family != family or not factor.value:
+            if (saving.family, saving.reference) != (family, reference) or not factor.value:
                 continue
             x.append(saving.params * nudge)
             y.append(_on_axis(factor.value))
@@ -258,12 +269,13 @@ def _efficiency_panel(
             )  # fmt: skip
         axes.plot(x, y, color=look.colour, linewidth=1, alpha=0.5)
         if x:
-            labels.append((x[-1], y[-1], f"{family} {last}", look.colour))
+            text = " ".join(filter(None, (family, stage, last)))
+            labels.append((x[-1], y[-1], text, look.colour))
     axes.axhline(1, color=INK, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(*limits)
-    room = 0.017 * max((len(text) for _, _, text, _ in labels), default=0)
+    room = min(0.65, 0.0085 / width * max((len(text) for _, _, text, _ in labels), default=0))
     decades = max(0.2, np.log10(sizes[-1] / sizes[0]))
     axes.set_xlim(
         sizes[0] / 10 ** (0.06 * decades), sizes[-1] * 10 ** (decades * room / (1 - room))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_progressive.compare.arms import Missing
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.report.laws import (
     Law,
     Saving,
 )
-from megatron_progressive.grid.report.verdict import Finding
+from megatron_progressive.grid.report.verdict import NOT_IN_THE_GRID, Finding
 from megatron_progressive.grid.results import Result
 from megatron_progressive.grid.state import FINISHED
 
@@ -23,6 +24,8 @@ class GridReport:
     grid: Grid
     results: list[Result]
     findings: list[Finding]
+    missing: list[Missing]
+    """Controls that finished runs which grow lack."""
     laws: list[Law]
     """Over FLOPs."""
     size_token_laws: list[Law]
@@ -52,6 +55,10 @@ class GridReport:
         """For the terminal: the answer, by size, and where the page is."""
         lines = [self.title, ""]
         lines += [f"  {one.size}, {one.family}: {one.sentence}" for one in self.findings]
+        absent = [one for one in self.missing if one.reason == NOT_IN_THE_GRID]
+        for command in dict.fromkeys(one.command for one in absent):
+            arms = " and no ".join(dict.fromkeys(o.arm for o in absent if o.command == command))
+            lines.append(f"  the grid has no {arms} run, without which nothing pays: {command}")
         lines += [f"  {line}" for line in refusals(self.laws)]
         if self.pilot:
             lines.append(f"  pilot: {self.pilot}")

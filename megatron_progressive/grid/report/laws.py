@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.grid.cells import FIXED, SHORT
+from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
 from megatron_progressive.grid.results import Result, of_families, once, sizes_of
 from megatron_progressive.laws.efficiency import Efficiency, efficiency_at_compute, pareto
 from megatron_progressive.laws.fits import Fit, fit_compute, fit_size_tokens
@@ -61,8 +61,9 @@ def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
     """``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: of all runs from scratch
-    of one setting together (fixed-size and short controls are one recipe at several D), and of
-    each family that grows, whose D are all its tokens."""
+    of one setting and their full depths together (fixed-size and short controls are one recipe at
+    several D), of each source that never grows, whose N are its own, and of each family that grows,
+    whose D are all its tokens."""
     scratch = [r for r in results if r.cell.arm in (FIXED, SHORT)]
     settings = list(dict.fromkeys(r.cell.setting for r in scratch))
     groups: dict[str, list[Result]] = {}
@@ -74,7 +75,7 @@ def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
         family: members
         for family, members in of_families(results).items()
         if members[0].cell.arm not in (FIXED, SHORT)
-    }
+    }  # a source of no layers is no small one of the sizes: it would bend their law
     laws = []
     for family, members in groups.items():
         say(f"law of {family} over sizes and data")
@@ -92,15 +93,15 @@ def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
     """Compute-efficiency factors of every family that grows, against fixed-size (of its own
-    setting) and against its own short control, at each size that the reference has finished."""
+    setting) and its own controls of equal FLOPs, at each size that the reference has finished."""
     fits = {law.family: law.fit for law in laws}
     by_family = of_families(results)
     found = []
     for family, members in by_family.items():
         fit = fits[family]
-        if members[0].cell.arm in (FIXED, SHORT) or fit is None:
+        if members[0].cell.arm in SCRATCH or fit is None:
             continue
-        for reference in references(members[0], results):
+        for reference in references(members, results):
             other = fits.get(reference)
             if other is None:
                 continue
@@ -112,13 +113,14 @@ def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
     return found
 
 
-def references(grown: Result, results: Sequence[Result]) -> list[str]:
-    """Families that one that grows is compared with: fixed-size, then its short control."""
-    fixed = [
-        r.family for r in results if r.cell.arm == FIXED and r.cell.setting == grown.cell.setting
-    ]
-    short = [r.family for r in results if r.cell.control_of == grown.cell.name]
-    return [*fixed[:1], *short[:1]]
+def references(members: Sequence[Result], results: Sequence[Result]) -> list[str]:
+    """Families that one that grows is compared with: fixed-size, its short control, and its source
+    never grown at each of its depths."""
+    setting, names = members[0].cell.setting, {r.cell.name for r in members}
+    fixed = [r.family for r in results if r.cell.arm == FIXED and r.cell.setting == setting]
+    mine = [r for r in results if r.cell.control_of in names]
+    equal = [r.family for arm in (SHORT, NEVER) for r in mine if r.cell.arm == arm]
+    return list(dict.fromkeys([*fixed[:1], *equal]))
 
 
 def frontier(results: Sequence[Result]) -> list[Result]:

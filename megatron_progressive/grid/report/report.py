@@ -48,7 +48,7 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
     study.collect()
     grid = study.grid
     results = gather(study)
-    compared = comparisons(results, str(grid.file))
+    compared = comparisons(results, grid)
     found = findings(results, compared, say)
     laws = compute_laws(results, say)
     report = GridReport(
@@ -56,6 +56,7 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
         grid=grid,
         results=results,
         findings=found,
+        missing=[one for comparison in compared.values() for one in comparison.missing],
         laws=laws,
         size_token_laws=size_token_laws(results, say),
         savings=savings(results, laws),
@@ -188,6 +189,7 @@ def as_json(report: GridReport) -> dict[str, Any]:
         "versions": report.versions,
         "pilot": report.pilot,
         "findings": [asdict(one) for one in report.findings],
+        "missing": [asdict(one) for one in report.missing],
         "laws": [_law(law) for law in report.laws],
         "size_token_laws": [_law(law) for law in report.size_token_laws],
         "savings": [asdict(one) for one in report.savings],

@@ -23,7 +23,7 @@ from megatron_progressive.compare.drawing import (
     save,
 )
 from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_curve, gap_percent
-from megatron_progressive.grid.cells import FIXED, SHORT, TAU
+from megatron_progressive.grid.cells import FIXED, SCRATCH, TAU
 from megatron_progressive.grid.labels import arm_words, families
 from megatron_progressive.grid.report.figures import MANY, Look
 from megatron_progressive.grid.report.laws import usable
@@ -126,7 +126,7 @@ def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
         cell, loss = result.cell, result.loss or 0.0
         if cell.arm == FIXED:
             fixed.setdefault((cell.size, cell.setting), []).append(loss)
-        elif cell.tau and cell.arm != SHORT:
+        elif cell.tau and cell.arm not in SCRATCH:
             tau = cell.config.expansion_steps()[-1] / cell.config.train.steps
             key = (cell.size, names[cell.name], cell.setting)
             points.setdefault(key, {}).setdefault(tau, []).append(loss)
