@@ -18,8 +18,8 @@ PROGRESSIVE, FIXED, SHORT, OTHER = "progressive", "fixed-size", "short control",
 NEVER = "never-grown"
 
 _SHORT_FLOPS = 0.02
-"""The relative difference of total FLOPs up to which a short control, which may have been trained
-for a round number of steps, counts as equal in compute."""
+"""Relative difference of total FLOPs up to which a short control, which may have been trained for
+a round number of steps, counts as equal in compute."""
 
 _DATA = ("corpus", "tokenizer", "text_field", "validation_fraction", "max_bytes")
 """The keys on which the validation loss depends, so that runs which differ in them cannot be
@@ -41,11 +41,11 @@ class Missing:
     command: str
     """The command that makes the control, or continues it."""
     layers: str = ""
-    """The depth of a source that never grows, as ``4 layers``."""
+    """The depth of a source that never grows, in words: ``4 layers``."""
 
     @property
     def words(self) -> str:
-        """The control in words: ``short control run``, ``never-grown run of 4 layers``."""
+        """What the control is called: ``short control run``, ``never-grown run of 4 layers``."""
         return f"{self.arm} run" + f" of {self.layers}" * bool(self.layers)
 
 
@@ -57,8 +57,8 @@ class Comparison:
     fixed: Run | None
     short: Run | None
     never: list[Run] = field(default_factory=list)
-    """The runs of its source, which never grows; for a run in stages, one at each depth before the
-    full one."""
+    """The runs of its source that never grow: of a run in stages, one at each depth before the full
+    one."""
     notes: list[str] = field(default_factory=list)
     """What is to be said where a control is not the exact counterpart."""
     missing: list[Missing] = field(default_factory=list)
@@ -74,18 +74,19 @@ class Control:
     """A control of equal FLOPs."""
 
     name: str
-    """Its name in reports."""
+    """What reports call it."""
     arm: str
     runs: Callable[[Comparison], list[Run]]
-    """Gives the finished runs of a comparison; of several the one with the lowest loss counts."""
+    """The finished runs of this control in a comparison; of several, the one with the lowest loss
+    counts."""
 
 
 EQUAL_FLOPS: tuple[Control, ...] = (
     Control("the short control", SHORT, lambda found: [found.short] if found.short else []),
     Control("the source never grown", NEVER, lambda found: found.never),
 )
-"""The controls of equal FLOPs: growing pays where it ends below every one of them. A further
-control would be one more line here, and a field of :class:`Comparison`."""
+"""The controls of equal FLOPs: growing pays where it ends below every one of them. A further one is
+one more line here, and a field of :class:`Comparison`."""
 
 
 def differences(config: RunConfig, wanted: RunConfig) -> list[str]:

@@ -9,8 +9,8 @@ well.
 
 Growing pays where it ends below *every* control of equal FLOPs (:data:`.arms.EQUAL_FLOPS`): the
 short control and the source that is never grown. Each of them has to be beaten on its own, which
-keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24). Ending
-above one of them decides against growing, and without one of them growing is not said to pay.
+keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24); ending
+above one of them decides against growing, and without one of them nothing is said to pay.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Against:
 
     control: str
     bound: float
-    """The difference has to be below this, in %: 0, or the gap that is allowed."""
+    """What the difference has to be below, in %: 0, or the gap that is allowed."""
     seeds: list[int]
     """The seeds of the pairs."""
     values: list[float]
@@ -65,7 +65,7 @@ class Against:
     left_out: list[str] = field(default_factory=list)
     """The seeds that are in no pair, and why."""
     lacking: list[str] = field(default_factory=list)
-    """What of the control is not there, where another part of it is in the pairs."""
+    """The parts of the control that are missing while others are in the pairs."""
 
 
 def pairs_needed(difference: float, spread: float) -> int | None:
@@ -116,8 +116,8 @@ def against(
         left_out: the seeds that are in no pair, and why.
         diverged: whether a run that grows is among these because it diverged; the other pairs then
             do not show that growing ends below.
-        lacking: what of the control is not there; without that the pairs may show that growing
-            does not end below, and not that it does.
+        lacking: the parts of the control that are missing; without them the pairs may show that
+            growing does not end below, but not that it does.
     """
     by_seed: dict[int, list[float]] = {}
     for seed, gap in gaps:
@@ -144,9 +144,8 @@ def against(
 
 
 def overall(controls: Sequence[Against]) -> str:
-    """What all controls decide together: ``pays`` where growing ends below every control, ``does
-    not pay`` where it does not end below one of them, and otherwise ``open``, also where a control
-    is not there."""
+    """What all controls decide together: ``pays`` where growing ends below every one of them,
+    ``does not pay`` where it is known not to end below one of them, and otherwise ``open``."""
     outcomes = [one.outcome for one in controls]
     if NOT_BELOW in outcomes:
         return DOES_NOT_PAY

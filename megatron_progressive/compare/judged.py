@@ -16,7 +16,7 @@ class Report:
 
     title: str
     complete: bool
-    """Whether each progressive run has all its controls, and all of them are finished."""
+    """Whether each progressive run has all its controls, and all are finished."""
     rows: list[Row]
     verdicts: list[Verdict]
     missing: list[Missing]

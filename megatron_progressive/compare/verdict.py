@@ -44,8 +44,8 @@ class Verdict:
     """The final validation loss above (+) or below (-) that of the best source that never grew, in
     %."""
     outcome: str
-    """Whether growing pays at equal FLOPs, as the pairs of all seeds of this recipe decide:
-    ``pays`` (it ends below every control), ``does not pay`` or ``open``."""
+    """Whether growing pays at equal FLOPs: ``pays`` (it ends below every control), ``does not pay``
+    or ``open``, by the pairs of all seeds of this recipe."""
     to_fixed: Against
     controls: list[Against]
     """The comparisons with each control of equal FLOPs."""
@@ -83,17 +83,21 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
     to_fixed, controls = paired(seeds)
     gap = _gap(run, fixed)
     short_gap = _gap(run, short)
-    never = sorted((control for control in comparison.never if has_loss(control)), key=_loss)
+    never = [
+        (control, gap_percent(loss or 0.0, control.final_loss or 0.0))
+        for control in comparison.never
+        if ended and has_loss(control)
+    ]
+    never.sort(key=lambda pair: -pair[1])  # the best first
     speedup = _quotient(fixed.total_flops if fixed else None, run.total_flops)
     wall = _quotient(fixed.train_wall if fixed else None, run.train_wall)
     equal = equal_loss(run, fixed) if fixed and ended else None
     mixing, unknown = _mixing(run, fixed) if fixed and ended else (None, "")
-    measured = [(control, _gap(run, control)) for control in never]
     sentences = verdict_sentences(
         comparison,
         gap=gap,
         short_gap=short_gap,
-        never=[(control, apart) for control, apart in measured if apart is not None],
+        never=never,
         speedup=speedup,
         wall=wall,
         equal=equal,
@@ -113,7 +117,7 @@ def _verdict(comparison: Comparison, seeds: list[Comparison]) -> Verdict:
         speedup_wall=wall if ended else None,
         loss_gap_percent=gap,
         short_gap_percent=short_gap,
-        never_gap_percent=_gap(run, next(iter(never), None)),
+        never_gap_percent=never[0][1] if never else None,
         outcome=overall(controls),
         to_fixed=to_fixed,
         controls=controls,
@@ -142,10 +146,6 @@ def _mixing(run: Run, fixed: Run) -> tuple[MixingTime | None, str]:
         return mixing_time(run, fixed), ""
     except ConfigError as error:
         return None, str(error)
-
-
-def _loss(run: Run) -> float:
-    return run.final_loss or 0.0
 
 
 def recipes(found: Sequence[Verdict], runs: Sequence[Run]) -> list[Verdict]:

@@ -99,7 +99,7 @@ def sentence(controls: Sequence[Against]) -> str:
 
 
 def decided_evidence(one: Against) -> str:
-    """The :func:`evidence` behind what it decides, if it decides anything."""
+    """:func:`evidence` behind what it decides, if it does."""
     return evidence(one) if one.outcome == OPEN else f"{one.outcome}, {evidence(one)}"
 
 
@@ -147,8 +147,7 @@ def verdict_sentences(
         comparison: the run and its controls.
         gap: its final validation loss above the fixed-size run's, %.
         short_gap: its final validation loss above the short control's, %.
-        never: each source that never grew, the best first, and its final validation loss above
-            that source's, %.
+        never: each source that never grew, the best first, and the final loss above its, %.
         speedup: total FLOPs of the fixed-size run over its own.
         wall: the same of training seconds.
         equal: where the fixed-size run has its final loss.
@@ -167,8 +166,7 @@ def verdict_sentences(
     if missing:
         sentences.append(f"Incomplete: no {' and no '.join(missing)}.")
     sentences += _fixed_sentences(run, fixed, gap, speedup, wall)
-    sentences += _short_sentences(run, comparison.short, short_gap)
-    sentences += _never_sentences(run, never)
+    sentences += _short_sentences(run, comparison.short, short_gap) + _never_sentences(run, never)
     if fixed is not None and has_loss(run):
         sentences.append(_equal_sentence(equal, fixed))
     sentences += _mixing_sentences(mixing)
@@ -255,7 +253,7 @@ def _short_sentences(run: Run, short: Run | None, gap: float | None) -> list[str
 
 
 def _never_sentences(run: Run, never: Sequence[tuple[Run, float]]) -> list[str]:
-    """How the run ends against each source that never grew, with the gap in %."""
+    """How the run ends against each source that never grew; gaps are in %."""
     found = [
         f"{above(gap)} {depth_words(control.config)} that never grow, "
         f"{control.config.train.steps:,} steps ({run.final_loss:.4f} against "

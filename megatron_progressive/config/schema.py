@@ -246,11 +246,11 @@ class OptimSection:
 @dataclass(frozen=True)
 class KernelsSection:
     """Fast kernels of the Megatron engine, on CUDA only. Each but CUDA graphs is on by default
-    where the model has a use for it; ``true`` is refused without CUDA. They have not run on a GPU
-    yet."""
+    where the model has a use for it; ``true`` is refused without CUDA. In fp32 the layers are
+    Megatron-core's local ones, without TF32. They have not run on a GPU yet."""
 
     cross_entropy: Optional[bool] = None
-    """Whether the cross-entropy is fused."""
+    """Whether the cross-entropy is fused (in bf16 only: it rounds the gradient of the logits)."""
     rope: Optional[bool] = None
     """Whether the rotation by position is fused (with Transformer Engine)."""
     activation: Optional[bool] = None

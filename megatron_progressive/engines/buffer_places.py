@@ -17,20 +17,22 @@ _ZERO_ALIGNMENT = 2
 
 
 def distributed_optimizer_places(
-    numels: Sequence[int], alone: Sequence[bool], data_ranks: int
+    numels: Sequence[int], alone: Sequence[bool], data_ranks: int, bucket: int | None = None
 ) -> list[Place]:
     """The places of tensors in a model chunk's buffer of Megatron-core's distributed optimizer.
 
-    The buffer has the tensors in reverse order, each at a multiple of 64 elements, in one bucket:
-    the engine asks for no overlap of the gradients' reduction, which would cut buckets by size. A
-    tensor with ``alone`` (the embedding that two pipeline stages share) has a bucket of its own.
-    The end of a bucket is padded to a multiple of 128 and of the ranks.
+    The buffer has the tensors in reverse order, each at a multiple of 64 elements. A bucket ends
+    with the tensor that makes it full. A tensor with ``alone`` (the embedding that two pipeline
+    stages share) has a bucket of its own. The end of a bucket is padded to a multiple of 128 and of
+    the ranks.
 
     Args:
         numels: the number of elements of each tensor, in the order of registration.
+        bucket: the number of elements from which on a bucket is full
+            (:func:`.optim.owners.bucket_numel`); with None none ever is.
     """
     tensors = [BufferTensor("", n, alone=a) for n, a in zip(numels, alone, strict=True)]
-    return owner_places(tensors, data_ranks)
+    return owner_places(tensors, data_ranks, bucket)
 
 
 def zero_places(numels: Sequence[int], data_ranks: int) -> list[Place]:

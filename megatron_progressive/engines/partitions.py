@@ -27,7 +27,7 @@ from megatron_progressive.models.base import (
     TransformerShape,
     layer_number,
 )
-from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
+from megatron_progressive.optim.owners import BufferTensor, Place, bucket_numel, owner_places
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.reshard.boxes import (
     MASTER,
@@ -234,7 +234,7 @@ class _Part:
             )
             for t, numel in zip(chunk, numels, strict=True)
         ]
-        return owner_places(tensors, self.data)
+        return owner_places(tensors, self.data, bucket_numel(self.layout.data))
 
     def _weight(self, tensor: HeldTensor, box: Box) -> PieceMeta:
         dtype = _WEIGHT_DTYPES[self.precision]

@@ -14,8 +14,9 @@ import bisect
 import heapq
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_progressive.optim.rules import ADAMW
 
@@ -28,6 +29,21 @@ MOST_PADDING = 0.05
 """The share of a bucket that :func:`owner_places` may leave empty in order to have tensors whole;
 padding is sent, too."""
 _PADDING_STEPS = 10
+_BUCKET_NUMEL, _BUCKET_NUMEL_A_RANK = 40_000_000, 1_000_000
+"""What Megatron-core takes for the size of a bucket: large enough for a reduce-scatter to be bound
+by bandwidth on each of its ranks, and small enough for the first to start early."""
+
+
+def bucket_numel(data_ranks: int) -> int | None:
+    """The number of elements from which on a bucket is full, for a model whose weights that many
+    data-parallel ranks have copies of; None: no bucket ever is, as nothing is exchanged.
+
+    Gradients of a bucket are reduced as soon as the backward pass has made the last of them.
+    Megatron-core 0.19.2 has this default (``distributed_data_parallel.py``).
+    """
+    if data_ranks == 1:
+        return None
+    return max(_BUCKET_NUMEL, _BUCKET_NUMEL_A_RANK * data_ranks)
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,9 @@ def _equal_share(numel: int, data_ranks: int) -> int:
     return rounded_up(numel, math.lcm(data_ranks, _BUCKET_ALIGNMENT)) // data_ranks
 
 
-def owner_places(tensors: Sequence[BufferTensor], data_ranks: int) -> list[Place]:
+def owner_places(
+    tensors: Sequence[BufferTensor], data_ranks: int, bucket: int | None = None
+) -> list[Place]:
     """The places of tensors in the buffer of a model chunk; under Muon-NSGD tensors lie whole in a
     rank's share.
 
@@ -104,34 +122,145 @@ def owner_places(tensors: Sequence[BufferTensor], data_ranks: int) -> list[Place
     Args:
         tensors: the tensors of the chunk in the order of registration. Within a bucket of whole
             tensors the places depend on names and sizes alone.
+        bucket: the number of elements from which on a bucket is full (:func:`bucket_numel`). A
+            bucket of whole tensors is larger where that cuts fewer of them; with None it takes all
+            consecutive tensors of its kind.
 
     Raises:
         RuntimeError: a tensor that has to lie first is larger than a share.
     """
     places: dict[int, Place] = {}
-    for bucket, members in enumerate(_buckets(tensors)):
+    number = 0
+    for members in _kinds(tensors):
         first = tensors[members[0]]
         if first.alone or first.rule == ADAMW:
-            starts, end = _in_a_row([tensors[i].numel for i in members])
-            share = _equal_share(end, data_ranks)
+            laid_out = [
+                _in_order(part, tensors, data_ranks) for part in _full(members, tensors, bucket)
+            ]
         else:
-            members.sort(key=lambda i: (not tensors[i].first, -tensors[i].numel, tensors[i].name))
-            starts, share = _whole_in_shares([tensors[i].numel for i in members], data_ranks)
-        for i, start in zip(members, starts, strict=True):
-            places[i] = Place(start, tensors[i].numel, share, bucket)
-            if tensors[i].first and places[i].owned(0) != (0, tensors[i].numel):
-                raise RuntimeError(f"{tensors[i].name}: does not fit into the first of the shares")
+            laid_out = _whole(members, tensors, data_ranks, bucket)
+        for found in laid_out:
+            places |= {i: replace(place, bucket=number) for i, place in found.items()}
+            number += 1
+    for i, tensor in enumerate(tensors):
+        if tensor.first and places[i].owned(0) != (0, tensor.numel):
+            raise RuntimeError(f"{tensor.name}: does not fit into the first of the shares")
     return [places[i] for i in range(len(tensors))]
 
 
-def _buckets(tensors: Sequence[BufferTensor]) -> Iterator[list[int]]:
-    """The indices of the tensors in each bucket, in reverse order of registration."""
+def _kinds(tensors: Sequence[BufferTensor]) -> Iterator[list[int]]:
+    """The indices of consecutive tensors of one kind, in reverse order of registration."""
 
     def kind(i: int) -> tuple[int, bool]:
         return (i if tensors[i].alone else -1), tensors[i].rule == ADAMW
 
     for _, members in itertools.groupby(reversed(range(len(tensors))), key=kind):
         yield list(members)
+
+
+def _full(
+    members: list[int], tensors: Sequence[BufferTensor], bucket: int | None
+) -> Iterator[list[int]]:
+    """Consecutive tensors of AdamW in buckets: each is full with the tensor that reaches
+    ``bucket``."""
+    part: list[int] = []
+    end = 0
+    for i in members:
+        part.append(i)
+        end = rounded_up(end, _TENSOR_ALIGNMENT) + tensors[i].numel
+        if bucket is not None and end >= bucket:
+            yield part
+            part, end = [], 0
+    if part:
+        yield part
+
+
+def _in_order(
+    members: list[int], tensors: Sequence[BufferTensor], data_ranks: int
+) -> dict[int, Place]:
+    """The places of a bucket's tensors that may be cut anywhere."""
+    starts, end = _in_a_row([tensors[i].numel for i in members])
+    share = _equal_share(end, data_ranks)
+    return {i: Place(at, tensors[i].numel, share) for i, at in zip(members, starts, strict=True)}
+
+
+def _whole(
+    members: list[int], tensors: Sequence[BufferTensor], data_ranks: int, bucket: int | None
+) -> list[dict[int, Place]]:
+    """The places, in as many buckets as cut no more than one bucket does, of tensors that are to
+    lie whole in shares: a share can hold what is at most as large as a rank's part of a bucket."""
+    one = [_largest_first(members, tensors, data_ranks)]
+    if bucket is None:
+        return one
+    apart = [
+        places
+        for part in _apart_from_large(members, tensors, data_ranks, bucket)
+        for places in _divided(part, tensors, data_ranks, bucket)
+    ]
+    found = [apart, _divided(members, tensors, data_ranks, bucket), one]
+    fitting = [f for f in found if _cut(f) <= _cut(one) and _first_fit(f, tensors)]
+    return max(fitting, key=len, default=one)
+
+
+def _first_fit(buckets: list[dict[int, Place]], tensors: Sequence[BufferTensor]) -> bool:
+    """Whether tensors that have to lie first lie whole in the first share."""
+    places = {i: place for bucket in buckets for i, place in bucket.items() if tensors[i].first}
+    return all(place.owned(0) == (0, place.numel) for place in places.values())
+
+
+def _apart_from_large(
+    members: list[int], tensors: Sequence[BufferTensor], data_ranks: int, bucket: int
+) -> Iterator[list[int]]:
+    """Consecutive tensors, parted at those that are larger than any share, which are cut anyway.
+    What would not fill a bucket stays with the tensor before it."""
+    total = sum(tensors[i].numel for i in members)
+    parts: list[list[int]] = [[]]
+    for i in members:
+        large = tensors[i].numel * data_ranks > total
+        filled = sum(tensors[j].numel for j in parts[-1]) >= bucket
+        if parts[-1] and filled and (large or tensors[parts[-1][0]].numel * data_ranks > total):
+            parts.append([])
+        parts[-1].append(i)
+    yield from parts
+
+
+def _divided(
+    members: list[int], tensors: Sequence[BufferTensor], data_ranks: int, bucket: int
+) -> list[dict[int, Place]]:
+    """The places in equal buckets, as many as cut no more than one does."""
+    numels = {i: tensors[i].numel for i in members}
+    total = sum(numels.values())
+    one = [_largest_first(members, tensors, data_ranks)]
+    largest = max((n for n in numels.values() if n * data_ranks <= total), default=0)
+    count = total // max(bucket, largest * data_ranks)
+    while count > 1:
+        parts: dict[int, list[int]] = defaultdict(list)
+        before = 0
+        for i in members:
+            parts[(2 * before + numels[i]) * count // (2 * total)].append(i)  # by its middle
+            before += numels[i]
+        several = [_largest_first(part, tensors, data_ranks) for part in parts.values()]
+        if _cut(several) <= _cut(one):
+            return several
+        count //= 2
+    return one
+
+
+def _cut(buckets: list[dict[int, Place]]) -> int:
+    """The number of elements of tensors of which several ranks own parts."""
+    places = [place for bucket in buckets for place in bucket.values()]
+    return sum(place.numel for place in places if len(place.ranks()) > 1)
+
+
+def _largest_first(
+    members: list[int], tensors: Sequence[BufferTensor], data_ranks: int
+) -> dict[int, Place]:
+    """The places of one bucket's tensors, whole in shares as far as they fit."""
+    order = sorted(
+        members, key=lambda i: (not tensors[i].first, -tensors[i].numel, tensors[i].name)
+    )
+    starts, share = _whole_in_shares([tensors[i].numel for i in order], data_ranks)
+    return {i: Place(at, tensors[i].numel, share) for i, at in zip(order, starts, strict=True)}
 
 
 def _whole_in_shares(numels: Sequence[int], data_ranks: int) -> tuple[list[int], int]:

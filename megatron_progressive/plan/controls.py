@@ -2,9 +2,8 @@
 
 *Fixed-size* has the target depth from the first step, and as many steps. The *short control* has
 the target depth from scratch with a complete schedule of its own, and ends at the progressive run's
-total FLOPs. *Never grown* has the source depth with a complete schedule of its own, for as many
-steps as those FLOPs pay for. Growing pays only where it ends below both of these, over several
-seeds.
+total FLOPs. *Never grown* is the source depth with a complete schedule of its own, for as many
+steps as those FLOPs pay for. Growing pays only where it ends below the last two, over several seeds.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def fixed_size(config: RunConfig) -> RunConfig:
 
 
 def short_control(config: RunConfig) -> RunConfig:
-    """The control of equal FLOPs: :func:`fixed_size` for as many steps as the progressive run's
+    """The equal-FLOPs control: :func:`fixed_size` for as many steps as the progressive run's
     total FLOPs allow, with a complete schedule.
 
     Raises:

@@ -114,12 +114,11 @@ class Plan:
     fixed_flops: int | None
     """Total FLOPs of the fixed-size control; None without an expansion."""
     short_steps: int | None
-    """Number of steps of the short control; None without an expansion."""
+    """Steps of the short control; None without an expansion."""
     never_grown: list[tuple[int, int]]
-    """Numbers of layers and steps of each control that never grows."""
+    """Layers and steps of each control that never grows."""
     controls: list[list[str]]
-    """The ``key=value`` words that make each control of this configuration: fixed-size, short and
-    never grown."""
+    """``key=value`` words that make each control of this config: fixed-size, short, never grown."""
     warnings: list[str]
     link_gb_per_s: float
     """The rate at which a rank sends and receives at an expansion, in 1e9 bytes per second each

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.numerics import exact_products
 from megatron_progressive.runtime.rendezvous import TIMEOUT, meet
 from megatron_progressive.runtime.tied import end_with_starter
 
@@ -124,6 +125,7 @@ def world_group(place: Place, store: Any = None) -> Iterator[None]:
     from megatron_progressive.runtime import cpu
 
     cpu.install()
+    exact_products()
     # What imports have made stays: collections at an expansion need not look through it.
     gc.freeze()
     cuda = torch.cuda.is_available()

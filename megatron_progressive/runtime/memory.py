@@ -58,6 +58,5 @@ class Staging:
         if device.type != "cuda":
             return values
         there = values.to(device, non_blocking=True)
-        self._read[self._next] = torch.cuda.Event()
-        self._read[self._next].record()  # type: ignore[union-attr]
+        self._read[self._next] = torch.cuda.current_stream().record_event()
         return there

@@ -31,10 +31,10 @@ def test_the_sentence_names_every_control_that_is_there_and_those_that_lack() ->
     assert short_text([BELOW, LEVEL]).endswith("the source: open (3 pairs)")
 
 
-def test_the_sentence_ends_with_what_of_a_control_is_missing() -> None:
-    lacking = "seed 1: no never-grown run of 4 layers"
-    one = against("c", [(1, -5.0), (2, -5.2), (3, -4.9)], lacking=[lacking])
-    assert sentence([one]).endswith(f"; {lacking}.")
+def test_the_sentence_says_what_of_a_control_is_missing() -> None:
+    pairs = [(1, -5.0), (2, -5.2), (3, -4.9)]
+    one = against("c", pairs, lacking=["seed 1: no never-grown run of 4 layers"])
+    assert sentence([one]).endswith("; seed 1: no never-grown run of 4 layers.")
 
 
 def test_the_sentence_says_that_pairs_without_a_spread_do_not_differ() -> None:

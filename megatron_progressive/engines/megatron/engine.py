@@ -46,6 +46,7 @@ from megatron_progressive.engines.megatron.state import sharded_state, table_wit
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.optim.owners import bucket_numel
 from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
@@ -76,7 +77,7 @@ class MegatronEngine:
         ]
         named = [canonical_names(chunk, self.groups) for chunk in chunks]
         self._names = {name: weight for names in named for name, weight in names.items()}
-        table = engine_table(tensor_table(shape))
+        table = engine_table(tensor_table(shape), kernels.transformer_engine)
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=sharded,
@@ -124,7 +125,7 @@ class MegatronEngine:
             return owner_layout(names, self._table, optim, self.groups, buffers, embedding)
         data, experts = self.layout.data, self.layout.expert_data
         return DistributedOptimizer.compute_full_param_layout(
-            list(names.values()), None, data, buffers, experts
+            list(names.values()), bucket_numel(data), data, buffers, experts
         )
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:

@@ -45,20 +45,41 @@ def resolve(
     cuda: bool,
     transformer_engine: bool,
     sharded: bool,
+    fp32: bool = False,
 ) -> Kernels:
     """The kernels of one engine.
+
+    In fp32 everything is fp32, also on CUDA: Transformer Engine's fp32 products ask for TF32, and
+    Megatron-core's fused cross-entropy rounds the gradient of the logits to bf16 whatever the type.
 
     Args:
         cuda: whether there is a CUDA device; without one all kernels are off.
         transformer_engine: whether layers of Transformer Engine can be used.
         sharded: whether Megatron's distributed optimizer is in use, which has parameters to gather.
+        fp32: whether the run's precision is fp32.
     """
     if not cuda:
         return Kernels(transformer_engine=False)
+    transformer_engine = transformer_engine and not fp32
+    able = possible(shape, transformer_engine=transformer_engine, sharded=sharded, fp32=fp32)
+    default = {name: name != "cuda_graphs" for name in able}
+    wanted = asdict(section)
+    on = {
+        name: (default[name] if wanted[name] is None else wanted[name]) and can
+        for name, can in able.items()
+    }
+    return Kernels(transformer_engine=transformer_engine, **on)
+
+
+def possible(
+    shape: TransformerShape, *, transformer_engine: bool, sharded: bool, fp32: bool
+) -> dict[str, bool]:
+    """Whether each kernel can be on, on CUDA: for a model that has a use for it, and as
+    :func:`resolve` says."""
     experts = MOE in shape.layer_kinds()
     gated = TRANSFORMERS[shape.family].gated
-    possible = {
-        "cross_entropy": True,
+    return {
+        "cross_entropy": not fp32,
         # Megatron-core's fused rotation is Transformer Engine's; in latent attention only with yarn
         "rope": transformer_engine
         and shape.rope is not None
@@ -72,13 +93,6 @@ def resolve(
         "overlap_parameters": sharded,
         "cuda_graphs": True,
     }
-    default = {name: name != "cuda_graphs" for name in possible}
-    wanted = asdict(section)
-    on = {
-        name: (default[name] if wanted[name] is None else wanted[name]) and able
-        for name, able in possible.items()
-    }
-    return Kernels(transformer_engine=transformer_engine, **on)
 
 
 def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> Kernels:
@@ -94,6 +108,7 @@ def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> 
         cuda=torch.cuda.is_available(),
         transformer_engine=transformer_engine_available(),
         sharded=layout.distributed_optimizer,
+        fp32=config.train.precision == "fp32",
     )
 
 

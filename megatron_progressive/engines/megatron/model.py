@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_config import (
 
 from megatron_progressive.engines.megatron.kernels import Kernels, transformer_kwargs
 from megatron_progressive.engines.megatron.spec import (
+    TRANSFORMER_ENGINE,
     decoder_spec,
     mtp_spec,
-    transformer_engine_available,
 )
 from megatron_progressive.engines.megatron.transformer_kwargs import transformer_config_kwargs
 from megatron_progressive.models import TRANSFORMERS
@@ -81,7 +81,7 @@ def transformer_config(
         deallocate_pipeline_outputs=cuda,
         use_cpu_initialization=not cuda,
         perform_initialization=False,
-        transformer_impl="transformer_engine" if kernels.transformer_engine else "local",
+        transformer_impl=TRANSFORMER_ENGINE if kernels.transformer_engine else "local",
         init_method=_untouched,
         output_layer_init_method=_untouched,  # the default divides by the number of layers
         hidden_dropout=0.0,
@@ -166,13 +166,13 @@ def _mask_padding(
         output_layer.register_forward_hook(mask)
 
 
-def engine_table(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+def engine_table(table: dict[str, TensorSpec], transformer_engine: bool) -> dict[str, TensorSpec]:
     """The family's table as it holds for the layer spec in use.
 
     Transformer Engine's spec keeps latent attention's down-projections whole on every
     tensor-parallel rank.
     """
-    if not transformer_engine_available():
+    if not transformer_engine:
         return table
     down = {name for name, spec in table.items() if spec.role in ("q_down", "kv_down")}
     whole = {name: dataclasses.replace(table[name], tp_axis=None) for name in down}

@@ -24,7 +24,7 @@ from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParam
 from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.flat import Cut, FlatOptimizer, Fragment
-from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
+from megatron_progressive.optim.owners import BufferTensor, Place, bucket_numel, owner_places
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.runtime.groups import ProcessGroups
 
@@ -63,7 +63,7 @@ def owner_layout(
             )
             for p in members
         ]
-        places = owner_places(tensors, ranks)
+        places = owner_places(tensors, ranks, bucket_numel(groups.layout.data))
         layouts[key] = _buffer_layout(members, places, indices, ranks)
     return FullParamLayout(layouts=layouts)
 

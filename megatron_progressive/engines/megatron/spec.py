@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine's on CUDA, Megatron-core's local one elsewhere.
+"""Layer specs: Transformer Engine's on CUDA (in bf16), Megatron-core's local one elsewhere.
 
 The local spec of 0.19.2 lacks what latent attention and experts need: a core attention that takes
 heads of two widths, and norms that support sequence parallelism.
@@ -33,6 +33,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_progressive.models.base import MOE
+
+TRANSFORMER_ENGINE = "transformer_engine"
+"""``TransformerConfig.transformer_impl`` of models with Transformer Engine's layers."""
 
 
 class CausalAttention(MegatronModule):  # type: ignore[misc]
@@ -128,7 +131,7 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
-    fused = transformer_engine_available()
+    fused = config.transformer_impl == TRANSFORMER_ENGINE
     if fused:
         grouped = config.moe_grouped_gemm and kind == MOE
         spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=grouped, **common)
@@ -154,7 +157,7 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
 
 def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> TransformerBlockSubmodules:
     """The spec of layers of these kinds and of the norm behind them."""
-    if transformer_engine_available():
+    if config.transformer_impl == TRANSFORMER_ENGINE:
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm: Any = TENorm
@@ -168,14 +171,15 @@ def mtp_spec(
     config: TransformerConfig, kind: str, depth: int
 ) -> MultiTokenPredictionBlockSubmodules:
     """The spec of ``depth`` multi-token prediction modules whose layers are of this kind."""
-    if transformer_engine_available():
+    fused = config.transformer_impl == TRANSFORMER_ENGINE
+    if fused:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         backend: Any = TESpecProvider()
     else:
         backend = LocalSpecProvider()
     spec = get_mtp_layer_spec_for_backend(layer_spec(config, kind), backend)
-    if not transformer_engine_available():
+    if not fused:
         for name in ("enorm", "hnorm", "layer_norm"):
             setattr(spec.submodules, name, local_norm)
     return MultiTokenPredictionBlockSubmodules(layer_specs=[spec] * depth)
