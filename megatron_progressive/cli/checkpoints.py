@@ -1,4 +1,4 @@
-"""``mprog checkpoint …``, ``export``, ``import``: models on disk."""
+"""``mprog checkpoint …``, ``export`` and ``import``: models on disk."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of models on disk."""
+    """Add the commands for models on disk."""
     checkpoint = commands.add_parser("checkpoint", help="inspect it, or expand it on disk")
     verbs = checkpoint.add_subparsers(dest="checkpoint_command", required=True, metavar="COMMAND")
     inspect = command(verbs, "inspect", _checkpoint_inspect, "what a checkpoint holds")

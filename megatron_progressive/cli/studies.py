@@ -1,4 +1,4 @@
-"""``mprog grid …``, ``coordcheck``: studies of many runs."""
+"""``mprog grid …`` and ``coordcheck``: studies of many runs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _coordcheck(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of studies."""
+    """Add the commands for studies."""
     grid = commands.add_parser("grid", help="studies of many runs").add_subparsers(
         dest="grid_command", required=True, metavar="COMMAND"
     )

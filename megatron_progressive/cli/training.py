@@ -1,4 +1,4 @@
-"""``mprog init``, ``data``, ``train``, ``plan``, ``pilot``, ``report``: a single run."""
+"""``mprog init``, ``data``, ``train``, ``plan``, ``pilot`` and ``report``: a single run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of a single run."""
+    """Add the commands for a single run."""
     init = command(commands, "init", _init, "write a commented first configuration")
     init.add_argument("file", metavar="FILE", help="the YAML file to make")
     init.add_argument(
