@@ -57,7 +57,7 @@ def command(commands: Commands, name: str, call: Call, text: str) -> argparse.Ar
 def takes_config(sub: argparse.ArgumentParser) -> None:
     """Add a configuration and words that replace fields of it."""
     sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields of it")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields of the file")
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:

@@ -16,4 +16,4 @@ def _env(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def add(commands: Commands) -> None:
     """Add the commands for the machine."""
-    command(commands, "env", _env, "versions, devices, and what the fast path lacks")
+    command(commands, "env", _env, "show versions, devices, and what the fast path lacks")
