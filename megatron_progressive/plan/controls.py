@@ -3,7 +3,7 @@
 *Fixed-size* has the target depth from the first step, and as many steps. The *short control* has
 the target depth from scratch with a complete schedule of its own, and ends at the progressive run's
 total FLOPs. *Never grown* is the source depth with a complete schedule of its own, for as many
-steps as those FLOPs pay for. Growing pays only where it ends below both of these, over several
+steps as those FLOPs pay for. Growing pays only where it ends below the last two, over several
 seeds.
 """
 

@@ -1,4 +1,4 @@
-"""A grid of all arms that really trains, in which growing runs stand beside both controls."""
+"""A grid of all arms, trained and reported: a run that grows has both controls of equal FLOPs."""
 
 from __future__ import annotations
 
