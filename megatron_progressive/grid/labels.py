@@ -1,4 +1,5 @@
-"""What cells are called: their arms in words, and the *family* of each, from the axes that make it.
+"""What cells are called: their arms in words, and the *family* of each cell, from the axes that
+make it.
 
 A family is what cells of several sizes and seeds have in common: an arm, and the value of every
 axis (:attr:`.Cell.axes`) of which the grid has several for that arm. Everything that names arms or
@@ -79,17 +80,17 @@ _AXES = {
     TAU: "τ={}", INIT: "{}", "order": "{}", "insert": "{} insert", "optimizer_state": "{} state",
     SCHEDULE: "{}", "optim.name": "{}",
 }  # fmt: skip
-"""How a value of an axis is said."""
+"""How the value of an axis is put into words."""
 _ORDER = (TAU, INIT, *EXPANSION_KEYS, SCHEDULE)
 
 
 def arm_words(arm: str) -> str:
-    """An arm as a reader meets it: ``zero-layer``, ``4-layer``."""
+    """The name of an arm for a reader: ``zero-layer``, ``4-layer``."""
     return _of(arm)[0]
 
 
 def arm_meaning(arm: str) -> str:
-    """What the runs of an arm do."""
+    """What the runs of an arm do, in words."""
     return _of(arm)[1]
 
 
@@ -106,7 +107,7 @@ def families(cells: Sequence[Cell], without: Collection[str] = ()) -> dict[str, 
     """The family of each cell, by the cell's name: ``one-layer τ=0.3 copying``.
 
     Args:
-        without: axes that are left out (:data:`.cells.TAU`, say).
+        without: the axes that are left out, such as :data:`.cells.TAU`.
     """
     keys = {key for cell in cells for key in cell.axes}
     values: dict[str, dict[str, set[str]]] = {}
@@ -128,8 +129,8 @@ def families(cells: Sequence[Cell], without: Collection[str] = ()) -> dict[str, 
 
 
 def _stage(control: Cell, grown: Cell) -> str:
-    """Which of a run's stages a source that never grows has the depth of, where there are several:
-    not the depth, which another size has in another stage."""
+    """Which of a run's stages has the depth of a source that never grows, where there are several
+    stages. The depth itself does not tell, since another size has it in another stage."""
     depths = depths_before(grown.config)
     if control.arm != NEVER or len(depths) < 2:
         return ""
@@ -147,6 +148,6 @@ def _label(cell: Cell, varied: Collection[str]) -> str:
 
 
 def is_control(family: str, arm: str | None = None) -> bool:
-    """Whether a family is one of controls of equal FLOPs (of ``arm``)."""
+    """Whether a family is one of controls of equal FLOPs, of ``arm`` where that is given."""
     arms = (SHORT, NEVER) if arm is None else (arm,)
     return any(family.startswith(f"{arm_words(one)} of ") for one in arms)

@@ -31,7 +31,7 @@ _SHOWN = 12  # sentences that a reader may want to read before the figures
 
 
 def render(report: GridReport) -> str:
-    """The page: answer, what was run, laws, savings, mixing, sweeps, and every cell."""
+    """The page: the answer, what was run, laws, savings, mixing, sweeps, and every cell."""
     parts = [f"<h1>{escape(report.title)}</h1>"]
     if not report.complete:
         parts.append(
@@ -226,8 +226,8 @@ def _law_table(laws: list[Law], names: tuple[str, ...]) -> str:
 
 
 def _parameter(fit: Fit, name: str) -> str:
-    """A parameter of a law; of one that the cells do not determine no number, which a reader would
-    take for a finding."""
+    """The text of a law's parameter. For a parameter that the cells do not determine it has no
+    number, which a reader would take for a finding."""
     return "not determined" if name in fit.undetermined else _interval(fit.parameters[name])
 
 
@@ -241,7 +241,8 @@ def _digits(value: float | None) -> str:
 
 
 def _factor(found: Interval) -> str:
-    """A factor and its interval; powers of ten that no run could have are ends without a number."""
+    """The text of a factor and its interval. An end that is a power of ten which no run could have
+    is given without a number."""
     value, low, high = (
         "open" if number is None else factor_text(number) if number else "0"
         for number in (found.value, found.low, found.high)
@@ -324,7 +325,7 @@ def _problems(report: GridReport) -> str:
 
 
 def _unit(report: GridReport) -> str:
-    """``tokens`` or ``images``: a grid has one family."""
+    """What samples are made of, ``tokens`` or ``images``; a grid has one family."""
     return model_shape(report.results[0].cell.config).unit
 
 

@@ -1,4 +1,4 @@
-"""The report of a study: ``report.html``, pictures and ``report.json`` in its folder."""
+"""Making the report of a study: ``report.html``, pictures and ``report.json`` in its folder."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _pilot_picture(grid: Grid, path: Path) -> bool:
 
 def as_json(report: GridReport) -> dict[str, Any]:
     """The report as plain values; null where a number is not finite. Bootstrap samples are left
-    out: a law's seed and its cells give them again."""
+    out, since a law's seed and its cells give them again."""
     values = {
         "title": report.title,
         "complete": report.complete,

@@ -36,20 +36,21 @@ class Finding:
     params: int
     family: str
     seeds: list[int]
-    """Finished ones."""
+    """The seeds that are finished."""
     flops_share: float | None
-    """Its total FLOPs over fixed-size's."""
+    """The family's total FLOPs over those of fixed-size training."""
     to_fixed: Against
-    """Its outcome: ``below`` where it has fewer FLOPs and ends within 0.5 % of fixed-size."""
+    """The comparison with fixed-size training; its outcome is ``below`` where the run has fewer
+    FLOPs and ends within 0.5 % of it."""
     controls: list[Against]
-    """Against each control of equal FLOPs."""
+    """The comparisons with each control of equal FLOPs."""
     outcome: str
-    """Whether it ends below every one of these: ``pays``, ``does not pay``, ``open``."""
+    """Whether it ends below every one of these controls: ``pays``, ``does not pay`` or ``open``."""
     mixed: list[bool]
-    """Of each seed whose mixing could be measured."""
+    """Whether it mixed, for each seed whose mixing could be measured."""
     sentence: str
     verdicts: list[Verdict] = field(default_factory=list)
-    """Of each seed."""
+    """The verdict on each seed."""
 
 
 def comparisons(results: Sequence[Result], grid: Grid) -> dict[str, Comparison]:
@@ -87,7 +88,8 @@ def _finished(results: Sequence[Result]) -> list[Run]:
 def _missing(
     grown: Result, arm: str, key: str, controls: Sequence[Result], grid: Grid
 ) -> list[Missing]:
-    """What is not finished of a control of a run that grows, with the command that makes it."""
+    """The controls of a run that grows, as far as they are not finished, with the commands that
+    make them."""
     command = ["mprog", "grid", "run", str(grid.file), *grid.overrides]
     name = grown.cell.name
     if not controls:
@@ -144,7 +146,7 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
 
 
 def distinct(found: Sequence[Finding]) -> list[Finding]:
-    """Findings of different runs: those that cells share under several names count once."""
+    """The findings of different runs; runs that cells share under several names count once."""
     first: dict[tuple[str, ...], Finding] = {}
     for one in found:
         runs = tuple(verdict.run for verdict in one.verdicts)
