@@ -19,7 +19,7 @@ from megatron_progressive import cli
 from megatron_progressive.checkpoints.init_from import with_initial_model
 from megatron_progressive.config import from_dict, to_yaml
 from tests.pool import Pool
-from tests.train.cases import run_config, run_values, train_here
+from tests.train.small_runs import run_config, run_values, train_here
 
 Case = tuple[str, list[str], int, list[str]]
 

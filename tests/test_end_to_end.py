@@ -12,7 +12,7 @@ from megatron_progressive import cli
 from megatron_progressive.plan.controls import all_controls
 from megatron_progressive.runs.folder import read_metrics
 from tests.pool import Pool
-from tests.train.cases import run_config, train_here
+from tests.train.small_runs import run_config, train_here
 
 
 def test_all_arms_and_their_report(

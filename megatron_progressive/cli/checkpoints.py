@@ -26,7 +26,7 @@ def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
     expansion = expansion_from_words({field: getattr(args, field) for field in fields})
     plan = plan_expansion(checkpoint_of(args), place("OUT", args.out), expansion)
     expand_checkpoint(plan)
-    print(f"{args.out}: {plan.from_layers} → {plan.progress.num_layers} layers")
+    print(f"{args.out}: {plan.from_layers} → {plan.position.num_layers} layers")
     return 0
 
 

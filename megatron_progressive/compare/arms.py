@@ -1,4 +1,4 @@
-"""Which run is which arm of a comparison, recognised from the configurations alone."""
+"""Which run is which arm of a comparison, as the configurations alone tell."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SHORT_FLOPS = 0.02
 a round number of steps, counts as equal in compute."""
 
 _DATA = ("corpus", "tokenizer", "text_field", "validation_fraction", "max_bytes")
-"""What the validation loss depends on: runs that differ here cannot be compared. Where it is
-recorded what both were trained on, that counts instead."""
+"""The keys on which the validation loss depends, so that runs which differ in them cannot be
+compared. Where it is recorded what both runs were trained on, that counts instead."""
 
 # Of the keys that decide a run's numbers, those in which a control may differ: its name; its seed,
 # which :func:`_notes` names; how often it is validated; and its model, which is one of the run's.
@@ -35,36 +35,37 @@ class Missing:
     """A control that the report lacks."""
 
     run: str
-    """Name of the progressive run."""
+    """The name of the progressive run."""
     arm: str
     reason: str
     command: str
-    """What makes it, or continues it."""
+    """The command that makes the control, or continues it."""
     layers: str = ""
-    """Of a source that never grows: ``4 layers``."""
+    """The depth of a source that never grows, in words: ``4 layers``."""
 
     @property
     def words(self) -> str:
-        """``short control run``, ``never-grown run of 4 layers``."""
+        """What the control is called: ``short control run``, ``never-grown run of 4 layers``."""
         return f"{self.arm} run" + f" of {self.layers}" * bool(self.layers)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One progressive run and its controls, finished ones only."""
+    """One progressive run and its controls, of which only finished ones count."""
 
     progressive: Run
     fixed: Run | None
     short: Run | None
     never: list[Run] = field(default_factory=list)
-    """Its source never grown; of a run in stages, at each depth before the full one."""
+    """The runs of its source that never grow: of a run in stages, one at each depth before the full
+    one."""
     notes: list[str] = field(default_factory=list)
-    """Where a control is not the exact counterpart."""
+    """What is to be said where a control is not the exact counterpart."""
     missing: list[Missing] = field(default_factory=list)
 
     @property
     def controls(self) -> list[Run]:
-        """All that are there."""
+        """All controls that are there."""
         return [run for run in (self.fixed, self.short, *self.never) if run is not None]
 
 
@@ -76,7 +77,8 @@ class Control:
     """What reports call it."""
     arm: str
     runs: Callable[[Comparison], list[Run]]
-    """The finished ones of a comparison: of several the one with the lowest loss counts."""
+    """The finished runs of this control in a comparison; of several, the one with the lowest loss
+    counts."""
 
 
 EQUAL_FLOPS: tuple[Control, ...] = (
@@ -88,7 +90,8 @@ one more line here, and a field of :class:`Comparison`."""
 
 
 def differences(config: RunConfig, wanted: RunConfig) -> list[str]:
-    """``key value (instead of value)`` of settings that change the numbers; layouts do not."""
+    """The settings that change the numbers, as ``key value (instead of value)``; layouts do not
+    change them."""
     mine, theirs = (
         # a control that stops early has not had its whole schedule, though its steps are the same
         {**decisive(one), "train.stop_after": one.train.stop_after}
@@ -132,8 +135,8 @@ def _fixed_but_for_data(control: Run, progressive: Run) -> bool:
 
 
 def is_short(control: Run, progressive: Run) -> bool:
-    """Whether ``control`` is the equal-FLOPs run of ``progressive``: fewer steps, total FLOPs
-    within 2 % (or within one step, in very short runs)."""
+    """Whether ``control`` is the run with as many FLOPs as ``progressive``: fewer steps, total
+    FLOPs within 2 % (or within one step, in very short runs)."""
     return _same_data(control, progressive) and _short_but_for_data(control, progressive)
 
 
@@ -169,7 +172,8 @@ def _never_but_for_data(control: Run, progressive: Run, depth: int) -> bool:
 
 
 def _closest(candidates: list[Run], progressive: Run, wanted: RunConfig) -> Run | None:
-    """The finished one if any, of the same seed if any, with the fewest other differences."""
+    """The closest candidate: a finished one if there is any, of the same seed if there is any, with
+    the fewest other differences."""
 
     def rank(run: Run) -> tuple[bool, bool, int]:
         other_seed = run.config.run.seed != progressive.config.run.seed

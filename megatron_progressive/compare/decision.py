@@ -1,16 +1,16 @@
-"""Whether growing pays, and the words that the pairs at hand can carry.
+"""Whether growing pays, as pairs of runs decide; :mod:`.verdict_words` puts it into words.
 
 One run says nothing of the next seed: two seeds of one recipe differ by about as much as growing is
 said to gain. So what decides is the *paired* difference: the final loss of a run that grows above
 that of its control, in %, where both have the same seed and with it the same order of data. One
-pair leaves it open, whatever its size; from two pairs on the 95 % interval of the mean difference
-(Student's t) decides, and a difference whose interval has both signs is open as well.
+pair leaves the question open, whatever its difference. From two pairs on the 95 % interval of the
+mean difference (Student's t) decides; where that interval has both signs, the question is open as
+well.
 
 Growing pays where it ends below *every* control of equal FLOPs (:data:`.arms.EQUAL_FLOPS`): the
 short control and the source that is never grown. Each of them has to be beaten on its own, which
 keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24); ending
-above one of them decides against growing, and without one of them nothing is said to pay. All
-tables, headlines and pages take their words from here.
+above one of them decides against growing, and without one of them nothing is said to pay.
 """
 
 from __future__ import annotations
@@ -28,68 +28,60 @@ from megatron_progressive.laws.fits import LEVEL
 PAYS, DOES_NOT_PAY, OPEN = "pays", "does not pay", "open"
 BELOW, NOT_BELOW = "below", "not below"
 
-LEVEL_PERCENT = 0.005  # rounds to 0.00 %
+LEVEL_PERCENT = 0.005
+"""A difference below this, in %, is none: it rounds to 0.00 %."""
 
 POWER = 0.8
-"""Chance to find a difference that is there, which the number of pairs is stated for."""
+"""The chance of finding a difference that is there, for which the number of pairs is stated."""
 
-_MOST_PAIRS = 10_000
+MOST_PAIRS = 10_000
+"""The largest number of pairs that is stated as needed."""
 
 
 @dataclass(frozen=True)
 class Against:
-    """Final losses of a run that grows against one control, over pairs of one seed each."""
+    """The final losses of a run that grows against one control, over pairs of one seed each."""
 
     control: str
     bound: float
-    """What the difference is to be below, %: 0, or the gap that is allowed."""
+    """What the difference has to be below, in %: 0, or the gap that is allowed."""
     seeds: list[int]
-    """Of the pairs."""
+    """The seeds of the pairs."""
     values: list[float]
-    """Final validation loss above (+) or below (-) the control's, %, of each pair."""
+    """The final validation loss above (+) or below (-) the control's, in %, of each pair."""
     mean: float | None
-    """None without a pair."""
+    """The mean difference, in %; None without a pair."""
     low: float | None
-    """Interval of the mean by Student's t; None for fewer than two pairs."""
+    """The lower end of the mean's interval by Student's t, in %; None for fewer than two pairs."""
     high: float | None
     spread: float | None
-    """Standard deviation between pairs, %; None for fewer than two."""
+    """The standard deviation between pairs, in %; None for fewer than two pairs."""
     pairs_needed: int | None
-    """Pairs with which a difference from the bound as large as the mean's would be found with
-    80 % power at this spread; None where there is no spread, or that takes more than 10,000."""
+    """The number of pairs with which a difference from the bound as large as the mean's would be
+    found with 80 % power at this spread. None where there is no spread, or where it takes more than
+    10,000."""
     outcome: str
-    """``below``, ``not below`` or ``open``."""
+    """What the pairs decide: ``below``, ``not below`` or ``open``."""
     left_out: list[str] = field(default_factory=list)
-    """Seeds that are in no pair, and why."""
+    """The seeds that are in no pair, and why."""
     lacking: list[str] = field(default_factory=list)
-    """What of the control is not there, of which another part is in the pairs."""
-
-
-def percent(value: float) -> str:
-    """A magnitude in %, with the digits that matter."""
-    value = abs(value)
-    return f"{value:.2f} %" if value < 1 else f"{value:.1f} %"
-
-
-def above(gap: float) -> str:
-    """``1.2 % above``, ``0.30 % below`` or ``level with``: how a gap in % stands to a control."""
-    if abs(gap) < LEVEL_PERCENT:
-        return "level with"
-    return f"{percent(gap)} {'above' if gap > 0 else 'below'}"
+    """The parts of the control that are missing while others are in the pairs."""
 
 
 def pairs_needed(difference: float, spread: float) -> int | None:
-    """Pairs with which a two-sided paired t-test finds a mean difference with 80 % power.
+    """The number of pairs with which a two-sided paired t-test finds a mean difference with 80 %
+    power.
 
     With n pairs the statistic has a noncentral t distribution of n - 1 degrees of freedom around
     ``sqrt(n) * difference / spread`` (Cohen 1988, Statistical Power Analysis for the Behavioral
-    Sciences, chapter 2); the least n whose power is reached.
+    Sciences, chapter 2). The result is the least n that has this power.
 
     Args:
-        difference: the mean difference, and ``spread`` the standard deviation of single ones.
+        difference: the mean difference; ``spread`` is the standard deviation of single differences.
 
     Returns:
-        None where nothing can be said: no difference, no spread, or more than 10,000 pairs.
+        The number of pairs, or None where nothing can be said: without a difference, without a
+            spread, or with more than 10,000 pairs.
     """
     if difference == 0 or spread <= 0:
         return None
@@ -101,9 +93,9 @@ def pairs_needed(difference: float, spread: float) -> int | None:
         lower = np.nan_to_num(nct.cdf(-critical, pairs - 1, centre))  # far from the centre: none
         return bool(upper + lower >= POWER)
 
-    if not found(_MOST_PAIRS):
+    if not found(MOST_PAIRS):
         return None
-    low, high = 1, _MOST_PAIRS  # power grows with pairs
+    low, high = 1, MOST_PAIRS  # power grows with pairs
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if found(middle) else (middle, high)
@@ -117,14 +109,15 @@ def against(
     """Decide between a run that grows and one control.
 
     Args:
-        control: its name.
-        gaps: seed and gap in % of each pair; several of one seed count as one pair, their mean.
-        bound: what the difference is to be below, %.
-        left_out: seeds that are in no pair, and why.
-        diverged: whether a run that grows is among them because it diverged: the others do not show
-            then that growing ends below.
-        lacking: what of the control is not there: without it the pairs may show that growing does
-            not end below, and not that it does.
+        control: the name of the control.
+        gaps: the seed and the gap in % of each pair; several pairs of one seed count as one, their
+            mean.
+        bound: what the difference has to be below, in %.
+        left_out: the seeds that are in no pair, and why.
+        diverged: whether a run that grows is among these because it diverged; the other pairs then
+            do not show that growing ends below.
+        lacking: the parts of the control that are missing; without them the pairs may show that
+            growing does not end below, but not that it does.
     """
     by_seed: dict[int, list[float]] = {}
     for seed, gap in gaps:
@@ -151,89 +144,9 @@ def against(
 
 
 def overall(controls: Sequence[Against]) -> str:
-    """``pays`` below every control, ``does not pay`` where one is not undercut; open where some
-    are not there or leave it open, and there is none of which that is known."""
+    """What all controls decide together: ``pays`` where growing ends below every one of them,
+    ``does not pay`` where it is known not to end below one of them, and otherwise ``open``."""
     outcomes = [one.outcome for one in controls]
     if NOT_BELOW in outcomes:
         return DOES_NOT_PAY
     return PAYS if outcomes and set(outcomes) == {BELOW} else OPEN
-
-
-def gap_text(one: Against) -> str:
-    """``+1.20 %``, or ``+1.20 % (+0.80 to +1.60)`` over several pairs; ``–`` without any."""
-    if one.mean is None:
-        return "–"
-    if one.low is None or one.high is None:
-        return f"{one.mean:+.2f} %"
-    return f"{one.mean:+.2f} % ({one.low:+.2f} to {one.high:+.2f})"
-
-
-def needed_text(one: Against) -> str:
-    """How many pairs a difference of this size needs; ``–`` where its spread is not known."""
-    if not one.spread:
-        return "–"
-    return f"more than {_MOST_PAIRS:,}" if one.pairs_needed is None else f"{one.pairs_needed:,}"
-
-
-def evidence(one: Against) -> str:
-    """The gap and what its pairs can carry, for a sentence: ``+2.16 % (95 % +0.24 to +4.07 over 3
-    pairs; 4 needed for 80 % power at a spread of 0.77 %)``."""
-    if one.mean is None:
-        text = "no finished pair"
-    elif one.low is None or one.high is None:
-        text = f"{one.mean:+.2f} % (one seed decides nothing)"
-    elif not one.spread:
-        text = f"{one.mean:+.2f} % ({len(one.values)} pairs that do not differ at all)"
-    else:
-        apart = f" to tell it from {one.bound:+g} %" if one.bound else ""
-        text = (
-            f"{one.mean:+.2f} % ({100 * LEVEL:.0f} % {one.low:+.2f} to {one.high:+.2f} over "
-            f"{len(one.values)} pairs; {needed_text(one)} needed{apart} for {100 * POWER:.0f} % "
-            f"power at a spread of {one.spread:.2f} %)"
-        )
-    return "; ".join([text, *(f"left out {reason}" for reason in one.left_out), *one.lacking])
-
-
-def sentence(controls: Sequence[Against]) -> str:
-    """Whether growing pays at equal FLOPs, and against which controls."""
-    there = [one for one in controls if one.mean is not None]
-    lacking = [one.control for one in controls if one.mean is None]
-    without = f" (without {' and '.join(lacking)})" if lacking else ""
-    if not there:
-        return f"Whether growing pays at equal FLOPs is open{without}."
-    outcome = overall(controls)
-    start = (
-        "Whether growing pays at equal FLOPs is open"
-        if outcome == OPEN
-        else f"Growing {outcome} at equal FLOPs"
-    )
-    found = "; ".join(f"against {one.control}: {decided_evidence(one)}" for one in there)
-    return f"{start}{without}, {found}."
-
-
-def decided_evidence(one: Against) -> str:
-    """:func:`evidence` behind what it decides, if it does."""
-    return evidence(one) if one.outcome == OPEN else f"{one.outcome}, {evidence(one)}"
-
-
-def short_text(controls: Sequence[Against]) -> str:
-    """The same in a headline's words."""
-    there = [one for one in controls if one.mean is not None]
-    if not there:
-        return "no control at equal FLOPs: whether it pays is open"
-    named = " and ".join(f"{above(one.mean or 0.0)} {one.control}" for one in there)
-    pairs = min(len(one.values) for one in there)
-    lacking = [one.control for one in controls if one.mean is None]
-    without = f", without {' and '.join(lacking)}" if lacking else ""
-    return f"{named}: {overall(controls)} ({pairs} pair{'s' * (pairs != 1)}{without})"
-
-
-def tally(outcomes: Sequence[str]) -> str:
-    """``pays in 2 of 8 comparisons, does not pay in 1, open in 5``."""
-    parts = [
-        f"{outcome} in {outcomes.count(outcome)}" for outcome in (DOES_NOT_PAY, OPEN)
-        if outcome in outcomes
-    ]  # fmt: skip
-    many = f"comparison{'s' * (len(outcomes) != 1)}"
-    first = f"pays in {outcomes.count(PAYS)} of {len(outcomes)} {many}"
-    return ", ".join([first, *parts])

@@ -12,7 +12,7 @@ from megatron_progressive.compare.verdict import Verdict
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report.json`` holds."""
+    """The content of ``report.json``."""
 
     title: str
     complete: bool
@@ -22,4 +22,4 @@ class Report:
     missing: list[Missing]
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    """Written files, the page first."""
+    """The files that were written, the page first."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from megatron_progressive.compare.arms import EQUAL_FLOPS, FIXED, Comparison
 from megatron_progressive.compare.decision import Against, against
-from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_percent
+from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_percent, has_loss
 from megatron_progressive.data import differ
 from megatron_progressive.runs.reading import Run
 
@@ -25,11 +24,6 @@ def seeds_of(comparison: Comparison, finished: Sequence[Comparison]) -> list[Com
     data = comparison.progressive.trained_on
     same = [c for c in finished if not differ(c.progressive.trained_on, data)]
     return list({c.progressive.config.run.seed: c for c in same}.values())
-
-
-def usable(run: Run) -> bool:
-    """Whether a run has ended with a loss."""
-    return run.final_loss is not None and math.isfinite(run.final_loss) and run.final_loss > 0
 
 
 def paired(comparisons: Sequence[Comparison]) -> tuple[Against, list[Against]]:
@@ -60,7 +54,7 @@ def _paired(
     for comparison in comparisons:
         run, controls = comparison.progressive, controls_of(comparison)
         seed = run.config.run.seed
-        if not usable(run):
+        if not has_loss(run):
             diverged = True
             left_out.append(f"seed {seed}: it diverged")
             continue
@@ -80,7 +74,7 @@ def _paired(
 def _unfit(control: Run, run: Run) -> str:
     """Why a finished control makes no pair with a run; empty where it does."""
     seed = control.config.run.seed
-    if not usable(control):
+    if not has_loss(control):
         return _DIVERGED
     if seed != run.config.run.seed:
         return f"has seed {seed}"

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from megatron_progressive.compare import figures, page
 from megatron_progressive.compare.arms import Comparison, arm_of, compare
-from megatron_progressive.compare.decision import short_text, tally
 from megatron_progressive.compare.judged import Report
 from megatron_progressive.compare.rows import HEADER, make_row, table_cells
-from megatron_progressive.compare.verdict import Verdict, mixing_title, recipes, verdicts
+from megatron_progressive.compare.verdict import recipes, verdicts
+from megatron_progressive.compare.verdict_words import mixing_title, report_title
 from megatron_progressive.config import ConfigError
 from megatron_progressive.runs.files import SUMMARY_FILE, read_summary
 from megatron_progressive.runs.reading import Run, read_run
@@ -37,7 +37,7 @@ def make_report(run_folders: Sequence[Path], out: Path) -> Report:
     where a fixed-size run is there, ``gap.png``.
 
     Raises:
-        ConfigError: no folders, a folder that is no run, or metrics that cannot be read.
+        ConfigError: there are no folders, a folder is no run, or metrics cannot be read.
     """
     if not run_folders:
         raise ConfigError("RUN: got none; accepted: one run folder or more")
@@ -48,7 +48,8 @@ def make_report(run_folders: Sequence[Path], out: Path) -> Report:
     lines = figures.lines_of([(run, row.arm) for run, row in zip(runs, report.rows, strict=True)])
     pictures = [out / "overview.png"]
     figures.overview(lines, report.title, pictures[0])
-    if figures.gaps(comparisons, lines, mixing_title(report.verdicts), out / "gap.png"):
+    mixings = [one.mixing for one in report.verdicts if one.mixing is not None]
+    if figures.gaps(comparisons, lines, mixing_title(mixings), out / "gap.png"):
         pictures.append(out / "gap.png")
     report.files.extend([out / "report.html", out / "report.json", *pictures])
     write_atomically(out / "report.html", page.render(report, pictures))
@@ -63,9 +64,11 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
     notes = [note for comparison in comparisons for note in comparison.notes]
     if not comparisons:
         notes.append("No progressive run among these: nothing to judge.")
+    each = [one.controls for one in recipes(found, runs)]
+    title = report_title(len(runs), [one.headline for one in found], each)
     return (
         Report(
-            title=_title(found, runs),
+            title=title,
             complete=bool(found) and all(verdict.complete for verdict in found),
             rows=rows,
             verdicts=found,
@@ -76,19 +79,8 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
     )
 
 
-def _title(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
-    if not found:
-        return f"{len(runs)} run{'s' * (len(runs) != 1)}, none of them progressive"
-    if len(found) == 1:
-        return found[0].headline
-    each = recipes(found, runs)
-    if len(each) == 1:
-        return f"At equal FLOPs growing ends {short_text(each[0].controls)}"
-    return f"At equal FLOPs growing {tally([verdict.outcome for verdict in each])}"
-
-
 def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Where it is not known what runs that are compared were trained on."""
+    """Notes where it is not known what the compared runs were trained on."""
     compared = [
         run for one in comparisons if one.controls for run in (one.progressive, *one.controls)
     ]
@@ -102,7 +94,7 @@ def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _flops_notes(runs: Sequence[Run]) -> list[str]:
-    """Where a run recorded other FLOPs than its configuration counts to."""
+    """Notes where a run recorded other FLOPs than its configuration counts to."""
     notes = []
     for run in runs:
         recorded = run.total_flops
@@ -115,8 +107,9 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def record_verdicts(report: Report) -> None:
-    """Add each finished progressive run's verdict to its own ``summary.json``: where it may be
-    written, else standard error says so, and not where a job trains on in the folder."""
+    """Add the verdict of each finished progressive run to the run's own ``summary.json``. Where
+    that may not be written, standard error says so; where a job trains on in the folder, it is left
+    alone."""
     finished = {row.folder for row in report.rows if row.finished}
     finished = {folder for folder in finished if owner_of(Path(folder) / LOCK_NAME) is None}
     for verdict in report.verdicts:
@@ -131,8 +124,8 @@ def record_verdicts(report: Report) -> None:
 
 
 def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
-    """The speed-ups, loss gap and verdict of the progressive run in ``folder``, as its
-    ``summary.json`` has them: those that have a value. Empty for a run without a verdict."""
+    """The speed-ups, the loss gap and the verdict of the progressive run in ``folder``, as its
+    ``summary.json`` has them, as far as they have a value. Empty for a run without a verdict."""
     for verdict in report.verdicts:
         if verdict.folder == str(folder.resolve()):
             values = {key: getattr(verdict, key) for key in VERDICT_KEYS}
@@ -141,7 +134,7 @@ def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values: the first verdict's fields beside everything else, and null
+    """The report as plain values, with the first verdict's fields beside everything else, and null
     where a number is not finite."""
     first = report.verdicts[0] if report.verdicts else None
     values = {
@@ -159,8 +152,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def terminal_table(report: Report, console: Console | None = None) -> None:
-    """Print the runs as a table made for 80 columns, then verdicts, what is missing, the runs'
-    warnings, notes and files."""
+    """Print the runs as a table made for 80 columns, then verdicts, what is missing, the warnings
+    of the runs, notes and files."""
     console = console if console is not None else Console()
     console.print(_table(report))
     for verdict in report.verdicts:

@@ -1,7 +1,7 @@
-"""Expand a checkpoint on disk: the hook's depth map, one tensor at a time.
+"""Expanding a checkpoint on disk: the hook's depth map, one tensor at a time.
 
-One process without a job and with little memory: at most one tensor is held (twice while it is
-cut into boxes or read). The result is what :func:`.hook.expand` makes of the same state.
+This takes one process without a job, and little memory: at most one tensor is held (twice while it
+is cut into boxes or read). The result is what :func:`.hook.expand` makes of the same state.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_progressive.checkpoints.checkpoint import Progress, read_whole, seal
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition, read_whole, seal
 from megatron_progressive.checkpoints.index import Slots, StoredTensor, stored_tensors
 from megatron_progressive.checkpoints.new_folder import check_new_folder, new_folder
 from megatron_progressive.checkpoints.record import ModelRecord
@@ -29,22 +29,22 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
     from megatron_progressive.checkpoints.streamed import TensorReader
 
 LAYOUT = "offline"
-"""What an expanded checkpoint names as its layout: no job has saved it."""
+"""The layout that an expanded checkpoint names, since no job has saved it."""
 
 
 @dataclass(frozen=True)
 class OfflineExpansion:
-    """All that is to be written, checked."""
+    """Everything that is to be written, after it has been checked."""
 
     checkpoint: Path
     out: Path
-    progress: Progress
-    """Of the result."""
+    position: TrainingPosition
+    """The position of the result."""
     model: ModelRecord
-    """Of the result."""
+    """The description of the result's model."""
     from_layers: int
     tensors: dict[Key, StoredTensor]
-    """Of the result."""
+    """The tensors and slots of the result."""
     rules: dict[str, TensorRule]
 
     @property
@@ -53,17 +53,17 @@ class OfflineExpansion:
 
 
 def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> OfflineExpansion:
-    """Check everything and derive what the deeper checkpoint holds. Creates nothing.
+    """Check everything, and derive what the deeper checkpoint will hold. Nothing is created.
 
     Args:
-        expansion: as in a configuration; ``at`` and ``parallel`` are not read.
+        expansion: the expansion as in a configuration; ``at`` and ``parallel`` are not read.
 
     Raises:
-        ConfigError: no whole checkpoint, a depth or policy that does not fit it, or an ``out``
-            that is there or has no room.
+        ConfigError: there is no whole checkpoint, a depth or a policy does not fit it, or ``out``
+            exists or has no room.
     """
-    progress, model = read_whole(checkpoint)
-    depth, target = progress.num_layers, expansion.to_layers
+    position, model = read_whole(checkpoint)
+    depth, target = position.num_layers, expansion.to_layers
     check_depths(expansion, depth, "expansion", f"of {checkpoint}")
     shape = replace(model.shape, num_layers=target)
     table = tensor_table(shape)
@@ -72,12 +72,12 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
     plan = OfflineExpansion(
         checkpoint=checkpoint,
         out=out,
-        progress=replace(progress, expansions=progress.expansions + 1, num_layers=target),
+        position=replace(position, expansions=position.expansions + 1, num_layers=target),
         model=replace(
             model,
             shape=shape,
             layout=LAYOUT,
-            depth_history=(*model.depth_history, (progress.step, target)),
+            depth_history=(*model.depth_history, (position.step, target)),
         ),
         from_layers=depth,
         tensors={
@@ -102,7 +102,8 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
 def _slots(
     name: str, spec: TensorSpec, rule: TensorRule, stored: dict[str, Slots], model: ModelRecord
 ) -> Slots:
-    """Slots of a target tensor: those of its kind in the source, or else as the optimizer has."""
+    """The slots of a target tensor: those of its kind in the source, or else those that the
+    optimizer has."""
     alike = rule.source or (name if layer_number(name) is None else with_layer_number(name, 0))
     if alike in stored:
         return {
@@ -123,9 +124,9 @@ def _slots(
 
 
 def expand_checkpoint(plan: OfflineExpansion) -> None:
-    """Write the deeper checkpoint. ``plan.out`` appears when all of it is on disk.
+    """Write the deeper checkpoint; ``plan.out`` appears once all of it is on disk.
 
-    The files go to a hidden folder beside it, which an error removes.
+    The files go to a hidden folder beside ``plan.out``, which an error removes.
     """
     from megatron_progressive.checkpoints.streamed import TensorReader, TensorWriter
 
@@ -139,11 +140,11 @@ def expand_checkpoint(plan: OfflineExpansion) -> None:
                 writer.write(key, _value(plan, reader, key))
                 advance(tensor.nbytes)
         copy_tokenizer(plan.checkpoint / FOLDER, temporary / FOLDER)
-        seal(temporary, plan.progress, plan.model)
+        seal(temporary, plan.position, plan.model)
 
 
 def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tensor:
-    """One slot of one target tensor, filled by its rule."""
+    """One slot of one target tensor, filled as its rule says."""
     import torch
 
     from megatron_progressive.reshard.initial_values import initial_values
@@ -155,6 +156,6 @@ def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tens
         return reader.read((rule.source or name, slot))
     if action == INIT:
         spec = tensor_table(plan.model.shape)[name]
-        box, generation = whole(tensor.shape), plan.progress.expansions
+        box, generation = whole(tensor.shape), plan.position.expansions
         return initial_values(plan.model.seed, generation, name, spec, box).to(dtype)
     return torch.zeros(tensor.shape, dtype=dtype)

@@ -6,9 +6,7 @@ two grids that are the same run share a folder's name, and a finished one is nev
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +20,7 @@ from megatron_progressive.config.values import converted, shown
 from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.grid.data import StudyData
+from megatron_progressive.grid.fingerprint import fingerprint
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.plan import controls
 from megatron_progressive.runs.decisive import decisive
@@ -106,26 +105,6 @@ class Cell:
     @property
     def flops(self) -> int:
         return total_flops(self.config)
-
-
-def fingerprint(config: RunConfig, trained_on: DataIdentity | None = None) -> str:
-    """Twelve hexadecimal digits of what decides a run's result: model, data, steps, optimizer,
-    schedule, expansions, seed; not its layout, which changes no more than rounding.
-
-    Keys without a value are left out: a version that adds one does not undo finished cells.
-
-    Args:
-        trained_on: the content of its data, where that is known; its name is in the configuration.
-    """
-    found = {
-        key: repr(value)
-        for key, value in decisive(config).items()
-        if value is not None and key != "run.name"
-    }
-    if trained_on is not None:
-        found["trained_on"] = trained_on.fingerprint
-    text = json.dumps(found, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def params_of(cell: Cell) -> int:

@@ -1,9 +1,10 @@
 """The runs that a progressive run is judged against, as configurations and as commands.
 
-*Fixed-size*: the target depth from the first step, as many steps. *Short control*: the target
-depth from scratch with its own complete schedule, stopped at the progressive run's total FLOPs.
-*Never grown*: the source depth with its own complete schedule, for as many steps as those FLOPs
-pay for. Growing pays only where it ends below both of these, over several seeds.
+*Fixed-size* has the target depth from the first step, and as many steps. The *short control* has
+the target depth from scratch with a complete schedule of its own, and ends at the progressive run's
+total FLOPs. *Never grown* is the source depth with a complete schedule of its own, for as many
+steps as those FLOPs pay for. Growing pays only where it ends below the last two, over several
+seeds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _of_equal_flops(control: RunConfig, config: RunConfig, model: str) -> RunCon
 
 
 def fixed_size(config: RunConfig) -> RunConfig:
-    """The fixed-size control: target depth and the last layout from the first step.
+    """The fixed-size control, which has the target depth and the last layout from the first step.
 
     Raises:
         ConfigError: ``config`` has no expansion.
@@ -123,5 +124,5 @@ def control_words(config: RunConfig, control: RunConfig) -> list[str]:
 
 
 def control_command(config_path: str, config: RunConfig, control: RunConfig) -> str:
-    """The shell command that trains a control of the run configured in ``config_path``."""
+    """The shell command that trains a control of the run that ``config_path`` configures."""
     return shlex.join(["mprog", "train", config_path, *control_words(config, control)])

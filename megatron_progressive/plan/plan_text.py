@@ -158,12 +158,21 @@ def _reshard_table(plan: Plan) -> list[str]:
         "it lacks, once; time: of the busiest rank where each sends and receives "
         f"{plan.link_gb_per_s:g} GB/s at once; building the new model is NOT counted"
     )
-    wrapped = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
-    return ["Bytes between ranks at τ", *aligned(rows), *(f"  {line}" for line in wrapped)]
+    lines = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
+    for expansion in plan.expansions:
+        moved, cores = expansion.reshard, plan.cores
+        lines += textwrap.wrap(
+            f"after step {expansion.step:,} the busiest rank draws "
+            f"{short_counts([int(moved.drawn.max())])[0]} initial values on its host: "
+            f"{moved.drawing_seconds(cores):.3g} s on {cores} core{'s' * (cores > 1)}",
+            _WIDTH - 2,
+            break_on_hyphens=False,
+        )
+    return ["Bytes between ranks at τ", *aligned(rows), *(f"  {line}" for line in lines)]
 
 
 def _bytes_text(size: float) -> str:
-    """Bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
+    """A number of bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
     factor, unit = next((f, u) for f, u in _UNITS if size >= f or f == 1.0)
     return f"{size / factor:.3g} {_BYTE_UNITS[unit]}"
 

@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics and summary, and what resuming does to them."""
+"""The run folder: its configuration, metrics and summary, and what resuming does to them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_progressive.checkpoints.checkpoint import Progress, read_progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition, read_position
 from megatron_progressive.checkpoints.resuming import newest_described
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load, to_yaml
 from megatron_progressive.runs import files as run_files
@@ -19,20 +19,22 @@ from megatron_progressive.runtime.files import json_text, write_atomically, writ
 from megatron_progressive.runtime.folder_lock import LOCK_NAME
 
 DAMAGED_FILE = "metrics.damaged"
-"""Lines of ``metrics.jsonl`` that could not be read when the run was resumed, as they were."""
+"""The file with the lines of ``metrics.jsonl`` that could not be read when the run was resumed, as
+they were."""
 
 # What a run that has not begun yet may have left, or is writing.
 _OWN = (LOCK_NAME, f".{CONFIG_FILE}.")
 
 
-def check_folder(config: RunConfig) -> Progress | None:
-    """Where a run would start: the progress to resume from, or None for a fresh start.
+def check_folder(config: RunConfig) -> TrainingPosition | None:
+    """Where a run would start: the position from which to resume, or None for a fresh start.
+    Nothing is created.
 
     Creates nothing.
 
     Raises:
-        ConfigError: the folder holds something else, another configuration, or checkpoints of
-            which none is whole.
+        ConfigError: the folder holds something else, another configuration, or checkpoints of which
+            none is whole.
     """
     folder = config.folder
     if not folder.exists():
@@ -44,10 +46,10 @@ def check_folder(config: RunConfig) -> Progress | None:
     return None
 
 
-def _checked(config: RunConfig, folder: Path) -> Progress | None:
+def _checked(config: RunConfig, folder: Path) -> TrainingPosition | None:
     before = load(folder / CONFIG_FILE, resolved=True)
     if extends(config, before):
-        return read_progress(branch(folder, before))
+        return read_position(branch(folder, before))
     present, wanted = decisive(before), decisive(config)
     for key in sorted({*present, *wanted}):
         if present.get(key) != wanted.get(key):
@@ -60,96 +62,101 @@ def _checked(config: RunConfig, folder: Path) -> Progress | None:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run ended (its summary is written last), with its last step or a later one, and
-    has a result. One that is to be extended has not."""
+    """Whether the run has ended (its summary is written last) with its last step or a later one,
+    and has a result. A run that is to be extended has not."""
     file = config.folder / CONFIG_FILE
     if config.run.extend and file.is_file() and extends(config, load(file)):
         return False
     return run_files.is_finished(read_summary(config.folder)[0], config.last_step)
 
 
-def look(config: RunConfig) -> tuple[Progress | None, bool]:
+def look(config: RunConfig) -> tuple[TrainingPosition | None, bool]:
     """Where a run would start (:func:`check_folder`), and whether it is finished already.
 
     Raises:
-        ConfigError: see :func:`check_folder`; it is to stop before the step where it is.
+        ConfigError: see :func:`check_folder`; also where the run is to stop before the step that it
+            has reached.
     """
-    progress, finished = check_folder(config), is_finished(config)
-    if progress is not None and not finished and progress.step > config.last_step:
+    position, finished = check_folder(config), is_finished(config)
+    if position is not None and not finished and position.step > config.last_step:
         raise ConfigError(
-            f"train.stop_after: got {config.train.stop_after}; accepted: from {progress.step}, "
+            f"train.stop_after: got {config.train.stop_after}; accepted: from {position.step}, "
             f"where {config.folder} is"
         )
-    return progress, finished
+    return position, finished
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Events of a run so far (:func:`.state.run_files.read_metrics`)."""
+    """The events of a run so far (:func:`.runs.files.read_metrics`)."""
     return run_files.read_metrics(folder).events
 
 
-def _done(event: dict[str, Any], progress: Progress, config: RunConfig) -> bool:
-    """Whether an event lies before a checkpoint. One made right before an expansion lies
-    before that step's validation too."""
+def _done(event: dict[str, Any], position: TrainingPosition, config: RunConfig) -> bool:
+    """Whether an event lies before a checkpoint. A checkpoint made right before an expansion lies
+    before the validation of that step, too."""
     step, taus = event.get("step", 0), config.expansion_steps()
-    expands_again = taus[progress.expansions : progress.expansions + 1] == [progress.step]
-    if step == progress.step and expands_again:
+    expands_again = taus[position.expansions : position.expansions + 1] == [position.step]
+    if step == position.step and expands_again:
         return event["event"] in ("train", "checkpoint")
-    return bool(step <= progress.step)
+    return bool(step <= position.step)
 
 
 class Recorder:
-    """Writes the run folder. Only rank 0 has one that writes; the others' do nothing."""
+    """The one writer of the run folder. Only rank 0 has one that writes; those of other ranks do
+    nothing."""
 
-    def __init__(self, config: RunConfig, progress: Progress | None, writes: bool) -> None:
-        """Make the folder ready to go on after ``progress``: to be called when that has loaded,
-        because what came after it is given up (or set aside, where the run is extended)."""
+    def __init__(self, config: RunConfig, position: TrainingPosition | None, writes: bool) -> None:
+        """Make the folder ready to go on after ``position``. This is to be called once that
+        position has loaded, because what came after it is given up (or set aside, where the run is
+        extended)."""
         self.folder = config.folder
         self.notes: list[str] = []
-        """What to tell: of an extension."""
+        """What the user should be told about an extension."""
         self.warnings: list[str] = []
-        """What was wrong with the folder's files."""
+        """What was wrong with the files of the folder."""
         self.validation: float | None = None
-        """Of the step that it goes on after, where it has been validated."""
+        """The validation loss of the step after which the run goes on, where that step has been
+        validated."""
         self._file: TextIO | None = None
         if not writes:
             return
         with writing(f"making {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._set_aside(config, progress)
+        self._set_aside(config, position)
         shown = replace(config, run=replace(config.run, extend=False))
         write_atomically(self.folder / CONFIG_FILE, to_yaml(shown))
         self._remove_summary()
         metrics = run_files.read_metrics(self.folder)
-        if progress is not None and metrics.damaged:
+        if position is not None and metrics.damaged:
             with open(self.folder / DAMAGED_FILE, "ab") as file:
                 file.writelines(line + b"\n" for line in metrics.damaged.values())
                 file.flush()
                 os.fsync(file.fileno())
             self.warnings.append(f"{metrics.describe_damage()}, and kept in {DAMAGED_FILE}")
         # Steps after the checkpoint are going to be done again: no step twice.
-        kept = [e for e in metrics.events if progress and _done(e, progress, config)]
-        if progress is not None:
-            self.validation = run_files.validation_at(kept, progress.step)
+        kept = [e for e in metrics.events if position and _done(e, position, config)]
+        if position is not None:
+            self.validation = run_files.validation_at(kept, position.step)
         text = "".join(json_text(event) + "\n" for event in kept)
         write_atomically(self.folder / METRICS_FILE, text)
         self._file = open(self.folder / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)
-        self._trackers = Trackers(config, progress.step if progress else None)
+        self._trackers = Trackers(config, position.step if position else None)
 
-    def _set_aside(self, config: RunConfig, progress: Progress | None) -> None:
+    def _set_aside(self, config: RunConfig, position: TrainingPosition | None) -> None:
         file = self.folder / CONFIG_FILE
-        if progress is None or not file.is_file():
+        if position is None or not file.is_file():
             return
         before = load(file)
         if extends(config, before):
-            aside = set_aside(self.folder, before, progress)
+            aside = set_aside(self.folder, before, position)
             self.notes.append(
                 f"extended from {before.train.steps} to {config.train.steps} steps; what came "
-                f"after step {progress.step} is in {aside}"
+                f"after step {position.step} is in {aside}"
             )
 
     def _remove_summary(self) -> None:
-        """Of a run that was stopped early and goes on, or that has no result in it."""
+        """Remove the summary of a run that was stopped early and goes on, or one that has no result
+        in it."""
         summary, problem = read_summary(self.folder)
         if problem:
             self.warnings.append(problem)
@@ -168,14 +175,15 @@ class Recorder:
             self._trackers.event(kind, values)
 
     def sync(self) -> None:
-        """Flush to disk: called before a checkpoint, which must not be ahead of the metrics."""
+        """Flush the metrics to disk, which is done before a checkpoint: that must not be ahead of
+        them."""
         if self._file is not None:
             with writing(f"writing {self.folder / METRICS_FILE}"):
                 os.fsync(self._file.fileno())
             self._trackers.flush()
 
     def summary(self, **values: Any) -> None:
-        """Write ``summary.json``: the run is finished."""
+        """Write ``summary.json``, which says that the run is finished."""
         if self._file is not None:
             self.sync()
             write_json(self.folder / SUMMARY_FILE, values)

@@ -8,7 +8,11 @@ import traceback
 from typing import Any
 
 from megatron_progressive import data
-from megatron_progressive.checkpoints.checkpoint import Progress, checkpoint_path, read_description
+from megatron_progressive.checkpoints.checkpoint import (
+    TrainingPosition,
+    checkpoint_path,
+    read_description,
+)
 from megatron_progressive.checkpoints.contents import DamagedCheckpoint
 from megatron_progressive.checkpoints.init_from import check_tokenizer, unknown_tokenizer
 from megatron_progressive.config import ConfigError, RunConfig
@@ -33,12 +37,13 @@ from megatron_progressive.runtime.signals import outlives_its_reader
 def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: bool = False) -> int:
     """Train; returns the exit code.
 
-    Under torchrun or Slurm this process is one rank of the job. Otherwise ``nproc`` local
-    workers are started with ``arguments`` (those of ``mprog``), or, for one, none (with ``apart``
-    also for one: several runs in a row then share no process).
+    Under torchrun or Slurm this process is one rank of the job. Otherwise ``nproc`` local workers
+    are started with ``arguments`` (those of ``mprog``). A single rank runs in this process, unless
+    ``apart`` asks for a worker, so that several runs in a row share no process.
 
     Raises:
-        ConfigError: before any process group or file is created.
+        ConfigError: the run cannot be trained; this is raised before any process group or file is
+            created.
     """
     place = place_from_environment()
     if place is not None and nproc is not None and place.world != nproc:
@@ -49,22 +54,22 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     warnings = check_run(config, world)
     check_kernels(config)
     check_trackers(config)
-    progress, finished = look(config)
+    position, finished = look(config)
     if finished:
         _say_finished(config, place)
         return 0
     if place is None:  # in a job rank 0 finds out, with its lock
         check_free(config)
-    if progress is None:
+    if position is None:
         warnings += unknown_tokenizer(config)
     check_writable("run.dir", config.folder)
     try:
         leader = Leader(place)
         if leader.is_me:
-            for warning in warnings if progress is None else ():
+            for warning in warnings if position is None else ():
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
             prepare_imports()
-        values, changes = leader.does(lambda: _settled(config, progress), "prepares the corpus")
+        values, changes = leader.does(lambda: _settled(config, position), "prepares the corpus")
     except (LeaderFailed, TimeoutError) as error:
         _last_line(f"rank {place.rank if place else 0}: {error}")
         return 1
@@ -77,7 +82,8 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
 
 
 def _say_finished(config: RunConfig, place: Place | None) -> None:
-    """That there is nothing to do; also of a corpus that the finished run was not trained on."""
+    """Say that there is nothing to do, and also where the corpus is not the one that the finished
+    run was trained on."""
     if place is not None and place.rank != 0:
         return
     print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
@@ -90,13 +96,14 @@ def _say_finished(config: RunConfig, place: Place | None) -> None:
         )
 
 
-def _settled(config: RunConfig, progress: Progress | None) -> list[Any]:
-    """What the run is trained on, as JSON can hold it, and what is to be said of that."""
+def _settled(config: RunConfig, position: TrainingPosition | None) -> list[Any]:
+    """What the run is trained on, as JSON can hold it, and what the user should be told about
+    that."""
     begun = None
-    if progress is None:
+    if position is None:
         check_tokenizer(config)
     else:
-        newest = checkpoint_path(config.folder, progress.step)
+        newest = checkpoint_path(config.folder, position.step)
         known, at = read_description(newest)[1].data, newest.stat().st_mtime
         begun = data.Begun(str(config.folder), "a new run.name", known, at)
     found, notes = data.settle(config, begun)
@@ -111,11 +118,11 @@ def _rank(
     changes: list[str],
     trained_on: data.DataIdentity,
 ) -> int:
-    """One rank of the job.
+    """Run one rank of the job.
 
     Args:
-        warnings: said first of a fresh run.
-        changes: said first of one that goes on.
+        warnings: what is said first of a fresh run.
+        changes: what is said first of a run that goes on.
     """
     import torch
 
@@ -131,8 +138,8 @@ def _rank(
                 if start.finished:
                     _say_finished(config, place)
                     return 0
-                notes = warnings if start.progress is None else changes
-                return train(config, start.progress, notes, trained_on, start.lock)
+                notes = warnings if start.position is None else changes
+                return train(config, start.position, notes, trained_on, start.lock)
     except DamagedCheckpoint:
         if place.rank:
             return 2  # all ranks have found it: one says so
@@ -148,6 +155,6 @@ def _rank(
 
 
 def _last_line(line: str) -> None:
-    """Names the rank and the cause."""
+    """Print the last line, which names the rank and the cause."""
     with outlives_its_reader():
         print(line, file=sys.stderr, flush=True)

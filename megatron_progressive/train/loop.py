@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_progressive.checkpoints import checkpoint, resuming
-from megatron_progressive.checkpoints.checkpoint import Progress
+from megatron_progressive.checkpoints.checkpoint import TrainingPosition
 from megatron_progressive.checkpoints.record import DepthHistory, record_of_run
 from megatron_progressive.checkpoints.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.config import RunConfig
@@ -34,7 +34,7 @@ from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
 
 DONE, STOPPED = 0, 75
-"""Exit codes of a run: finished, or stopped by a signal after saving."""
+"""The exit codes of a run: it has finished, or it was stopped by a signal after saving."""
 
 
 class TrainingFailed(RuntimeError):
@@ -42,12 +42,12 @@ class TrainingFailed(RuntimeError):
 
 
 class _Run:
-    """One run on this rank: what the loop needs behind names."""
+    """One run on this rank, with everything that the loop needs under names."""
 
     def __init__(
         self,
         config: RunConfig,
-        resumed: Progress | None,
+        resumed: TrainingPosition | None,
         warnings: list[str],
         trained_on: DataIdentity,
         lock: FolderLock | None,
@@ -59,12 +59,12 @@ class _Run:
         self.taus = config.expansion_steps()
         depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
-        self.progress = resumed or Progress(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
+        self.position = resumed or TrainingPosition(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
         self.data = open_data(as_settled(config, trained_on))
         there, wanted = self.data.validation_samples, config.train.eval_samples
         self.eval_samples = wanted if there is None else min(wanted, there)
-        self.started = time.perf_counter() - self.progress.wall_s
-        self.train_wall = self.progress.train_wall_s
+        self.started = time.perf_counter() - self.position.wall_s
+        self.train_wall = self.position.train_wall_s
         self.eval_loss, self.evaluated = float("nan"), 0  # after that step
         self.history: DepthHistory = ((0, depths[0]),)
         with all_succeed("start"):  # nothing of the folder changes before all ranks have loaded
@@ -74,24 +74,24 @@ class _Run:
             write_json(config.folder / DATA_FILE, trained_on.to_values())
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         unit = model_shape(config).unit
-        self.monitor = Monitor(config, plan, self.progress.step, shows=first, unit=unit)
+        self.monitor = Monitor(config, plan, self.position.step, shows=first, unit=unit)
         self.kernels = ""
         self._name_kernels()
         if self.resumed:
             self.recorder.event(
-                "resume", step=self.progress.step, layout=str(self.engine.layout), world=self.world
+                "resume", step=self.position.step, layout=str(self.engine.layout), world=self.world
             )
-            self.monitor.note(f"resumed after step {self.progress.step} on {self.engine.layout}")
+            self.monitor.note(f"resumed after step {self.position.step} on {self.engine.layout}")
             for path, damage in damaged.items():
                 aside = resuming.set_aside(path) if first else path
-                self.warn(self.progress.step, f"{path} is damaged: {damage}; resumed from the one "
+                self.warn(self.position.step, f"{path} is damaged: {damage}; resumed from the one "
                           f"before, kept as {aside.name}")  # fmt: skip
         for note in self.recorder.notes:
             self.monitor.note(note)
         if not self.resumed:
             warnings = [*warnings, *self._short_of_samples()]
         for warning in [*warnings, *self.recorder.warnings]:
-            self.warn(self.progress.step, warning)
+            self.warn(self.position.step, warning)
 
     def _short_of_samples(self) -> list[str]:
         wanted, corpus = self.config.train.eval_samples, self.config.data.corpus
@@ -108,15 +108,15 @@ class _Run:
         return model_shape(self.config, self.config.expansion[expansions - 1].to_layers)
 
     def build(self, expansions: int) -> Engine:
-        """A new engine for the phase after that many expansions, with unset weights."""
+        """A new engine, whose weights are unset, for the phase after that many expansions."""
         layout = make_layout(self.config.parallel_after(expansions), self.world)
         return make_engine(self.config, self.shape(expansions), layout)
 
     def _first_engine(self) -> Engine:
-        engine = self.build(self.progress.expansions)
+        engine = self.build(self.position.expansions)
         state = engine.state()
         if self.resumed:
-            path = checkpoint.checkpoint_path(self.config.folder, self.progress.step)
+            path = checkpoint.checkpoint_path(self.config.folder, self.position.step)
             checkpoint.load(state, path)
             self.history = checkpoint.read_description(path)[1].depth_history
         elif self.config.run.init_from is not None:
@@ -130,7 +130,7 @@ class _Run:
         return engine
 
     def _name_kernels(self) -> None:
-        """Say which kernels the engine uses, where that is not what was said last."""
+        """Say which kernels the engine uses, where this differs from what was said last."""
         line = kernels_line(self.config, self.engine.shape, self.engine.layout)
         if line != self.kernels:
             self.kernels = line
@@ -141,7 +141,7 @@ class _Run:
         self.monitor.note(f"warning: {cause}")
 
     def train_step(self, step: int, wants_stop: bool) -> bool:
-        """One optimizer step, recorded; returns whether any rank wants to stop."""
+        """Do and record one optimizer step; returns whether any rank wants to stop."""
         config, size = self.config, self.config.train.global_batch
         batch = GlobalBatch(self.data.train_batch, (step - 1) * size, size)
         lr = learning_rate(config, step)
@@ -149,14 +149,14 @@ class _Run:
         metrics = self.engine.train_step(batch, lr, wants_stop)
         seconds = time.perf_counter() - start
         self.train_wall += seconds
-        expansions = self.progress.expansions
+        expansions = self.position.expansions
         tokens = size * self.engine.shape.sample_units
-        self.progress = Progress(
+        self.position = TrainingPosition(
             step=step,
             expansions=expansions,
             num_layers=self.engine.shape.num_layers,
             samples=step * size,
-            flops=self.progress.flops + self.costs[expansions],
+            flops=self.position.flops + self.costs[expansions],
             train_wall_s=self.train_wall,
             wall_s=time.perf_counter() - self.started,
         )
@@ -164,7 +164,7 @@ class _Run:
             "train",
             step=step,
             tokens=step * tokens,
-            flops=self.progress.flops,
+            flops=self.position.flops,
             loss=metrics.loss,
             lr=lr,
             grad_norm=metrics.grad_norm,
@@ -182,12 +182,12 @@ class _Run:
 
     def expansion_due(self, step: int) -> bool:
         """Whether ``step`` is the next τ."""
-        done = self.progress.expansions
+        done = self.position.expansions
         return done < len(self.taus) and step == self.taus[done]
 
     def expand(self, step: int) -> None:
-        """The hook: replace the engine by a deeper one after step τ."""
-        done = self.progress.expansions
+        """Call the expansion hook, which replaces the engine by a deeper one, after step τ."""
+        done = self.position.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
         count = min(config.train.global_batch, self.eval_samples)
@@ -201,8 +201,8 @@ class _Run:
             done + 1,
             staging,
         )
-        self.progress = Progress(
-            **{**asdict(self.progress), "expansions": done + 1, "num_layers": event.to_layers}
+        self.position = TrainingPosition(
+            **{**asdict(self.position), "expansions": done + 1, "num_layers": event.to_layers}
         )
         self.history = (*self.history, (step, event.to_layers))
         self.recorder.event("expansion", step=step, **asdict(event))
@@ -223,14 +223,14 @@ class _Run:
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        """Validate after ``step``, and record it."""
+        """Validate after ``step``, and record the loss."""
         train = self.config.train
         size = train.global_batch
         batches = in_batches(self.data.validation_batch, self.eval_samples, size)
         self.eval_loss, self.evaluated = self.engine.evaluate(batches), step
         tokens = step * size * self.engine.shape.sample_units
         self.recorder.event(
-            "eval", step=step, tokens=tokens, flops=self.progress.flops, loss=self.eval_loss
+            "eval", step=step, tokens=tokens, flops=self.position.flops, loss=self.eval_loss
         )
         self.monitor.note(
             f"step {step}/{self.config.last_step}  validation loss {self.eval_loss:.4f}"
@@ -244,7 +244,7 @@ class _Run:
             self.save(step)
 
     def evaluate_end(self) -> None:
-        """The last step's validation, where none was made in this job: it may have ended between
+        """Validate after the last step, where this job has not done so: it may have ended between
         its last checkpoint and its summary, or before a step that was not to be its last one."""
         last = self.config.last_step
         if self.evaluated == last:
@@ -257,7 +257,8 @@ class _Run:
             self.eval_loss, self.evaluated = found[0], last
 
     def check_folder_is_ours(self) -> None:
-        """On rank 0, before it writes what others might write.
+        """Check, on rank 0, that the folder is still this job's before it writes what others might
+        write.
 
         Raises:
             TrainingFailed: the lock is gone.
@@ -273,7 +274,7 @@ class _Run:
         self.check_folder_is_ours()
         self.recorder.sync()
         wall = time.perf_counter() - self.started
-        self.progress = Progress(**{**asdict(self.progress), "wall_s": wall})
+        self.position = TrainingPosition(**{**asdict(self.position), "wall_s": wall})
         model = record_of_run(
             self.config, self.engine.shape, self.engine.layout, self.history, self.trained_on
         )
@@ -282,7 +283,7 @@ class _Run:
         path = checkpoint.save(
             self.engine.state(),
             self.config.folder,
-            self.progress,
+            self.position,
             model,
             train.keep_checkpoints,
             protected=[*self.taus, *kept_for_extension(self.config, step)],
@@ -301,11 +302,11 @@ class _Run:
         wall = time.perf_counter() - self.started
         self.recorder.summary(
             final_eval_loss=self.eval_loss,
-            total_flops=self.progress.flops,
-            total_tokens=self.progress.samples * self.engine.shape.sample_units,
+            total_flops=self.position.flops,
+            total_tokens=self.position.samples * self.engine.shape.sample_units,
             wall_s=wall,
             train_wall_s=self.train_wall,
-            steps=self.progress.step,
+            steps=self.position.step,
             resumed=self.resumed,
             num_layers=self.engine.shape.num_layers,
             params=parameter_count(self.engine.shape),
@@ -319,7 +320,7 @@ class _Run:
 
 def train(
     config: RunConfig,
-    resumed: Progress | None,
+    resumed: TrainingPosition | None,
     warnings: list[str],
     trained_on: DataIdentity,
     lock: FolderLock | None = None,
@@ -327,17 +328,17 @@ def train(
     """Run or continue a run, inside the world process group; returns the exit code.
 
     Args:
-        resumed: progress of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
-            Where its content is damaged, the run goes on from the one before.
-        warnings: recorded first: what preflight found of a fresh run, what has changed of one
-            that goes on.
-        trained_on: its data, prepared (:func:`.data.settle`).
-        lock: of the run folder, on rank 0; looked at before each save.
+        resumed: the position of the newest checkpoint (:func:`.runs.folder.check_folder`), or None.
+            Where the content of that checkpoint is damaged, the run goes on from the one before.
+        warnings: what is recorded first: what preflight found in a fresh run, or what has changed
+            in a run that goes on.
+        trained_on: the data of the run, which is prepared (:func:`.data.settle`).
+        lock: the lock of the run folder, on rank 0, which is looked at before each save.
 
     Raises:
-        ConfigError: on every rank: no checkpoint of the run, or that of ``run.init_from``, is
-            whole.
-        TrainingFailed: a training loss, or the last validation's, is not finite; or the folder is
+        ConfigError: on every rank, where no checkpoint of the run is whole, or the one of
+            ``run.init_from`` is not.
+        TrainingFailed: a training loss or the last validation loss is not finite, or the folder is
             no longer this job's.
     """
     damaged: dict[Path, str] = {}
@@ -348,10 +349,10 @@ def train(
     run = _Run(config, resumed, warnings, trained_on, lock, damaged)
     try:
         with StopFlag() as flag:
-            if run.expansion_due(run.progress.step):  # saved right before it
-                run.expand(run.progress.step)
-                run.evaluate_if_due(run.progress.step)
-            for step in range(run.progress.step + 1, config.last_step + 1):
+            if run.expansion_due(run.position.step):  # saved right before it
+                run.expand(run.position.step)
+                run.evaluate_if_due(run.position.step)
+            for step in range(run.position.step + 1, config.last_step + 1):
                 stop = run.train_step(step, flag.raised)
                 if run.expansion_due(step):
                     run.save(step)  # whoever resumes from it expands again, to the same bits

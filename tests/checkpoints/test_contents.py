@@ -21,7 +21,7 @@ from megatron_progressive.checkpoints.checkpoint import (
 from megatron_progressive.checkpoints.contents import DamagedCheckpoint
 from megatron_progressive.runs.folder import read_metrics
 from tests.pool import Pool
-from tests.train.cases import run_config, train_here
+from tests.train.small_runs import run_config, train_here
 
 WORDS = ["train.steps=6", "train.save_every=2", "train.eval_every=6", "train.micro_batch=2",
          "train.keep_checkpoints=1"]  # fmt: skip

@@ -17,7 +17,7 @@ from megatron_progressive.config import to_yaml
 from megatron_progressive.runs.folder import read_metrics
 from tests.disk import Disk, small_disk
 from tests.jobs import Jobs
-from tests.train.cases import run_config
+from tests.train.small_runs import run_config
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from megatron_progressive import cli
 from megatron_progressive.config import ConfigError, from_dict
 from megatron_progressive.coordcheck import check as coordinate
 from megatron_progressive.models import model_shape
-from tests.coordcheck.cases import BREAKS, failed_slopes
+from tests.coordcheck.check_on_ranks import BREAKS, failed_slopes
 from tests.jobs import Jobs
 from tests.pool import Pool
 

@@ -10,8 +10,8 @@ from megatron_progressive.cost.activations import fullest_rank, in_flight, stage
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim.flat import EXCHANGE_NUMEL
 from megatron_progressive.runtime.layout import Layout, make_layout
-from tests.cost import memory_cases
-from tests.engines.cases import family_config
+from tests.cost import memory_on_ranks
+from tests.engines.on_ranks import family_config
 from tests.pool import Pool
 
 SIZES = ["model.hidden_size=64", "data.sequence_length=128", "train.global_batch=4",
@@ -30,7 +30,7 @@ def check(pool: Pool, ranks: int, family: str, words: list[str]) -> None:
     predicted = fullest_rank(shape, config, layout, fused=False)
     times = 2 if config.train.precision == "fp32" else 1  # bf16 has fp32 gradients and weights
     assert predicted.activations.total > times * predicted.state.total
-    measured = pool.run(ranks, memory_cases.peak_bytes, config)
+    measured = pool.run(ranks, memory_on_ranks.peak_bytes, config)
     assert predicted.total == pytest.approx(max(measured), rel=0.05)
 
 
@@ -75,7 +75,7 @@ def test_newton_schulz_at_the_peak(pool: Pool, ranks: int, words: list[str]) -> 
     shape, layout = model_shape(config), make_layout(config.parallel, ranks)
     predicted = fullest_rank(shape, config, layout, fused=False)
     assert predicted.activations.temporary > 10 * predicted.activations.kept
-    measured = pool.run(ranks, memory_cases.peak_bytes, config)
+    measured = pool.run(ranks, memory_on_ranks.peak_bytes, config)
     assert predicted.total == pytest.approx(max(measured), rel=0.05)
 
 

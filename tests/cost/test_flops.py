@@ -12,8 +12,8 @@ from megatron_progressive.config import RunConfig, from_dict
 from megatron_progressive.cost import flops
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.newton_schulz import newton_schulz
-from tests.cost import ranks
-from tests.engines.cases import family_config
+from tests.cost import counts_on_ranks
+from tests.engines.on_ranks import family_config
 from tests.pool import Pool
 
 
@@ -131,4 +131,4 @@ def test_a_step_of_the_engine_has_the_predicted_flops(
     words = [f"optim.name={optimizer}", "model.num_layers=2"]
     config = family_config(family, words)
     predicted = flops.step_flops(model_shape(config), config)
-    assert predicted == pytest.approx(pool.run(1, ranks.step_flops, config)[0], rel=0.01)
+    assert predicted == pytest.approx(pool.run(1, counts_on_ranks.step_flops, config)[0], rel=0.01)

@@ -9,8 +9,8 @@ from megatron_progressive.cost.memory import MASTER, MOMENTS, MOMENTUM, largest_
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.layout import Layout, make_layout
-from tests.cost import ranks
-from tests.engines.cases import family_config, small_config
+from tests.cost import counts_on_ranks
+from tests.engines.on_ranks import family_config, small_config
 from tests.pool import Pool
 
 
@@ -38,7 +38,7 @@ def test_prediction_equals_what_the_fullest_rank_of_an_engine_holds(
 def check(pool: Pool, config: RunConfig) -> None:
     """Compare the prediction for the fullest rank with that of an engine on four ranks."""
     predicted = largest_rank(model_shape(config), config, make_layout(config.parallel, 4))
-    held = pool.run(4, ranks.state_bytes, config)
+    held = pool.run(4, counts_on_ranks.state_bytes, config)
     fullest = max(held, key=lambda sizes: sum(v for k, v in sizes.items() if k != "elements"))
     assert predicted.parameters == fullest["param"]
     assert predicted.gradients == 4 * fullest["elements"]
@@ -89,7 +89,7 @@ def test_prediction_equals_what_a_zero_stage_holds(pool: Pool, stage: int, optim
          f"optim.name={optimizer}", "train.precision=bf16"]
     )  # fmt: skip
     predicted = largest_rank(model_shape(config), config, make_layout(config.parallel, 2))
-    held = pool.run(2, ranks.state_bytes, config)[0]
+    held = pool.run(2, counts_on_ranks.state_bytes, config)[0]
     assert predicted.parameters == pytest.approx(held["param"], rel=0.05 if stage == 3 else 0)
     for kind, slots in {MASTER: ["master"], MOMENTUM: ["momentum"],
                         MOMENTS: ["exp_avg", "exp_avg_sq"]}.items():  # fmt: skip

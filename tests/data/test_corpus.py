@@ -13,7 +13,13 @@ from megatron_progressive import data as data_room
 from megatron_progressive.config import DataSection
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.reading import PIECE_BYTES
-from tests.data.helpers import config_error, listing, make_config, make_documents, write_json_lines
+from tests.data.small_corpora import (
+    config_error,
+    listing,
+    make_config,
+    make_documents,
+    write_json_lines,
+)
 
 
 def read(corpus: object, **more: object) -> list[str]:
@@ -104,6 +110,23 @@ def test_stdlib_is_there_and_stays_within_max_bytes() -> None:
     assert "json/decoder.py" in names
     assert not {"test", "tests", "site-packages"} & {part for n in names for part in n.split("/")}
     assert corpus.identity()[0] == "stdlib"
+
+
+def test_packages_are_the_sources_of_what_is_needed_here() -> None:
+    corpus = open_corpus(DataSection(corpus="packages", max_bytes=300_000))
+    names = [path.relative_to(corpus.root or "").as_posix() for path in corpus.files()]
+    assert names == sorted(names)
+    # direct, through others, and not what only tests or documentation need, nor this package
+    assert {"torch/nn/modules/linear.py", "megatron/core/parallel_state.py"} <= set(names)
+    assert "markupsafe/__init__.py" in names
+    assert not {"pytest", "mkdocs", "ruff", "megatron_progressive"} & {
+        n.split("/")[0] for n in names
+    }
+    assert sum(path.stat().st_size for path in corpus.files()) > 200e6
+    assert corpus.name == "packages"
+    read_some = list(corpus.documents())
+    assert sum(len(text.encode()) for text in read_some) == 300_000
+    assert corpus.identity() == open_corpus(DataSection(corpus="packages")).identity()
 
 
 BROKEN: dict[str, tuple[dict[str, bytes], dict[str, object], str, tuple[str, ...]]] = {

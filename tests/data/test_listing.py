@@ -16,7 +16,7 @@ from megatron_progressive.config import DataSection
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.manifest import read_manifest
 from megatron_progressive.data.tally import Tally
-from tests.data.helpers import config_error, listing, make_config
+from tests.data.small_corpora import config_error, listing, make_config
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.data import TrainingData
 from megatron_progressive.data.manifest import fingerprint, read_manifest
 from megatron_progressive.data.megatron import indexed_dataset
-from tests.data.helpers import (
+from tests.data.small_corpora import (
     config_error,
     listing,
     make_config,
@@ -139,7 +139,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_progressive import data
-from tests.data.helpers import make_config
+from tests.data.small_corpora import make_config
 def progress(stage, done, total):
     if done > 2000:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,7 @@ from megatron_progressive.config import DataSection
 from megatron_progressive.data import records, tally
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.tally import Tally
-from tests.data.helpers import config_error, make_documents
+from tests.data.small_corpora import config_error, make_documents
 
 TEXTS = [*make_documents(20), 'two\nlines \u2028 "here"; \t, end']
 

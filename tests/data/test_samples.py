@@ -12,7 +12,7 @@ import torch
 from megatron_progressive import data as data_room
 from megatron_progressive.data.megatron import indexed_dataset
 from megatron_progressive.data.samples import Samples, TrainingData, order
-from tests.data.helpers import make_config, make_documents, quiet, write_json_lines
+from tests.data.small_corpora import make_config, make_documents, quiet, write_json_lines
 
 
 def numbers(*bounds: int) -> np.ndarray:

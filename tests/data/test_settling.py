@@ -20,7 +20,7 @@ from megatron_progressive.data import Begun, DataIdentity, as_settled, settle
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.identity import image_identity, prepared_identity, read_identity
 from megatron_progressive.data.manifest import read_manifest
-from tests.data.helpers import (
+from tests.data.small_corpora import (
     config_error,
     listing,
     make_config,

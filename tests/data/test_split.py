@@ -15,7 +15,7 @@ from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.megatron import indexed_dataset
 from megatron_progressive.data.reading import LARGE_FILE_BYTES
 from megatron_progressive.data.split import content_hash, split_documents
-from tests.data.helpers import make_config, make_documents, quiet, write_json_lines
+from tests.data.small_corpora import make_config, make_documents, quiet, write_json_lines
 
 
 def test_split_is_by_content() -> None:

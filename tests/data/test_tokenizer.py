@@ -12,7 +12,13 @@ from megatron_progressive.config import DataSection
 from megatron_progressive.data import tokenizer as room
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
-from tests.data.helpers import config_error, listing, make_config, make_documents, write_json_lines
+from tests.data.small_corpora import (
+    config_error,
+    listing,
+    make_config,
+    make_documents,
+    write_json_lines,
+)
 
 TEXTS = make_documents(60)
 

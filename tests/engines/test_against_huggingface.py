@@ -13,21 +13,21 @@ import torch
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.models import model_shape
-from tests.engines import cases
+from tests.engines import on_ranks
 from tests.pool import Pool
 
 STEPS = 10
 
 
-def initial_weights_and_losses(config: RunConfig, layers: int) -> tuple[cases.Full, list[float]]:
-    engine = cases.start(config, layers)
-    weights = {k: v for k, v in cases.gather(engine.state()).items() if k[1] == "param"}
-    losses = [cases.step(engine, number, lr=config.optim.lr) for number in range(STEPS)]
+def initial_weights_and_losses(config: RunConfig, layers: int) -> tuple[on_ranks.Full, list[float]]:
+    engine = on_ranks.start(config, layers)
+    weights = {k: v for k, v in on_ranks.gather(engine.state()).items() if k[1] == "param"}
+    losses = [on_ranks.step(engine, number, lr=config.optim.lr) for number in range(STEPS)]
     engine.close()
     return weights, losses
 
 
-def huggingface_model(weights: cases.Full, config: RunConfig, layers: int) -> Any:
+def huggingface_model(weights: on_ranks.Full, config: RunConfig, layers: int) -> Any:
     """GPT2LMHeadModel with our weights. Its linears are transposed, its QKV rows whole."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -93,7 +93,7 @@ def huggingface_model(weights: cases.Full, config: RunConfig, layers: int) -> An
 def test_losses_equal_huggingfaces(
     pool: Pool, layers: int, tied: bool, world: int, words: list[str]
 ) -> None:
-    config = cases.small_config(
+    config = on_ranks.small_config(
         ["optim.name=adamw", "optim.lr=0.003", "optim.weight_decay=0.1",
          f"model.tie_embeddings={str(tied).lower()}", *words]
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_losses_equal_huggingfaces(
     )
     theirs = []
     for number in range(STEPS):
-        sample = cases.tokens(8 * number, 8)
+        sample = on_ranks.tokens(8 * number, 8)
         logits = model(sample[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten())
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ import torch
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.deepspeed import state as deepspeed_state
 from megatron_progressive.models import model_shape
-from tests.engines import cases, deepspeed_cases, reference
+from tests.engines import deepspeed_on_ranks, on_ranks, reference
 from tests.pool import Pool
 
 STAGES = (3, 2, 1, 0)
@@ -24,13 +24,13 @@ def zero(stage: int) -> list[str]:
 
 def pair(layers: int, words: list[str], stages: tuple[int, ...] = STAGES) -> Pair:
     words = [f"model.num_layers={layers}", *words]
-    return cases.small_config(words), [cases.small_config([*words, *zero(s)]) for s in stages]
+    return on_ranks.small_config(words), [on_ranks.small_config([*words, *zero(s)]) for s in stages]
 
 
 def check_against_megatron(
     pool: Pool, world: int, pairs: list[Pair], exchange_numel: int | None = None
 ) -> None:
-    results = pool.run(world, deepspeed_cases.against_megatron, pairs, 6, exchange_numel)
+    results = pool.run(world, deepspeed_on_ranks.against_megatron, pairs, 6, exchange_numel)
     for i, j, loss, norm, state in results[0]:
         config = pairs[i][1][j]
         bf16 = config.train.precision == "bf16"
@@ -69,11 +69,11 @@ def expansion(
     source: int, init: str, before: list[str], after: dict[str, Any], words: list[str]
 ) -> RunConfig:
     section = {"at": 2, "to_layers": 4, "init": init, "parallel": after}
-    return cases.small_config([f"model.num_layers={source}", *before, *words], section)
+    return on_ranks.small_config([f"model.num_layers={source}", *before, *words], section)
 
 
 def check_expansions(pool: Pool, world: int, configs: list[RunConfig]) -> None:
-    results = pool.run(world, deepspeed_cases.expansions, configs)[0]
+    results = pool.run(world, deepspeed_on_ranks.expansions, configs)[0]
     for config, (before, after, still) in zip(configs, results, strict=True):
         section = config.expansion[0]
         expected = reference.expanded(
@@ -126,18 +126,18 @@ def test_nothing_outlives_an_engine(pool: Pool) -> None:
         expansion(1, "copying", zero(a), stage(b), ["optim.name=adamw"])
         for a, b in [*turns[:1], *turns]
     ]
-    found = pool.run(2, deepspeed_cases.resources_over_expansions, configs)[0]
+    found = pool.run(2, deepspeed_on_ranks.resources_over_expansions, configs)[0]
     assert {r.groups for r in found} == {1}  # the world's own
     assert len({r.tensors for r in found[1:]}) == 1  # the first engine loads modules
 
 
 def test_nothing_is_printed(pool: Pool) -> None:
     configs = [
-        cases.small_config([*zero(s), f"train.precision={precision}"])
+        on_ranks.small_config([*zero(s), f"train.precision={precision}"])
         for s in STAGES
         for precision in ("fp32", "bf16")
     ]
-    assert pool.run(2, deepspeed_cases.output, configs) == ["", ""]
+    assert pool.run(2, deepspeed_on_ranks.output, configs) == ["", ""]
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +151,8 @@ def test_twenty_losses_after_an_expansion_equal_the_megatron_engines(pool: Pool)
     section = {"at": 3, "to_layers": 6, "init": "random"}
     words = ["optim.name=adamw", "model.num_layers=0"]
     runs = [[], zero(1), zero(2), zero(3)]
-    configs = [cases.small_config([*words, *w], section) for w in runs]
-    expected, *found = pool.run(2, deepspeed_cases.losses_after_expansion, configs, 20)[0]
+    configs = [on_ranks.small_config([*words, *w], section) for w in runs]
+    expected, *found = pool.run(2, deepspeed_on_ranks.losses_after_expansion, configs, 20)[0]
     assert len(expected) == 20
     assert len({round(loss, 3) for loss in expected}) > 10
     for losses in found:
@@ -165,7 +165,7 @@ def test_ten_expansions_leave_nothing(pool: Pool) -> None:
     """Onto each engine in turn, in one process, after two that load modules and fill pools."""
     layouts: list[dict[str, Any]] = [stage(3), {**MEGATRON, "tensor": 2}]
     configs = [expansion(1, "copying", zero(3), after, []) for after in layouts]
-    found = pool.run(2, deepspeed_cases.resources_over_expansions, configs * 6)[0]
+    found = pool.run(2, deepspeed_on_ranks.resources_over_expansions, configs * 6)[0]
     print(found)
     found = found[2:]
     assert {r.groups for r in found} == {1}

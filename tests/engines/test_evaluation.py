@@ -10,7 +10,7 @@ import pytest
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import open_data
 from megatron_progressive.engines.base import GlobalBatch, in_batches, mean_over
-from tests.engines import cases, resnet_cases
+from tests.engines import on_ranks, resnet_on_ranks
 from tests.pool import Pool
 
 COUNTS = (1, 3, 8, 11, 16)  # of batches of 8: less than one, whole ones, and a part behind them
@@ -43,12 +43,14 @@ def test_every_sample_counts_once_and_ranks_have_as_many_micro_batches() -> None
 
 
 def reader(config: RunConfig) -> Any:
-    return open_data(config).validation_batch if config.model.family == "resnet" else cases.tokens
+    return (
+        open_data(config).validation_batch if config.model.family == "resnet" else on_ranks.tokens
+    )
 
 
 def validation_losses(config: RunConfig, layers: int) -> list[float]:
     """For each of ``COUNTS``, and in the end the mean of two validations of 8 samples each."""
-    engine, read = cases.start(config, layers), reader(config)
+    engine, read = on_ranks.start(config, layers), reader(config)
     size = config.train.global_batch
     found = [engine.evaluate(in_batches(read, count, size)) for count in COUNTS]
     found.append(sum(engine.evaluate([GlobalBatch(read, at, 8)]) for at in (0, 8)) / 2)
@@ -58,7 +60,7 @@ def validation_losses(config: RunConfig, layers: int) -> list[float]:
 
 def sample_losses(config: RunConfig, layers: int) -> list[float]:
     """Of each sample alone, on one rank."""
-    engine, read = cases.start(config, layers), reader(config)
+    engine, read = on_ranks.start(config, layers), reader(config)
     found = [engine.evaluate([GlobalBatch(read, number, 1)]) for number in range(max(COUNTS))]
     engine.close()
     return found
@@ -79,9 +81,9 @@ def test_the_mean_is_of_exactly_these_samples_on_every_layout(
 ) -> None:
     def config(*words: str) -> RunConfig:
         if family == "resnet":
-            return resnet_cases.small_config([*words, "train.global_batch=8"])
+            return resnet_on_ranks.small_config([*words, "train.global_batch=8"])
         predicts = ["model.mtp_layers=1"] if family == "deepseek_v3" else []
-        return cases.family_config(family, [*words, *predicts])
+        return on_ranks.family_config(family, [*words, *predicts])
 
     alone = pool.run(1, sample_losses, config("train.micro_batch=1"), 4)[0]
     expected = [sum(alone[:count]) / count for count in COUNTS]

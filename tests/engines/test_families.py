@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_progressive.config import RunConfig
-from tests.engines import cases
+from tests.engines import on_ranks
 from tests.pool import Pool
 
 TP, PP, EP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"
@@ -31,11 +31,11 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-def momentum_after_a_step(config: RunConfig, layers: int) -> cases.Full:
+def momentum_after_a_step(config: RunConfig, layers: int) -> on_ranks.Full:
     """In proportion to the gradient: an update may hide a wrong factor, as NSGD's does."""
-    engine = cases.start(config, layers)
-    cases.step(engine, 0)
-    state = cases.gather(engine.state())
+    engine = on_ranks.start(config, layers)
+    on_ranks.step(engine, 0)
+    state = on_ranks.gather(engine.state())
     engine.close()
     return {key: value for key, value in state.items() if key[1] == "momentum"}
 
@@ -45,10 +45,10 @@ def test_every_gradient_is_the_same_on_every_layout(
     pool: Pool, family: str, parts: list[str]
 ) -> None:
     words = ["train.micro_batch=1", *parts]
-    expected = pool.run(1, momentum_after_a_step, cases.family_config(family, words), 3)[0]
+    expected = pool.run(1, momentum_after_a_step, on_ranks.family_config(family, words), 3)[0]
     experts = family in ("mixtral", "deepseek_v3") and "model.moe.first_k_dense=9" not in parts
     for name, (world, layout) in {**DENSE_LAYOUTS, **(EXPERT_LAYOUTS if experts else {})}.items():
-        config = cases.family_config(family, [*words, *layout])
+        config = on_ranks.family_config(family, [*words, *layout])
         found = pool.run(world, momentum_after_a_step, config, 3)[0]
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():
@@ -62,10 +62,10 @@ def test_checkpoint_onto_and_from_expert_parallelism(
 ) -> None:
     base = [f"optim.name={optimizer}", f"train.precision={precision}", "train.micro_batch=1",
             "model.mtp_layers=1", "model.num_layers=3"]  # fmt: skip
-    plain = cases.family_config("deepseek_v3", [*base, PP])
-    spread = cases.family_config("deepseek_v3", [*base, EP, TP])
+    plain = on_ranks.family_config("deepseek_v3", [*base, PP])
+    spread = on_ranks.family_config("deepseek_v3", [*base, EP, TP])
     for name, source, target in (("onto", plain, spread), ("from", spread, plain)):
-        saved, loaded = pool.run(4, cases.saved_and_loaded, source, target, tmp_path / name)[0]
+        saved, loaded = pool.run(4, on_ranks.saved_and_loaded, source, target, tmp_path / name)[0]
         assert set(saved) == set(loaded)
         assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == []
         biases = [value for (name, _), value in saved.items() if name.endswith("expert_bias")]
@@ -77,7 +77,7 @@ def test_checkpoint_onto_and_from_expert_parallelism(
 
 def test_padding_of_the_vocabulary_takes_no_part(pool: Pool) -> None:
     """250 tokens are padded to 256: the loss is that of 250, and padded rows stay zero."""
-    config = cases.family_config("llama3", [])
+    config = on_ranks.family_config("llama3", [])
     loss, rows = pool.run(2, first_loss_and_padding, config)[0]
     assert loss == pytest.approx(float(torch.tensor(250.0).log()), rel=5e-3)
     assert rows.abs().max() == 0
@@ -85,14 +85,14 @@ def test_padding_of_the_vocabulary_takes_no_part(pool: Pool) -> None:
 
 def first_loss_and_padding(config: RunConfig) -> tuple[float, torch.Tensor]:
     """Loss of a model whose head is zero, and what three steps make of the padding's rows."""
-    engine = cases.start(config, 1)
+    engine = on_ranks.start(config, 1)
     for piece in engine.state().pieces:
         if piece.name == "embedding.word_embeddings.weight":
             piece.data.mul_(1e-4)
     engine.loaded()
-    loss = cases.step(engine, 0)
-    cases.step(engine, 1)
-    cases.step(engine, 2)
-    rows = cases.gather(engine.state())["embedding.word_embeddings.weight", "param"][250:]
+    loss = on_ranks.step(engine, 0)
+    on_ranks.step(engine, 1)
+    on_ranks.step(engine, 2)
+    rows = on_ranks.gather(engine.state())["embedding.word_embeddings.weight", "param"][250:]
     engine.close()
     return loss, rows

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ import torch.distributed as dist
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
 from megatron_progressive.engines.megatron import engine as megatron
-from megatron_progressive.engines.megatron import kernels
+from megatron_progressive.engines.megatron import kernels, spec
+from megatron_progressive.engines.partitions import pieces_of_rank
 from megatron_progressive.models import model_shape
+from megatron_progressive.optim import owners
 from megatron_progressive.runtime.layout import Layout, make_layout
-from tests.engines.cases import Full, family_config, gather, start, step
+from tests.engines.on_ranks import Full, family_config, gather, start, step
 from tests.pool import Pool
 
 NAMES = [f.name for f in fields(KernelsSection)]
@@ -44,6 +49,46 @@ def test_defaults_on_cuda() -> None:
         "overlap_gradients",
         "overlap_parameters",
     }
+
+
+def test_fp32_is_fp32() -> None:
+    """No kernel that rounds to bf16 or asks for TF32: Transformer Engine's layers and what comes
+    with them, and Megatron-core's fused cross-entropy."""
+    dense = {"activation", "dropout", "overlap_gradients", "overlap_parameters"}
+    for family in ("gpt2", "llama3", "mixtral", "deepseek_v3"):
+        assert on(family, fp32=True) == dense
+    shape = model_shape(family_config("llama3", []), 2)
+    machine = {"cuda": True, "transformer_engine": True, "sharded": True}
+    assert not kernels.resolve(KernelsSection(), shape, **machine, fp32=True).transformer_engine
+    assert kernels.resolve(KernelsSection(), shape, **machine, fp32=False).transformer_engine
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_decides_which_layers_a_run_has(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As if this were CUDA with Transformer Engine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(spec, "transformer_engine_available", lambda: True)
+    config = family_config("llama3", [f"train.precision={precision}"])
+    shape, layout = model_shape(config, 2), Layout(1)
+    fused = kernels.kernels_here(config, shape, layout).transformer_engine
+    assert fused is (precision == "bf16")
+    line = kernels.kernels_line(config, shape, layout)
+    assert ("Transformer Engine layers" in line) is fused
+
+
+def test_the_layers_are_those_that_the_configuration_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Transformer Engine is there."""
+    monkeypatch.setattr(spec, "transformer_engine_available", lambda: True)
+    local = SimpleNamespace(
+        num_moe_experts=None, qk_layernorm=False, multi_latent_attention=False,
+        normalization="RMSNorm", transformer_impl="local", moe_grouped_gemm=False,
+    )  # fmt: skip
+    layers = spec.decoder_spec(local, ["dense"])  # type: ignore[arg-type]
+    attention = layers.layer_specs[0].submodules.self_attention.submodules
+    assert attention.core_attention is spec.CausalAttention
+    assert layers.layer_norm is spec.local_norm
 
 
 def test_each_can_be_turned_off_and_graphs_on() -> None:
@@ -155,3 +200,64 @@ def test_overlapped_communication_trains_the_same(pool: Pool) -> None:
     assert full.keys() == whole.keys()
     for key, tensor in full.items():
         assert torch.allclose(tensor, whole[key], rtol=1e-5, atol=1e-7), key
+
+
+def reductions(words: list[str], layers: int, bucket: int) -> tuple[list[str], int, float, bool]:
+    """With buckets of a few thousand elements and gradients reduced as on CUDA: what happens in a
+    step's backward pass and behind it, in order; buckets; a loss; and whether the pieces are those
+    that are planned."""
+    small = {"_BUCKET_NUMEL": bucket, "_BUCKET_NUMEL_A_RANK": 0}
+    forced = kernels.Kernels(False, overlap_gradients=True, overlap_parameters=True)
+    config = family_config("llama3", words)
+    layout = make_layout(config.parallel, dist.get_world_size())
+    events: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            events.append(name)
+            return function(*given, **named)
+
+        return call
+
+    with (
+        patch.multiple(owners, **small),
+        patch.object(megatron, "kernels_here", lambda *_, **__: forced),
+    ):
+        engine = start(config, layers)
+        planned = pieces_of_rank(
+            model_shape(config, layers), config.optim, "fp32", layout, dist.get_rank()
+        )
+        same = Counter(planned) == Counter(piece.meta for piece in engine.state().pieces)
+    step(engine, 0)  # in the first step Megatron-core learns how often each gradient comes
+    group = type(engine.chunks[0].bucket_groups[0])
+    finalize = "megatron_progressive.engines.megatron.engine.finalize_model_grads"
+    with (
+        patch.object(group, "start_grad_sync", noted("reduce", group.start_grad_sync)),
+        patch.object(group, "register_grad_ready", noted("ready", group.register_grad_ready)),
+        patch(finalize, noted("finalize", megatron.finalize_model_grads)),
+    ):
+        loss = step(engine, 1)
+    buckets = sum(len(chunk.bucket_groups) for chunk in engine.chunks)
+    engine.close()
+    return events, buckets, loss, same
+
+
+@pytest.mark.parametrize("optimizer", ["muon_nsgd", "adamw"])
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
+def test_gradients_are_reduced_during_the_backward_pass(
+    pool: Pool, optimizer: str, parallel: dict[str, int]
+) -> None:
+    words = [f"optim.name={optimizer}", "train.micro_batch=2"]
+    words += [f"parallel.{key}={value}" for key, value in parallel.items()]
+    world = 2 * (2 if parallel else 1)
+    expected = pool.run(world, reductions, words, 8, 10**9)
+    for (events, buckets, loss, planned), (_, one, same_loss, _) in zip(
+        pool.run(world, reductions, words, 8, 8_000), expected, strict=True
+    ):
+        assert planned
+        assert buckets > one
+        assert events.count("reduce") == buckets
+        before = events[: len(events) - 1 - events[::-1].index("ready")]
+        assert before.count("reduce") > 0  # and gradients came after it
+        assert events.index("finalize") > max(i for i, e in enumerate(events) if e == "ready")
+        assert loss == pytest.approx(same_loss, rel=1e-6)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.models import model_shape
-from tests.engines import cases, reference
+from tests.engines import on_ranks, reference
 from tests.pool import Pool
 
 LAYOUTS = [
@@ -38,13 +38,13 @@ def words(parallel: dict[str, int]) -> list[str]:
 @pytest.mark.parametrize("layers", [0, 1, 4, 5])
 def test_same_losses_on_every_layout(pool: Pool, optimizer: str, layers: int) -> None:
     base = [f"optim.name={optimizer}", "train.micro_batch=1"]
-    expected = pool.run(1, cases.losses_and_norms, cases.small_config(base), layers, 6)[0]
+    expected = pool.run(1, on_ranks.losses_and_norms, on_ranks.small_config(base), layers, 6)[0]
     assert len({round(loss, 4) for loss, _ in expected}) == 6
     for world, parallel in LAYOUTS[1:]:
         if layers % 2 and layers > 1 and parallel.get("pipeline", 1) == 1:
             continue  # 5 layers are for uneven stages
-        config = cases.small_config([*base, *words(parallel)])
-        for result in pool.run(world, cases.losses_and_norms, config, layers, 6):
+        config = on_ranks.small_config([*base, *words(parallel)])
+        for result in pool.run(world, on_ranks.losses_and_norms, config, layers, 6):
             for (loss, norm), (loss_1, norm_1) in zip(result, expected, strict=True):
                 assert loss == pytest.approx(loss_1, rel=2e-5), (world, parallel)
                 assert norm == pytest.approx(norm_1, rel=2e-4), (world, parallel)
@@ -53,7 +53,7 @@ def test_same_losses_on_every_layout(pool: Pool, optimizer: str, layers: int) ->
 def check_expansion(pool: Pool, world: int, config: RunConfig) -> Any:
     """Run one expansion and compare every slot with the reference, bit for bit."""
     expansion = config.expansion[0]
-    results = pool.run(world, cases.expand_and_gather, config)
+    results = pool.run(world, on_ranks.expand_and_gather, config)
     before, after, event, losses = results[0]
     shape = model_shape(config, expansion.to_layers)
     expected = reference.expanded(
@@ -80,7 +80,7 @@ def test_lossless_expansion_onto_another_layout(
 ) -> None:
     after = {"tensor": 2, "pipeline": 2, "virtual_pipeline": virtual}
     expansion = {"at": 2, "to_layers": 6, "init": init, "parallel": after}
-    config = cases.small_config(
+    config = on_ranks.small_config(
         [f"model.num_layers={source}", f"optim.name={optimizer}"], expansion
     )
     event = check_expansion(pool, 4, config)
@@ -92,8 +92,8 @@ def test_lossless_expansion_onto_another_layout(
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
 def test_every_weight_moves_in_the_step_after_an_expansion(pool: Pool, optimizer: str) -> None:
     expansion = {"at": 2, "to_layers": 4, "init": "random", "parallel": {"tensor": 2}}
-    config = cases.small_config([f"optim.name={optimizer}", "model.num_layers=0"], expansion)
-    assert pool.run(2, cases.trainable_after_expansion, config)[0] == []
+    config = on_ranks.small_config([f"optim.name={optimizer}", "model.num_layers=0"], expansion)
+    assert pool.run(2, on_ranks.trainable_after_expansion, config)[0] == []
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_checkpoint_onto_and_from_a_virtual_pipeline(
 ) -> None:
     base = [f"optim.name={optimizer}", f"train.precision={precision}", "train.micro_batch=1",
             f"model.num_layers={layers}"]  # fmt: skip
-    plain = cases.small_config([*base, "parallel.tensor=2"])
-    virtual = cases.small_config([*base, "parallel.pipeline=2", "parallel.virtual_pipeline=2"])
+    plain = on_ranks.small_config([*base, "parallel.tensor=2"])
+    virtual = on_ranks.small_config([*base, "parallel.pipeline=2", "parallel.virtual_pipeline=2"])
     for name, source, target in (("onto", plain, virtual), ("from", virtual, plain)):
         folder = tmp_path / name
-        saved, loaded = pool.run(4, cases.saved_and_loaded, source, target, folder)[0]
+        saved, loaded = pool.run(4, on_ranks.saved_and_loaded, source, target, folder)[0]
         assert set(saved) == set(loaded)
         assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == []
 
@@ -142,7 +142,30 @@ def test_pipeline_settings_that_gloo_gets_wrong_are_refused() -> None:
 def test_process_groups_are_released(pool: Pool, family: str, parallel: dict[str, Any]) -> None:
     expansion = {"at": 2, "to_layers": 3, "parallel": parallel}
     words = ["model.num_layers=2", "train.micro_batch=1"]
-    config = cases.family_config(family, words, expansion)
-    counts = pool.run(2, cases.groups_after_expansions, config, 4)[0]
+    config = on_ranks.family_config(family, words, expansion)
+    counts = pool.run(2, on_ranks.groups_after_expansions, config, 4)[0]
     assert [groups for groups, _ in counts] == [1] * 4  # the world's own
     assert len({threads for _, threads in counts[1:]}) == 1, counts
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("gpt2", {"tensor": 2}),
+        ("gpt2", {"pipeline": 2, "virtual_pipeline": 2}),
+        ("llama3", {"zero_stage": 0}),
+        ("mixtral", {"expert": 2}),
+        ("deepseek_v3", {}),
+        ("llama3", {"engine": "deepspeed", "zero_stage": 1}),
+        ("llama3", {"engine": "deepspeed", "zero_stage": 3}),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_of_a_closed_engine_stays(
+    pool: Pool, family: str, parallel: dict[str, Any], precision: str
+) -> None:
+    words = [f"parallel.{key}={value}" for key, value in parallel.items()]
+    words += ["model.num_layers=2", "train.micro_batch=1", f"train.precision={precision}"]
+    config = on_ranks.family_config(family, words)
+    for left in pool.run(2, on_ranks.left_after_close, config):
+        assert left == {"modules": 0, "parameters": 0, "bytes": 0}

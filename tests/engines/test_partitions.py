@@ -24,7 +24,7 @@ from megatron_progressive.models import model_shape
 from megatron_progressive.optim.rules import STEP
 from megatron_progressive.reshard.boxes import PieceMeta
 from megatron_progressive.runtime.layout import Layout, make_layout
-from tests.engines import cases
+from tests.engines import on_ranks
 from tests.pool import Pool
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +188,7 @@ def test_prediction_for_every_family_and_for_experts(pool: Pool, family: str, wo
 
 
 def check(pool: Pool, world: int, configs: list[RunConfig]) -> None:
-    held = pool.run(world, cases.held_pieces_of, configs)
+    held = pool.run(world, on_ranks.held_pieces_of, configs)
     for index, config in enumerate(configs):
         expected = predicted(config, world)
         shape, layout = model_shape(config), make_layout(config.parallel, world)
@@ -203,7 +203,7 @@ def test_prediction_modules_behind_stages_without_layers(pool: Pool) -> None:
     embedding."""
     words = ["model.num_layers=1", "model.mtp_layers=2", "parallel.pipeline=4"]
     configs = [
-        cases.family_config("deepseek_v3", [*words, f"model.tie_embeddings={tie}", *more])
+        on_ranks.family_config("deepseek_v3", [*words, f"model.tie_embeddings={tie}", *more])
         for tie in (True, False)
         for more in (["optim.name=adamw"], ["train.precision=bf16", "optim.embeddings=adamw"])
     ]

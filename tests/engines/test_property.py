@@ -14,7 +14,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch
 from megatron_progressive.models import model_shape
 from megatron_progressive.plan.preflight import check_run
-from tests.engines import cases, reference
+from tests.engines import on_ranks, reference
 from tests.pool import Pool
 
 CASES, EACH = 210, 15
@@ -111,7 +111,7 @@ def random_case(seed: int, world: int) -> RunConfig:
         f"train.micro_batch={largest_micro_batch(world, before, after)}",
         *(f"parallel.{key}={value}" for key, value in before.items() if value is not None),
     ]
-    config = cases.family_config(family, words, expansion)
+    config = on_ranks.family_config(family, words, expansion)
     check_run(config, world)
     return config
 
@@ -120,20 +120,24 @@ def differences(configs: list[RunConfig]) -> list[list[str]] | None:
     """Of each case, what is not as the reference says (rank 0 compares)."""
     found = []
     for config in configs:
-        engine = cases.start(config)
-        engine.train_step(GlobalBatch(cases.tokens, 0, SAMPLES), 0.01)
-        before = cases.gather(engine.state())
-        engine, _ = cases._expand(engine, config)
-        after = cases.gather(engine.state())
-        metrics = engine.train_step(GlobalBatch(cases.tokens, SAMPLES, SAMPLES), 0.01)
-        stepped = cases.gather(engine.state())
+        engine = on_ranks.start(config)
+        engine.train_step(GlobalBatch(on_ranks.tokens, 0, SAMPLES), 0.01)
+        before = on_ranks.gather(engine.state())
+        engine, _ = on_ranks._expand(engine, config)
+        after = on_ranks.gather(engine.state())
+        metrics = engine.train_step(GlobalBatch(on_ranks.tokens, SAMPLES, SAMPLES), 0.01)
+        stepped = on_ranks.gather(engine.state())
         engine.close()
         found.append(_compare(config, before, after, stepped, metrics.loss))
     return found if dist.get_rank() == 0 else None
 
 
 def _compare(
-    config: RunConfig, before: cases.Full, after: cases.Full, stepped: cases.Full, loss: float
+    config: RunConfig,
+    before: on_ranks.Full,
+    after: on_ranks.Full,
+    stepped: on_ranks.Full,
+    loss: float,
 ) -> list[str]:
     section, optim = config.expansion[0], config.optim
     expected = reference.expanded(
@@ -171,7 +175,7 @@ def test_cases_cover_what_they_are_meant_to() -> None:
     assert set(stages) == {0, 1, 2, 3}
     virtual = {(a.virtual_pipeline, b.virtual_pipeline) for a, b in phases}
     assert virtual == set(itertools.product([1, 2], repeat=2))
-    assert {c.model.family for c in configs} == set(cases.SMALL_FAMILIES)
+    assert {c.model.family for c in configs} == set(on_ranks.SMALL_FAMILIES)
     experts = {(a.expert > 1, b.expert > 1) for a, b in phases}
     assert experts == set(itertools.product([True, False], repeat=2))
     assert any(b.expert > 1 and b.expert_tensor != b.tensor for _, b in phases)

@@ -16,7 +16,7 @@ from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.reshard.boxes import whole
 from megatron_progressive.reshard.initial_values import initial_values
 from megatron_progressive.runtime.layout import make_layout
-from tests.engines import cases, resnet_cases
+from tests.engines import on_ranks, resnet_on_ranks
 from tests.engines.test_property import SAMPLES
 from tests.pool import Pool
 
@@ -29,8 +29,8 @@ def test_same_losses_on_any_number_of_ranks(pool: Pool, optimizer: str) -> None:
     found = {}
     for world, stage, micro in ((1, 0, 12), (1, 1, 3), (2, 0, 2), (2, 1, 3), (3, 1, 2)):
         changes = [f"parallel.zero_stage={stage}", f"train.micro_batch={micro}"]
-        config = resnet_cases.small_config([*words, *changes])
-        every = pool.run(world, resnet_cases.losses_and_norms, config, 5)
+        config = resnet_on_ranks.small_config([*words, *changes])
+        every = pool.run(world, resnet_on_ranks.losses_and_norms, config, 5)
         assert all(one == every[0] for one in every)
         found[world, stage] = every[0]
     for values in found.values():
@@ -40,7 +40,7 @@ def test_same_losses_on_any_number_of_ranks(pool: Pool, optimizer: str) -> None:
 
 def test_first_step_is_that_of_torch(pool: Pool) -> None:
     """AdamW's first update of every tensor, from gradients of the plain module."""
-    config = resnet_cases.small_config([*DEEP, "optim.name=adamw", "train.micro_batch=3"])
+    config = resnet_on_ranks.small_config([*DEEP, "optim.name=adamw", "train.micro_batch=3"])
     shape = model_shape(config)
     model, table = ResNet(shape), tensor_table(shape)
     for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def test_first_step_is_that_of_torch(pool: Pool) -> None:
     pixels, labels = open_data(config).train_batch(0, SAMPLES)
     F.cross_entropy(model(pixels), labels).backward()
     optim.step()
-    after = pool.run(2, resnet_cases.updates, config, 1)[0]
+    after = pool.run(2, resnet_on_ranks.updates, config, 1)[0]
     for name, parameter in model.named_parameters():
         # where a gradient is nearly 0 its sign, which is AdamW's first step, is rounding
         apart = (after[name].view(parameter.shape) - parameter.data).abs()
@@ -66,8 +66,8 @@ def test_first_step_is_that_of_torch(pool: Pool) -> None:
 def test_random_expansions_equal_the_reference(pool: Pool, world: int) -> None:
     cases_each = {1: 10, 2: 8, 3: 4}[world]
     seeds = range(100 * world, 100 * world + cases_each)
-    configs = [resnet_cases.random_case(seed, world) for seed in seeds]
-    results = pool.run(world, resnet_cases.differences, configs)[0]
+    configs = [resnet_on_ranks.random_case(seed, world) for seed in seeds]
+    results = pool.run(world, resnet_on_ranks.differences, configs)[0]
     for config, wrong in zip(configs, results, strict=True):
         assert not wrong, (config.model, config.parallel, config.expansion, config.optim, wrong)
 
@@ -76,23 +76,23 @@ def test_random_expansions_equal_the_reference(pool: Pool, world: int) -> None:
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_zero_branches_keep_the_loss(pool: Pool, source: int, init: str, block: str) -> None:
     words = [f"model.num_layers={source}", f"model.resnet.block={block}"]
-    config = resnet_cases.small_config(words, {"at": 3, "to_layers": 6, "init": init})
-    event = pool.run(1, resnet_cases.event_of_expansion, config)[0]
+    config = resnet_on_ranks.small_config(words, {"at": 3, "to_layers": 6, "init": init})
+    event = pool.run(1, resnet_on_ranks.event_of_expansion, config)[0]
     assert event.loss_after == pytest.approx(event.loss_before, rel=1e-6)
-    changed = resnet_cases.small_config(words, {"at": 3, "to_layers": 6, "init": "random"})
-    event = pool.run(1, resnet_cases.event_of_expansion, changed)[0]
+    changed = resnet_on_ranks.small_config(words, {"at": 3, "to_layers": 6, "init": "random"})
+    event = pool.run(1, resnet_on_ranks.event_of_expansion, changed)[0]
     assert abs(event.loss_after / event.loss_before - 1) > 1e-5
 
 
 def test_what_ranks_hold_is_predicted(pool: Pool) -> None:
     configs = [
-        resnet_cases.small_config(
+        resnet_on_ranks.small_config(
             [f"optim.name={name}", "optim.embeddings=adamw", f"parallel.zero_stage={stage}",
              f"train.precision={precision}", "model.num_layers=2"]
         )
         for name in ("muon_nsgd", "adamw") for stage in (0, 1) for precision in ("fp32", "bf16")
     ]  # fmt: skip
-    held = pool.run(3, cases.held_pieces_of, configs)
+    held = pool.run(3, on_ranks.held_pieces_of, configs)
     for index, config in enumerate(configs):
         shape, layout = model_shape(config), make_layout(config.parallel, 3)
         for rank in range(3):

@@ -18,7 +18,7 @@ from megatron_progressive.checkpoints.checkpoint import checkpoints
 from megatron_progressive.config import to_yaml
 from megatron_progressive.runs.folder import read_metrics
 from tests.jobs import Jobs
-from tests.train.cases import run_config
+from tests.train.small_runs import run_config
 
 WORDS = ["train.steps=9", "train.save_every=3", "train.eval_every=3", "train.micro_batch=2",
          "train.keep_checkpoints=1", "optim.name=adamw", "optim.lr=0.003",

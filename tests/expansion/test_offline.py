@@ -21,10 +21,10 @@ from megatron_progressive.config import to_yaml
 from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
 from megatron_progressive.models import model_shape
 from tests.disk import small_disk
-from tests.engines import cases
-from tests.expansion.cases import loaded, saved_and_expanded
+from tests.engines import on_ranks
+from tests.expansion.offline_on_ranks import loaded, saved_and_expanded
 from tests.pool import Pool
-from tests.train.cases import run_config, train_here
+from tests.train.small_runs import run_config, train_here
 from tests.train.test_training import losses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ def check_against_memory(
     parallel: dict[str, int],
     targets: list[tuple[int, dict[str, int]]],
 ) -> None:
-    config = cases.family_config(
+    config = on_ranks.family_config(
         family, [*words, *(f"parallel.{k}={v}" for k, v in parallel.items())],
         {"at": 2, **expansion},
     )  # fmt: skip
@@ -103,7 +103,7 @@ def check_against_memory(
     expand_checkpoint(plan_expansion(source, out, config.expansion[0]))
     for world, target in targets:
         layout = [f"parallel.{k}={v}" for k, v in target.items()]
-        changed = cases.family_config(family, [*words, *layout])
+        changed = on_ranks.family_config(family, [*words, *layout])
         got = pool.run(world, loaded, changed, expansion["to_layers"], out)[0]
         assert set(got) == set(expected)
         assert all(got[key].dtype == expected[key].dtype for key in expected)
@@ -169,7 +169,7 @@ print(plan.nbytes / 2**20, largest / 2**20, peak() - before)
 def test_memory_is_that_of_one_tensor(pool: Pool, tmp_path: Path, init: str) -> None:
     words = ["model.hidden_size=512", "model.num_layers=4", "data.vocab_size=8192",
              "optim.name=adamw"]  # fmt: skip
-    pool.run(1, saved_and_expanded, cases.small_config(words), tmp_path, 0)
+    pool.run(1, saved_and_expanded, on_ranks.small_config(words), tmp_path, 0)
     source = checkpoint.checkpoint_path(tmp_path, 2)
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out"), "10", init,
                "copy" if init == "copying" else "inherit"]  # fmt: skip
@@ -185,7 +185,7 @@ def test_memory_is_that_of_one_tensor(pool: Pool, tmp_path: Path, init: str) -> 
 @pytest.fixture(scope="module")
 def source(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    pool.run(2, saved_and_expanded, cases.small_config(["model.num_layers=1"]), folder, 1)
+    pool.run(2, saved_and_expanded, on_ranks.small_config(["model.num_layers=1"]), folder, 1)
     return checkpoint.checkpoint_path(folder, 2)
 
 
@@ -223,12 +223,12 @@ def test_an_expansion_that_fails_leaves_nothing(
 def test_large_tensors_are_cut_into_boxes(
     source: Path, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expansion = cases.small_config([], {"at": 2, "to_layers": 4}).expansion[0]
+    expansion = on_ranks.small_config([], {"at": 2, "to_layers": 4}).expansion[0]
     monkeypatch.setattr(streamed, "_BOX_ELEMENTS", 100)
     expand_checkpoint(plan_expansion(source, tmp_path / "cut", expansion))
     monkeypatch.undo()
     expand_checkpoint(plan_expansion(source, tmp_path / "whole", expansion))
-    config = cases.small_config(["parallel.tensor=2"])
+    config = on_ranks.small_config(["parallel.tensor=2"])
     whole = pool.run(2, loaded, config, 4, tmp_path / "whole")[0]
     cut = pool.run(2, loaded, config, 4, tmp_path / "cut")[0]
     assert [key for key in whole if not torch.equal(whole[key], cut[key])] == []

@@ -20,14 +20,14 @@ from megatron_progressive import data as data_room
 from megatron_progressive.compare.report import make_report
 from megatron_progressive.config import ConfigError, load
 from megatron_progressive.data import DATA_FILE, DataIdentity, read_identity
-from megatron_progressive.grid.cells import fingerprint
 from megatron_progressive.grid.data import StudyData, data_key
+from megatron_progressive.grid.fingerprint import fingerprint
 from megatron_progressive.grid.grid import load_grid
 from megatron_progressive.grid.report.report import make_grid_report
 from megatron_progressive.grid.run import Launch, run_grid
 from megatron_progressive.grid.state import Study
 from megatron_progressive.runtime.files import write_json
-from tests.data.helpers import make_documents, write_json_lines
+from tests.data.small_corpora import make_documents, write_json_lines
 from tests.runs.synthetic import four_arms, progressive_config, write_run, write_study
 
 NOTHING = Launch(srun="false")  # no cell can run

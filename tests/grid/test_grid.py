@@ -15,7 +15,7 @@ import yaml
 
 from megatron_progressive import cli
 from megatron_progressive.cost.flops import total_flops
-from megatron_progressive.grid import cells
+from megatron_progressive.grid import fingerprint as fingerprints
 from megatron_progressive.grid.cells import Cell
 from megatron_progressive.grid.grid import load_grid
 from megatron_progressive.grid.state import Study
@@ -85,7 +85,7 @@ def test_a_key_that_a_later_version_adds_undoes_no_finished_cell(
     before = found()
     for value in (None, 1):
         later = lambda config, value=value: decisive(config) | {"model.new": value}  # noqa: E731
-        monkeypatch.setattr(cells, "decisive", later)
+        monkeypatch.setattr(fingerprints, "decisive", later)
         assert (found() == before) is (value is None)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.huggingface import cases
+from tests.huggingface import random_models
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folders = {}
-    for family in cases.FAMILIES:
-        config = cases.random_hugging_face_config(family, 3)
+    for family in random_models.FAMILIES:
+        config = random_models.random_hugging_face_config(family, 3)
         folders[family] = tmp_path_factory.mktemp(family) / "theirs"
-        cases.hugging_face_class(family)(config).save_pretrained(folders[family])
+        random_models.hugging_face_class(family)(config).save_pretrained(folders[family])
     return folders

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_progressive import cli
 from megatron_progressive.checkpoints.checkpoint import checkpoint_path
 from megatron_progressive.data.tokenizer import train_bpe
-from tests.data.helpers import make_documents, write_json_lines
+from tests.data.small_corpora import make_documents, write_json_lines
 from tests.huggingface.test_huggingface import assert_same, quiet, safetensors_of  # noqa: F401
 from tests.jobs import Jobs
 

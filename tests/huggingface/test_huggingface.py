@@ -18,7 +18,7 @@ from megatron_progressive.huggingface.exporting import export_checkpoint, plan_e
 from megatron_progressive.huggingface.importing import import_folder, plan_import
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.reshard.boxes import PARAM
-from tests.huggingface import cases
+from tests.huggingface import random_models
 from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,9 @@ def layout_of(family: str, seed: int) -> tuple[int, dict[str, int]]:
 
 
 def their_logits(folder: Path, family: str, tokens: np.ndarray) -> np.ndarray:
-    model = cases.hugging_face_class(family).from_pretrained(folder, dtype=torch.float32).eval()
+    model = (
+        random_models.hugging_face_class(family).from_pretrained(folder, dtype=torch.float32).eval()
+    )
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()  # type: ignore[no-any-return]
 
@@ -80,16 +82,16 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("family", random_models.FAMILIES)
 def test_export(pool: Pool, tmp_path: Path, family: str, seed: int) -> None:
     world, parallel = layout_of(family, seed)
-    config = cases.random_config(family, seed, parallel)
-    pool.run(world, cases.save_random, config, tmp_path)
+    config = random_models.random_config(family, seed, parallel)
+    pool.run(world, random_models.save_random, config, tmp_path)
     source, out, back = checkpoint_path(tmp_path, 2), tmp_path / "out", tmp_path / "back"
     export_checkpoint(plan_export(source, out), shard_bytes=20_000 if seed != 4 else 1 << 30)
-    tokens = cases.tokens_of(model_shape(config).vocab_size, seed)
+    tokens = random_models.tokens_of(model_shape(config).vocab_size, seed)
     theirs = their_logits(out, family, tokens)
-    ours = pool.run(1, cases.logits, source, tokens)[0]
+    ours = pool.run(1, random_models.logits, source, tokens)[0]
     assert np.abs(theirs).max() > 0.5  # random enough to tell tensors apart
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE, rtol=0)
     assert len(list(out.glob("*.safetensors"))) > (seed != 4)
@@ -102,11 +104,11 @@ def test_export(pool: Pool, tmp_path: Path, family: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("family", random_models.FAMILIES)
 def test_import(pool: Pool, tmp_path: Path, family: str, seed: int) -> None:
     torch.manual_seed(seed)
-    config = cases.random_hugging_face_config(family, seed)
-    model = cases.hugging_face_class(family)(config)
+    config = random_models.random_hugging_face_config(family, seed)
+    model = random_models.hugging_face_class(family)(config)
     for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if "bias" in n)):
         tensor.data += 0.2 * torch.randn_like(tensor)
     folder, path, out = tmp_path / "theirs", tmp_path / "checkpoint", tmp_path / "out"
@@ -114,8 +116,8 @@ def test_import(pool: Pool, tmp_path: Path, family: str, seed: int) -> None:
     import_folder(plan_import(folder, path))
     progress, record = read_description(path)
     assert (progress.step, record.layout, record.precision) == (0, "imported", "fp32")
-    tokens = cases.tokens_of(config.vocab_size, seed)
-    ours = pool.run(1, cases.logits, path, tokens)[0]
+    tokens = random_models.tokens_of(config.vocab_size, seed)
+    ours = pool.run(1, random_models.logits, path, tokens)[0]
     with torch.no_grad():
         theirs = model.eval()(torch.from_numpy(tokens)).logits.numpy()
     assert np.abs(theirs).max() > 0.5
@@ -142,15 +144,17 @@ def test_prediction_modules(pool: Pool, tmp_path: Path) -> None:
     """They are layers behind the last one, where transformers' own reader finds all of them."""
     from transformers.modeling_layers import MtpModel
 
-    config = cases.random_config("deepseek_v3", 0, {}, "model.mtp_layers=2", "model.num_layers=3")
-    pool.run(1, cases.save_random, config, tmp_path)
+    config = random_models.random_config(
+        "deepseek_v3", 0, {}, "model.mtp_layers=2", "model.num_layers=3"
+    )
+    pool.run(1, random_models.save_random, config, tmp_path)
     source, out, back = checkpoint_path(tmp_path, 2), tmp_path / "out", tmp_path / "back"
     export_checkpoint(plan_export(source, out))
-    tokens = cases.tokens_of(model_shape(config).vocab_size, 0)
+    tokens = random_models.tokens_of(model_shape(config).vocab_size, 0)
     theirs = their_logits(out, "deepseek_v3", tokens)
-    ours = pool.run(1, cases.logits, source, tokens)[0]
+    ours = pool.run(1, random_models.logits, source, tokens)[0]
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE, rtol=0)
-    model = cases.hugging_face_class("deepseek_v3").from_pretrained(out)
+    model = random_models.hugging_face_class("deepseek_v3").from_pretrained(out)
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\..*"]
     modules = MtpModel.from_pretrained(model)  # raises where a tensor is missing
     weights = tensors_of(source)
@@ -169,29 +173,29 @@ def test_prediction_modules(pool: Pool, tmp_path: Path) -> None:
 
 def test_modules_that_the_files_lack(pool: Pool, tmp_path: Path, capsys: Any) -> None:
     """transformers names one by default and never has its weights."""
-    config = cases.random_hugging_face_config("deepseek_v3", 0)
+    config = random_models.random_hugging_face_config("deepseek_v3", 0)
     config.num_nextn_predict_layers = 1
-    cases.hugging_face_class("deepseek_v3")(config).save_pretrained(tmp_path / "theirs")
+    random_models.hugging_face_class("deepseek_v3")(config).save_pretrained(tmp_path / "theirs")
     plan = plan_import(tmp_path / "theirs", tmp_path / "out")
     assert (plan.without_modules, plan.shape.mtp_layers) == (1, 0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
 def test_no_layers(pool: Pool, tmp_path: Path, family: str) -> None:
-    config = cases.random_config(family, 0, {}, "model.num_layers=0")
-    pool.run(1, cases.save_random, config, tmp_path)
+    config = random_models.random_config(family, 0, {}, "model.num_layers=0")
+    pool.run(1, random_models.save_random, config, tmp_path)
     source, out = checkpoint_path(tmp_path, 2), tmp_path / "out"
     export_checkpoint(plan_export(source, out))
-    tokens = cases.tokens_of(model_shape(config).vocab_size, 0)
-    ours = pool.run(1, cases.logits, source, tokens)[0]
+    tokens = random_models.tokens_of(model_shape(config).vocab_size, 0)
+    ours = pool.run(1, random_models.logits, source, tokens)[0]
     np.testing.assert_allclose(their_logits(out, family, tokens), ours, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama3", "deepseek_v3"])
 def test_types(pool: Pool, tmp_path: Path, family: str) -> None:
     """The type that the model computes in, or fp32 from the master weights; and imported bf16."""
-    config = cases.random_config(family, 1, {"tensor": 2}, "train.precision=bf16")
-    pool.run(2, cases.save_random, config, tmp_path)
+    config = random_models.random_config(family, 1, {"tensor": 2}, "train.precision=bf16")
+    pool.run(2, random_models.save_random, config, tmp_path)
     source, back = checkpoint_path(tmp_path, 2), tmp_path / "back"
     table = tensor_table(model_shape(config))
     reader = TensorReader(source)

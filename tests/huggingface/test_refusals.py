@@ -14,7 +14,7 @@ import pytest
 from megatron_progressive import cli
 from megatron_progressive.checkpoints.checkpoint import checkpoint_path
 from tests.checkpoints.altered import alter
-from tests.huggingface import cases
+from tests.huggingface import random_models
 from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,7 +264,7 @@ def test_models_that_their_class_cannot_be(
     from megatron_progressive.config import ConfigError
     from megatron_progressive.huggingface import config_from_shape
     from megatron_progressive.models import model_shape
-    from tests.engines.cases import family_config
+    from tests.engines.on_ranks import family_config
 
     shape = model_shape(family_config(family, words))
     with pytest.raises(ConfigError) as error:
@@ -274,8 +274,8 @@ def test_models_that_their_class_cannot_be(
 
 
 def test_export_arguments(pool: Pool, tmp_path: Path, capsys: Any) -> None:
-    config = cases.random_config("gpt2", 0, {})
-    pool.run(1, cases.save_random, config, tmp_path)
+    config = random_models.random_config("gpt2", 0, {})
+    pool.run(1, random_models.save_random, config, tmp_path)
     source, out = str(checkpoint_path(tmp_path, 2)), str(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     refused(capsys, tmp_path, ["export", "hf", source, out, "--dtype", "float16"],

@@ -23,7 +23,7 @@ from megatron_progressive.huggingface.importing import import_folder, plan_impor
 from megatron_progressive.models import model_shape
 from megatron_progressive.reshard.boxes import MASTER, PARAM
 from tests.checkpoints.altered import alter
-from tests.huggingface import cases
+from tests.huggingface import random_models
 from tests.huggingface.test_huggingface import quiet  # noqa: F401
 from tests.jobs import Jobs
 from tests.pool import Pool
@@ -34,13 +34,15 @@ LR = 0.003
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3"])
 def test_losses_equal_transformers(pool: Pool, tmp_path: Path, family: str) -> None:
-    config = cases.random_config(family, 7, {})
-    pool.run(1, cases.save_random, config, tmp_path)
+    config = random_models.random_config(family, 7, {})
+    pool.run(1, random_models.save_random, config, tmp_path)
     source, out = checkpoint_path(tmp_path, 2), tmp_path / "out"
     words = ["optim.name=adamw", "optim.weight_decay=0.1"]
-    ours = pool.run(1, cases.losses, source, words, STEPS, LR)[0]
+    ours = pool.run(1, random_models.losses, source, words, STEPS, LR)[0]
     export_checkpoint(plan_export(source, out))
-    model = cases.hugging_face_class(family).from_pretrained(out, dtype=torch.float32).train()
+    model = (
+        random_models.hugging_face_class(family).from_pretrained(out, dtype=torch.float32).train()
+    )
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -52,7 +54,7 @@ def test_losses_equal_transformers(pool: Pool, tmp_path: Path, family: str) -> N
     )
     theirs = []
     for number in range(STEPS):
-        sample = cases.batch_of(model.config.vocab_size, 8 * number, 8)
+        sample = random_models.batch_of(model.config.vocab_size, 8 * number, 8)
         logits = model(sample[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten())
         optimizer.zero_grad()
@@ -230,25 +232,25 @@ def test_sizes_come_from_the_checkpoint(
     assert with_initial_model(resolved) == resolved
 
 
-@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("family", random_models.FAMILIES)
 def test_every_family_resolves(pool: Pool, tmp_path: Path, family: str) -> None:
     for seed in range(3):
-        config = cases.random_config(family, seed, {})
-        pool.run(1, cases.save_random, config, tmp_path / str(seed))
-        resolved = cases.config_of(checkpoint_path(tmp_path / str(seed), 2))
+        config = random_models.random_config(family, seed, {})
+        pool.run(1, random_models.save_random, config, tmp_path / str(seed))
+        resolved = random_models.config_of(checkpoint_path(tmp_path / str(seed), 2))
         assert model_shape(resolved) == model_shape(config)
 
 
 def test_learned_positions_keep_their_length(pool: Pool, tmp_path: Path) -> None:
-    pool.run(1, cases.save_random, cases.random_config("gpt2", 0, {}), tmp_path)
+    pool.run(1, random_models.save_random, random_models.random_config("gpt2", 0, {}), tmp_path)
     with pytest.raises(ConfigError, match=r"data\.sequence_length: got 8; accepted: 12"):
-        cases.config_of(checkpoint_path(tmp_path, 2), "data.sequence_length=8")
+        random_models.config_of(checkpoint_path(tmp_path, 2), "data.sequence_length=8")
 
 
 def test_a_vocabulary_that_is_too_small(
     corpus: Path, tmp_path: Path, pool: Pool, capsys: Any
 ) -> None:
-    pool.run(1, cases.save_random, cases.random_config("llama3", 0, {}), tmp_path)
+    pool.run(1, random_models.save_random, random_models.random_config("llama3", 0, {}), tmp_path)
     path = written(tmp_path, corpus, "run", checkpoint_path(tmp_path, 2),
                    data={"sequence_length": 8, "prepared": str(corpus)})  # fmt: skip
     assert cli.main(["train", str(path)]) == 2
@@ -259,12 +261,12 @@ def test_a_vocabulary_that_is_too_small(
 def test_weights_of_another_precision(pool: Pool, tmp_path: Path, precision: str) -> None:
     """fp32 weights come from the master weights, and master weights from fp32 weights."""
     stored = {"fp32": "bf16", "bf16": "fp32"}[precision]
-    config = cases.random_config("llama3", 1, {"tensor": 2}, f"train.precision={stored}")
-    pool.run(2, cases.save_random, config, tmp_path)
+    config = random_models.random_config("llama3", 1, {"tensor": 2}, f"train.precision={stored}")
+    pool.run(2, random_models.save_random, config, tmp_path)
     path = checkpoint_path(tmp_path, 2)
     reader = TensorReader(path)
     words = [f"train.precision={precision}", "optim.name=adamw"]
-    got = pool.run(2, cases.loaded_state, path, words)[0]
+    got = pool.run(2, random_models.loaded_state, path, words)[0]
     exact = MASTER if stored == "bf16" else PARAM
     names = {name for name, _ in got}
     for name in names:

@@ -16,7 +16,7 @@ from megatron_progressive.checkpoints.checkpoint import read_description, seal
 from megatron_progressive.checkpoints.streamed import TensorReader, TensorWriter
 from megatron_progressive.models import tensor_table
 from megatron_progressive.reshard.boxes import PARAM
-from tests.huggingface import cases
+from tests.huggingface import random_models
 from tests.huggingface.test_refusals import changed, refused
 
 
@@ -69,7 +69,7 @@ def test_files_of_the_model_without_a_head_and_with_buffers(
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("lm_head.weight", None)
     values = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    values["h.0.attn.bias"] = torch.ones(1, 1, cases.LENGTH, cases.LENGTH)
+    values["h.0.attn.bias"] = torch.ones(1, 1, random_models.LENGTH, random_models.LENGTH)
     save_file(values, folder / "model.safetensors")
     assert cli.main(["import", "hf", str(folder), str(tmp_path / "out")]) == 0
 

@@ -28,7 +28,7 @@ from tests.grid.test_grid import grid_file
 from tests.jobs import Jobs
 from tests.launch.cluster import Cluster, missing
 from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, until, wait_for_step
-from tests.train.cases import run_config
+from tests.train.small_runs import run_config
 
 pytestmark = pytest.mark.skipif(
     bool(missing()), reason=f"Slurm is not installed (no {', '.join(missing())})"

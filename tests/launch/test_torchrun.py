@@ -12,7 +12,7 @@ from megatron_progressive.config import to_yaml
 from megatron_progressive.runs.folder import read_metrics
 from megatron_progressive.runtime.launch import free_port
 from tests.launch.staged_runs import ENVIRONMENT, ROOT, resumes, wait_for_step
-from tests.train.cases import run_config
+from tests.train.small_runs import run_config
 
 
 def test_two_nodes_stop_after_saving_and_go_on(corpus: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_progressive.optim.flat import Cut, FlatOptimizer
 from megatron_progressive.optim.lr_factor import ADAMW_WIDTH, lr_factor
 from megatron_progressive.reshard.boxes import whole
 from megatron_progressive.reshard.initial_values import initial_values
-from tests.engines.cases import family_config, losses_and_norms
+from tests.engines.on_ranks import family_config, losses_and_norms
 from tests.pool import Pool
 
 FAMILIES = ["gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3"]

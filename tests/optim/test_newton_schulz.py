@@ -17,7 +17,7 @@ import torch
 from megatron_progressive.config import OptimSection
 from megatron_progressive.optim.coefficients import SETS, ns_coefficients, ns_steps
 from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype, newton_schulz
-from tests.optim.kernel_cases import CASES
+from tests.optim.interpreted_kernel import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,7 +129,7 @@ def test_sets_are_those_of_emerging_optimizers() -> None:
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 def test_symmetric_kernel() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.optim.kernel_cases"]
+    command = [sys.executable, "-m", "tests.optim.interpreted_kernel"]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600
     )

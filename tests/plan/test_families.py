@@ -21,7 +21,7 @@ from megatron_progressive.models import (
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.optim.muon import matrices_of
 from megatron_progressive.optim.rules import MUON, rule_of
-from tests.plan import huggingface
+from tests.plan import huggingface_models
 
 
 def random_shape(family: str, seed: int) -> TransformerShape:
@@ -66,7 +66,9 @@ def random_shape(family: str, seed: int) -> TransformerShape:
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_parameters_equal_those_of_hugging_faces_model(family: str, seed: int) -> None:
     shape = random_shape(family, seed)
-    assert parameter_count(shape) == sum(p.numel() for p in huggingface.build(shape).parameters())
+    assert parameter_count(shape) == sum(
+        p.numel() for p in huggingface_models.build(shape).parameters()
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -74,7 +76,7 @@ def test_parameters_equal_those_of_hugging_faces_model(family: str, seed: int) -
 def test_model_flops_equal_torchs_count_of_hugging_faces_model(family: str, seed: int) -> None:
     """Exactly, forward and backward."""
     shape = random_shape(family, seed)
-    model = huggingface.build(shape)
+    model = huggingface_models.build(shape)
     tokens = torch.randint(0, shape.vocab_size, (2, shape.sequence_length))
     with FlopCounterMode(display=False) as forward:
         model(tokens)
@@ -106,7 +108,9 @@ def active_by_names(shape: TransformerShape, model: Any) -> int:
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_active_parameters_are_those_a_token_is_computed_with(family: str, seed: int) -> None:
     shape = random_shape(family, seed)
-    assert active_parameter_count(shape) == active_by_names(shape, huggingface.build(shape, "meta"))
+    assert active_parameter_count(shape) == active_by_names(
+        shape, huggingface_models.build(shape, "meta")
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_presets_have_the_published_parameters(family: str, preset: str, publish
     shape = model_shape(from_dict({"model": {"family": family, "preset": preset}}))
     count = parameter_count(shape)
     assert count == pytest.approx(published, rel=0.01)
-    model = huggingface.build(shape, "meta")
+    model = huggingface_models.build(shape, "meta")
     assert count == sum(weight.numel() for weight in model.parameters())
     assert active_parameter_count(shape) == active_by_names(shape, model)
 

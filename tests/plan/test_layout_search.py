@@ -25,7 +25,7 @@ from megatron_progressive.plan.layout_search import search
 from megatron_progressive.plan.plan import make_plan
 from megatron_progressive.plan.plan_text import render
 from megatron_progressive.runtime.layout import Layout, make_layout
-from tests.engines.cases import family_config
+from tests.engines.on_ranks import family_config
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "configs/llama3/2b_progressive.yaml"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_progressive.config import ConfigError, RunConfig, from_dict, to_yaml
-from megatron_progressive.grid.cells import fingerprint
+from megatron_progressive.grid.fingerprint import fingerprint
 from megatron_progressive.runs.decisive import decisive
 from megatron_progressive.runs.folder import check_folder
 

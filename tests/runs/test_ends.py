@@ -15,7 +15,7 @@ from megatron_progressive.checkpoints.checkpoint import checkpoints
 from megatron_progressive.config import to_yaml
 from megatron_progressive.runs.folder import read_metrics
 from tests.jobs import Jobs
-from tests.train.cases import run_config
+from tests.train.small_runs import run_config
 
 WORDS = ["train.steps=8", "train.save_every=4", "train.eval_every=8", "train.micro_batch=8",
          "model.num_layers=1"]  # fmt: skip

@@ -24,7 +24,7 @@ from megatron_progressive.runs.folder import read_metrics
 from megatron_progressive.runs.reading import read_run
 from tests.jobs import Job, Jobs
 from tests.runs.test_ends import contents, summary
-from tests.train.cases import run_values
+from tests.train.small_runs import run_values
 
 OLD, NEW, DECAY = 20, 30, 0.25  # decays of steps 16 to 20, and 23 to 30
 EXPANSION = {"at": 0.4, "to_layers": 2, "init": "copying"}

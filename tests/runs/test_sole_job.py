@@ -16,7 +16,7 @@ from megatron_progressive.runs.folder import read_metrics
 from megatron_progressive.runtime.folder_lock import LOCK_NAME, FolderLock
 from tests.jobs import Jobs
 from tests.runs.test_ends import WORDS, arguments, contents
-from tests.train.cases import run_config, run_values
+from tests.train.small_runs import run_config, run_values
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from megatron_progressive import cli
 from megatron_progressive.config import to_yaml
 from megatron_progressive.runs.folder import read_metrics
 from tests.jobs import Jobs
-from tests.train.cases import run_config
+from tests.train.small_runs import run_config
 
 WORDS = ["train.steps=12", "train.save_every=4", "train.eval_every=6", "expansion.0.at=6"]
 

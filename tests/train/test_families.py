@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.pool import Pool
-from tests.train.cases import run_config, train_here
+from tests.train.small_runs import run_config, train_here
 from tests.train.test_training import events, largest_difference, losses
 
 EXPERTS_AT_TAU = ["expansion.0.parallel.expert=2", "expansion.0.parallel.tensor=2"]

@@ -22,12 +22,12 @@ from megatron_progressive.config import RunConfig, to_yaml
 from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.plan.controls import all_controls
 from tests.data.test_images import image_folder
-from tests.expansion.cases import loaded
+from tests.expansion.offline_on_ranks import loaded
 from tests.expansion.test_atomic import trajectory
 from tests.jobs import Jobs
 from tests.pool import Pool
 from tests.test_bad_input import assert_refused, mprog
-from tests.train.cases import train_here
+from tests.train.small_runs import train_here
 from tests.train.test_training import events, largest_difference, losses
 
 

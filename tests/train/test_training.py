@@ -22,7 +22,7 @@ from megatron_progressive.config import load, to_yaml
 from megatron_progressive.cost.flops import total_flops
 from megatron_progressive.runs.folder import read_metrics
 from tests.pool import Pool
-from tests.train.cases import run_config, train_here
+from tests.train.small_runs import run_config, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
 

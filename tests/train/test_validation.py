@@ -11,7 +11,7 @@ from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.runs.folder import read_metrics
 from megatron_progressive.train import loop
 from tests.pool import Pool
-from tests.train.cases import run_config, train_here
+from tests.train.small_runs import run_config, train_here
 
 
 def validated(config: RunConfig) -> list[list[int]]:

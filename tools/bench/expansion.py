@@ -152,9 +152,9 @@ def in_memory(args: argparse.Namespace) -> None:
     engine.train_step(batch(args.ranks), 1e-4)
     dist.barrier()
     started = time.time()
-    progress = checkpoint.Progress(5, 0, args.from_layers, 5 * args.ranks, 0.0, 0.0, 0.0)
+    position = checkpoint.TrainingPosition(5, 0, args.from_layers, 5 * args.ranks, 0.0, 0.0, 0.0)
     model = record_of_run(config, engine.shape, engine.layout, ((0, args.from_layers),))
-    checkpoint.save(engine.state(), args.folder, progress, model, 0)
+    checkpoint.save(engine.state(), args.folder, position, model, 0)
     saved = time.time()
     old, least, sizes = engine, [0], [0]
     close = old.close

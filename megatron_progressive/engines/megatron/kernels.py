@@ -1,8 +1,8 @@
-"""Which kernels a run uses: resolved from ``kernels``, the device and what is installed.
+"""Which kernels a run uses, as ``kernels``, the device and the installed packages decide.
 
-Nothing here has run on a GPU yet. The defaults on CUDA are those that Megatron-core's own training
-script has; two differ: the fused cross-entropy is Megatron-core's (its 0.19.2 warns of Transformer
-Engine's), and CUDA graphs are off (each expansion has to capture anew).
+Nothing here has run on a GPU yet. The defaults on CUDA are those of Megatron-core's own training
+script, with two exceptions: the fused cross-entropy is Megatron-core's, whose 0.19.2 warns of
+Transformer Engine's, and CUDA graphs are off, since each expansion has to capture them anew.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from megatron_progressive.runtime.layout import Layout
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is on, field by field as in :class:`.config.KernelsSection`."""
+    """The kernels that are on; the fields are those of :class:`.config.KernelsSection`."""
 
     transformer_engine: bool
-    """Layers of Transformer Engine, or else Megatron-core's local ones."""
+    """Whether layers are Transformer Engine's; otherwise they are Megatron-core's local ones."""
     cross_entropy: bool = False
     rope: bool = False
     activation: bool = False
@@ -45,20 +45,41 @@ def resolve(
     cuda: bool,
     transformer_engine: bool,
     sharded: bool,
+    fp32: bool = False,
 ) -> Kernels:
     """The kernels of one engine.
 
+    In fp32 everything is fp32, also on CUDA: Transformer Engine's fp32 products ask for TF32, and
+    Megatron-core's fused cross-entropy rounds the gradient of the logits to bf16 whatever the type.
+
     Args:
-        cuda: whether there is a CUDA device; without one all are off.
-        transformer_engine: whether its layers can be used.
-        sharded: whether Megatron's distributed optimizer is in use: it has parameters to gather.
+        cuda: whether there is a CUDA device; without one all kernels are off.
+        transformer_engine: whether layers of Transformer Engine can be used.
+        sharded: whether Megatron's distributed optimizer is in use, which has parameters to gather.
+        fp32: whether the run's precision is fp32.
     """
     if not cuda:
         return Kernels(transformer_engine=False)
+    transformer_engine = transformer_engine and not fp32
+    able = possible(shape, transformer_engine=transformer_engine, sharded=sharded, fp32=fp32)
+    default = {name: name != "cuda_graphs" for name in able}
+    wanted = asdict(section)
+    on = {
+        name: (default[name] if wanted[name] is None else wanted[name]) and can
+        for name, can in able.items()
+    }
+    return Kernels(transformer_engine=transformer_engine, **on)
+
+
+def possible(
+    shape: TransformerShape, *, transformer_engine: bool, sharded: bool, fp32: bool
+) -> dict[str, bool]:
+    """Whether each kernel can be on, on CUDA: for a model that has a use for it, and as
+    :func:`resolve` says."""
     experts = MOE in shape.layer_kinds()
     gated = TRANSFORMERS[shape.family].gated
-    possible = {
-        "cross_entropy": True,
+    return {
+        "cross_entropy": not fp32,
         # Megatron-core's fused rotation is Transformer Engine's; in latent attention only with yarn
         "rope": transformer_engine
         and shape.rope is not None
@@ -72,17 +93,11 @@ def resolve(
         "overlap_parameters": sharded,
         "cuda_graphs": True,
     }
-    default = {name: name != "cuda_graphs" for name in possible}
-    wanted = asdict(section)
-    on = {
-        name: (default[name] if wanted[name] is None else wanted[name]) and able
-        for name, able in possible.items()
-    }
-    return Kernels(transformer_engine=transformer_engine, **on)
 
 
 def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> Kernels:
-    """:func:`resolve` with what this machine has: what engines build and what is printed."""
+    """The kernels that :func:`resolve` gives on this machine, which engines build and the command
+    line prints."""
     import torch
 
     from megatron_progressive.engines.megatron.spec import transformer_engine_available
@@ -93,11 +108,12 @@ def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> 
         cuda=torch.cuda.is_available(),
         transformer_engine=transformer_engine_available(),
         sharded=layout.distributed_optimizer,
+        fp32=config.train.precision == "fp32",
     )
 
 
 def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, Any]:
-    """Fields of Megatron-core's ``TransformerConfig``."""
+    """The fields of Megatron-core's ``TransformerConfig`` that kernels decide."""
     import torch.nn.functional as F
 
     values: dict[str, Any] = dict(
@@ -116,11 +132,11 @@ def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, A
 
 
 def check_kernels(config: RunConfig) -> None:
-    """Refuse kernels that cannot be.
+    """Refuse kernels that this machine cannot run.
 
     Raises:
-        ConfigError: one is set to true and there is no CUDA device, or a language model where
-            Transformer Engine is installed and cannot be imported.
+        ConfigError: a kernel is set to true and there is no CUDA device, or the model is a language
+            model and the installed Transformer Engine cannot be imported.
     """
     unusable = unusable_transformer_engine() if config.model.family in TRANSFORMERS else None
     if unusable is not None:
@@ -150,7 +166,7 @@ def optimizer_text(optim: OptimSection, dtype: str) -> str:
 
 
 def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
-    """One line for people: which kernels a run uses on this machine."""
+    """One line for people that says which kernels a run uses on this machine."""
     import torch
 
     from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype
@@ -164,7 +180,7 @@ def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
 
 
 def summary(kernels: Kernels, optim: OptimSection, dtype: str) -> str:
-    """What :func:`kernels_line` says of these kernels."""
+    """These kernels in the words of :func:`kernels_line`."""
     te = kernels.transformer_engine
     fused = [
         name

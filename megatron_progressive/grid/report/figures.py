@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
+from megatron_progressive.compare.data_words import per_unit
 from megatron_progressive.compare.drawing import (
     FAINT,
     FIXED_COLOURS,
@@ -24,7 +25,6 @@ from megatron_progressive.compare.drawing import (
     new_figure,
     save,
 )
-from megatron_progressive.compare.wording import per_unit
 from megatron_progressive.grid.cells import FIXED, NEVER, SHORT
 from megatron_progressive.grid.labels import arm_words, is_control
 from megatron_progressive.grid.report.laws import Law, Saving, frontier, usable

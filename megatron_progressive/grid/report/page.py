@@ -6,16 +6,11 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from megatron_progressive.compare.decision import (
-    BELOW,
-    NOT_BELOW,
-    POWER,
-    gap_text,
-    needed_text,
-)
+from megatron_progressive.compare.data_words import counted, data_text, held_out, per_unit
+from megatron_progressive.compare.decision import BELOW, NOT_BELOW, POWER
 from megatron_progressive.compare.gaps import MIXED_PERCENT
 from megatron_progressive.compare.page import document, items, picture, table
-from megatron_progressive.compare.wording import counted, data_text, held_out, per_unit
+from megatron_progressive.compare.verdict_words import gap_text, needed_text
 from megatron_progressive.cost.flops import step_tokens
 from megatron_progressive.grid.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.grid.labels import arm_meaning, arm_words

@@ -14,18 +14,10 @@ from megatron_progressive.compare.arms import FIXED as FIXED_ARM
 from megatron_progressive.compare.arms import NEVER as NEVER_ARM
 from megatron_progressive.compare.arms import SHORT as SHORT_ARM
 from megatron_progressive.compare.arms import Comparison, Missing, depth_words
-from megatron_progressive.compare.decision import (
-    BELOW,
-    NOT_BELOW,
-    OPEN,
-    Against,
-    evidence,
-    overall,
-    sentence,
-    tally,
-)
+from megatron_progressive.compare.decision import NOT_BELOW, Against, overall
 from megatron_progressive.compare.pairs import paired
 from megatron_progressive.compare.verdict import Verdict, verdicts
+from megatron_progressive.compare.verdict_words import study_sentence, study_title
 from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.results import Result, sizes_of
@@ -146,26 +138,9 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
         controls=controls,
         outcome=overall(controls),
         mixed=[v.mixing.mixed for v in mine if v.mixing is not None],
-        sentence=_sentence(share, to_fixed, controls),
+        sentence=study_sentence(share, to_fixed, controls),
         verdicts=mine,
     )
-
-
-def _sentence(share: float | None, to_fixed: Against, controls: Sequence[Against]) -> str:
-    if to_fixed.mean is None or share is None:
-        fixed = "against fixed-size: open, there is no finished one"
-    else:
-        fixed = (
-            f"against fixed-size: {within(to_fixed)} ({100 * share:.0f} % of its FLOPs, "
-            f"{evidence(to_fixed)})"
-        )
-    return f"{fixed}. {sentence(controls).removesuffix('.')}"
-
-
-def within(to_fixed: Against) -> str:
-    """Whether a run ends within the allowed gap of fixed-size, for fewer FLOPs: in words."""
-    said = {BELOW: f"within {to_fixed.bound:g} %", NOT_BELOW: f"not within {to_fixed.bound:g} %"}
-    return said.get(to_fixed.outcome, OPEN)
 
 
 def distinct(found: Sequence[Finding]) -> list[Finding]:
@@ -178,30 +153,6 @@ def distinct(found: Sequence[Finding]) -> list[Finding]:
 
 
 def title(name: str, found: Sequence[Finding]) -> str:
-    """The answer in one line."""
+    """The study's finding in one line (:func:`.verdict_words.study_title`)."""
     found = distinct(found)
-    judged = [one for one in found if any(control.mean is not None for control in one.controls)]
-    if not judged:
-        return (
-            f"{name}: no run that grows has a control of equal FLOPs yet, so whether growing pays "
-            f"is open"
-        )
-    there = {c.control for one in judged for c in one.controls if c.mean is not None}
-    lacking = {c.control for one in judged for c in one.controls} - there
-    pairs = {len(c.values) for one in judged for c in one.controls if c.mean is not None}
-    lower = sum(all(c.mean < 0 for c in one.controls if c.mean is not None) for one in judged)
-    text = (
-        f"{name}: at equal FLOPs growing {tally([one.outcome for one in judged])}, against "
-        f"{' and '.join(sorted(there))}"
-    ) + (f" (without {' and '.join(sorted(lacking))})" if lacking else "")
-    if pairs == {1}:
-        text += f" (one seed each; {lower} end below)"
-    close = [one.to_fixed for one in found if one.to_fixed.mean is not None]
-    if not close:
-        return text
-    outcomes = [one.outcome for one in close]
-    text += (
-        f"; for fewer FLOPs within {close[0].bound:g} % of fixed-size in {outcomes.count(BELOW)} "
-        f"of {len(close)}"
-    )
-    return text + (f", open in {outcomes.count(OPEN)}" if OPEN in outcomes else "")
+    return study_title(name, [one.controls for one in found], [one.to_fixed for one in found])

@@ -1,0 +1,154 @@
+"""The budget at which two depths cost the same for the same loss.
+
+Below it the shallow model ends lower, above it the deep one: growth has something to win near it.
+Nothing is assumed of how losses fall with compute. The difference of two runs of one budget and
+seed, shallow less deep, is fitted as a polynomial in the logarithm of the budget, and its interval
+is the set of budgets at which this difference cannot be told from zero (Fieller 1954, "Some
+problems in interval estimation"): with normal noise the true crossing lies in it as often as the
+level says, whatever the slope. Where the set reaches the end of the budgets, that end is open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from megatron_progressive.config import ConfigError
+from megatron_progressive.laws.fits import LEVEL, Interval
+from megatron_progressive.laws.solver import Array
+
+_POINTS = 4001  # of the budgets' range, for roots and for the set
+_CURVED_FROM = 4
+"""Distinct budgets from which the difference may bend: a parabola then, and a line before."""
+_LEAST_BUDGETS = 3
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where the shallow model's loss is the deep one's; :func:`dataclasses.asdict` of it is
+    JSON."""
+
+    compute: Interval
+    """FLOPs, and the ends of the interval. The value is None where the fitted difference has no
+    zero among the budgets; an end is None where the interval goes on beyond them."""
+    lower: str
+    """Which ends lower where there is no crossing: ``shallow``, ``deep``, or ``neither`` where the
+    cells cannot tell; empty where there is one."""
+    budgets: list[float]
+    """The least and the greatest, FLOPs."""
+    pairs: int
+    spread: float
+    """Standard deviation of a pair's difference around the fit, nats per token."""
+    coefficients: list[float]
+    """Of the difference, nats per token, in powers of the natural logarithm of the budget over
+    ``centre``."""
+    centre: float
+    """FLOPs."""
+    notes: list[str] = field(default_factory=list)
+
+    def difference(self, compute: ArrayLike) -> Array:
+        """Fitted loss of the shallow less that of the deep model, nats per token."""
+        x = np.log(np.asarray(compute, dtype=float) / self.centre)
+        return np.asarray(np.polynomial.polynomial.polyval(x, self.coefficients))
+
+
+def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Crossing:
+    """The crossing of two depths from pairs of finished runs.
+
+    Args:
+        compute: FLOPs of each pair, the same for both of its runs within a step.
+        shallow: final validation loss of the shallow run, nats per token.
+        deep: the same of the deep run, of the same seed and data.
+
+    Raises:
+        ConfigError: lengths differ, a value is no number above 0, or fewer than 3 distinct budgets.
+    """
+    budgets, below, above = (np.asarray(v, dtype=float) for v in (compute, shallow, deep))
+    if not (budgets.ndim == 1 and budgets.shape == below.shape == above.shape):
+        raise ConfigError(
+            f"cells: got {budgets.shape} budgets with {below.shape} and {above.shape} losses; "
+            "accepted: one loss of each depth a budget"
+        )
+    for name, values in (("compute", budgets), ("loss", below), ("loss", above)):
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise ConfigError(f"cells: got a {name} that is none; accepted: numbers above 0")
+    logs = np.log(budgets)
+    distinct = len(np.unique(np.round(logs, 2)))  # equal within a step of the run
+    if distinct < _LEAST_BUDGETS:
+        raise ConfigError(
+            f"cells: got {distinct} distinct budgets; accepted: at least {_LEAST_BUDGETS} for a "
+            "crossing"
+        )
+    degree = 2 if distinct >= _CURVED_FROM else 1
+    spare = len(logs) - degree - 1  # at least one, of so many distinct budgets
+    centre = float(logs.mean())
+    design = np.vander(logs - centre, degree + 1, increasing=True)
+    inverse = np.linalg.inv(design.T @ design)
+    coefficients = inverse @ design.T @ (below - above)
+    residual = below - above - design @ coefficients
+    spread = float(np.sqrt(residual @ residual / spare))
+
+    line = np.linspace(logs.min(), logs.max(), _POINTS)
+    powers = np.vander(line - centre, degree + 1, increasing=True)
+    fitted = powers @ coefficients
+    error = spread * np.sqrt(np.einsum("pi,ij,pj->p", powers, inverse, powers))
+    inside = np.abs(fitted) <= stats.t.ppf(0.5 + LEVEL / 2, spare) * error
+    root = _falling_root(line, fitted)
+    low, high = _around(line, inside, root)
+    notes = []
+    if root is None and inside.any():
+        notes.append("the fitted difference has no zero, but zero is within its noise")
+    if spare == 1:
+        notes.append("the noise rests on one residual: more seeds narrow the interval")
+    return Crossing(
+        compute=Interval(*(None if at is None else float(np.exp(at)) for at in (root, low, high))),
+        lower="" if root is not None else _lower(fitted, inside),
+        budgets=[float(budgets.min()), float(budgets.max())],
+        pairs=len(logs),
+        spread=spread,
+        coefficients=[float(c) for c in coefficients],
+        centre=float(np.exp(centre)),
+        notes=notes,
+    )
+
+
+def _falling_root(line: Array, fitted: Array) -> float | None:
+    """Where the shallow model's loss rises above the deep one's; of several, the last: beyond it
+    depth stays ahead."""
+    changes = np.flatnonzero((fitted[:-1] <= 0) & (fitted[1:] > 0))
+    if not len(changes):
+        return None
+    at = changes[-1]
+    share = fitted[at] / (fitted[at] - fitted[at + 1])
+    return float(line[at] + share * (line[at + 1] - line[at]))
+
+
+def _around(line: Array, inside: Array, root: float | None) -> tuple[float | None, float | None]:
+    """Ends of the connected set of budgets around the root, or of the whole set without one."""
+    if not inside.any():
+        return root, root  # without noise
+    if root is None:
+        found = np.flatnonzero(inside)
+        first, last = int(found[0]), int(found[-1])
+    else:
+        at = int(np.argmin(np.abs(line - root)))
+        if not inside[at]:
+            return root, root
+        outside = np.flatnonzero(np.logical_not(inside))
+        before, after = outside[outside < at], outside[outside > at]
+        first = int(before[-1]) + 1 if len(before) else 0
+        last = int(after[0]) - 1 if len(after) else len(line) - 1
+    low = None if first == 0 else float(line[first])
+    high = None if last == len(line) - 1 else float(line[last])
+    return low, high
+
+
+def _lower(fitted: Array, inside: Array) -> str:
+    if (fitted > 0).all() and not inside.any():
+        return "deep"
+    if (fitted < 0).all() and not inside.any():
+        return "shallow"
+    return "neither"

@@ -1,0 +1,59 @@
+"""Fixtures of the tests that run the CUDA path on the stand-in device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_progressive import standin
+from tests.cuda.serve import ROOT, PoolOnDevice
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def variables(mode: str) -> dict[str, str]:
+    """The environment of a process on the device; skips where there is none."""
+    if reason := standin.available():
+        pytest.skip(reason)
+    environment = standin.environment(mode, devices=4, timeout_s=60)
+    # torch asks NVML, and not the runtime, whether there is a device: it may fork afterwards
+    return {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def _pool(mode: str) -> Iterator[PoolOnDevice]:
+    pool = PoolOnDevice(4, variables(mode))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def device_pool() -> Iterator[PoolOnDevice]:
+    """Ranks on the device, whose arithmetic the host does."""
+    yield from _pool("computing")
+
+
+@pytest.fixture(scope="session")
+def checking_pool() -> Iterator[PoolOnDevice]:
+    """As ``device_pool``, and refuses what a GPU would not forgive."""
+    yield from _pool("checking")
+
+
+@pytest.fixture
+def on_device() -> Run:
+    """``on_device(mode, *arguments)``: Python with these arguments on the device."""
+
+    def run(mode: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        environment = {**variables(mode), **changes}
+        environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{ROOT}"
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment, cwd=Path(ROOT), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    return run

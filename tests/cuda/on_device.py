@@ -1,0 +1,28 @@
+"""What ranks do in the tests on the stand-in device, beside what others do over gloo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_progressive.config import RunConfig
+from tests.engines.on_ranks import expand_and_gather
+
+
+def device_of_rank() -> tuple[str, str]:
+    """The backend of the world group and the device of a new engine's tensors."""
+    import torch.distributed as dist
+
+    return dist.get_backend(), torch.cuda.get_device_name()
+
+
+def through_an_expansion(config: RunConfig) -> dict[str, Any]:
+    """Whole state before and after an expansion, bytes moved, and losses, as plain numbers."""
+    before, after, event, losses = expand_and_gather(config)
+    return {
+        "before": before,
+        "after": after,
+        "bytes_moved": event.bytes_moved,
+        "losses": [event.loss_before, event.loss_after, *losses],
+    }
