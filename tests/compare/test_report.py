@@ -23,7 +23,8 @@ from megatron_progressive.compare.report import (
     verdict_fields,
 )
 from megatron_progressive.config import ConfigError, load
-from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.cost.flops import step_flops, total_flops
+from megatron_progressive.models import model_shape
 from megatron_progressive.plan.controls import fixed_size, never_grown, short_control
 from megatron_progressive.runtime.folder_lock import LOCK_NAME, FolderLock
 from tests.runs.synthetic import four_arms, progressive_config, with_seed, write_run
@@ -409,7 +410,9 @@ def test_a_source_that_never_grows_has_the_flops_to_one_of_its_steps(tmp_path: P
     assert arms_with("longer", steps + 1) == ["progressive", "never-grown"]
     assert arms_with("too_long", steps + 2) == ["progressive", "other"]
     assert arms_with("too_short", steps - 1) == ["progressive", "other"]
-    assert arms_with("deeper", steps, num_layers=1) == ["progressive", "other"]
+    deeper = replace(never, model=replace(never.model, num_layers=1))
+    equal = total_flops(config) // step_flops(model_shape(deeper), deeper)
+    assert arms_with("deeper", equal, num_layers=1) == ["progressive", "other"]
 
 
 def test_flops_that_the_configuration_does_not_count_to_are_noted(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from scipy.stats import ttest_1samp
 
 from megatron_progressive import cli
 from megatron_progressive.compare import mixing
+from megatron_progressive.grid.cells import params_of
 from megatron_progressive.grid.grid import load_grid
 from megatron_progressive.grid.report import figures as grid_figures
 from megatron_progressive.grid.report import page as grid_page
@@ -169,6 +170,34 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.depth.pop() == tag
+
+
+def test_sources_never_grown_have_laws_and_are_measured_against(tmp_path: Path) -> None:
+    """Over sizes of the full depth; alone, where parameters are counted."""
+    arms = ["fixed", "gradual_stack", "short_control", "never_grown"]
+    sizes = [{**size, "to_layers": 8} for size in SIZES]
+    study = study_of(tmp_path, arms=arms, sizes=sizes)
+    write_study(study.grid)
+    report = make_grid_report(study)
+    full = {c.size: params_of(c) for c in study.grid.cells if c.arm == "fixed"}
+    families = [f"never-grown of gradual stacking, stage {stage}" for stage in (1, 2)]
+    laws = {law.family: law.fit for law in report.laws}
+    for family in families:
+        fit = laws[family]
+        assert fit is not None
+        assert fit.parameters["alpha"].value == pytest.approx(PLANTED["never_grown"][1], rel=0.02)
+        mine = [saving for saving in report.savings if saving.reference == family]
+        assert {saving.size: saving.params for saving in mine} == full
+    assert {one.size: one.params for one in report.findings} == full
+    scratch, *others = report.size_token_laws
+    assert not any("never_grown" in name for name in scratch.cells)
+    assert [law.family for law in others if "never" in law.family] == families
+    values = json.loads((study.folder / "report.json").read_text())
+    params = {c["cell"]: c["params"] for c in values["cells"]}
+    assert params["w16-never_grown_of_gradual_stack_2-s1"] < full["w16"] / 2
+    page = (study.folder / "report.html").read_text()
+    assert f"<td>{families[0]}</td>" in page
+    assert "<li>never-grown: " in page
 
 
 def test_the_page_is_whole_and_needs_nothing(planted: tuple[Study, GridReport]) -> None:
