@@ -1,4 +1,4 @@
-"""``checking`` refuses what a GPU would not forgive: each planted error is caught, with its line."""
+"""``checking`` refuses what a GPU would not forgive: every planted error, with its line."""
 
 from __future__ import annotations
 
