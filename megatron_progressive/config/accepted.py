@@ -1,5 +1,5 @@
-"""Values that the fields of a configuration accept, by name; those of an expansion without its
-number."""
+"""The values that the fields of a configuration accept, by the name of the field; fields of an
+expansion are named without its number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.resnet.stem": (None, "cifar", "imagenet"),
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
+    "kernels.attention": (None, "flash", "fused", "unfused"),
     "train.trackers": ("tensorboard", "wandb"),  # of each
     "optim.name": ("muon_nsgd", "adamw"),
     "optim.ns_coefficients": ("jordan", "polar_express", "deepseek_v4"),
@@ -28,11 +29,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 _COUNT = 2**31 - 1
-"""Of samples, tokens and ranks: products of two of them fit in 64 bits."""
+"""Bounds of counts of samples, tokens and ranks: the product of two of them fits in 64 bits."""
 _STEPS, _WIDTH, _LAYERS, _EXPERTS = 10**7, 2**20, 10_000, 2**13
-"""Far above any run: more is a slip of the keyboard, and its plan would fill the memory."""
+"""Upper bounds far above any run: a larger value is a slip of the keyboard, and its plan would fill
+the memory."""
 _FP32 = 3.4028234663852886e38
-"""The greatest number in fp32, in which models are trained."""
+"""The greatest number in fp32, the type in which models are trained."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**63 - 1),
@@ -104,18 +106,20 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "expansion.parallel.expert_tensor": (1, _COUNT),
     "expansion.parallel.staging_mib": (1, _WIDTH),
 }
-"""Least and greatest value (inclusive) of every numeric field that has no choices and is not in
-:data:`WORDING`: none is infinite or NaN."""
+"""The least and the greatest value (both inclusive, neither infinite nor NaN) of every numeric
+field that has no choices and is not in :data:`WORDING`."""
 
 WORDING = {"expansion.at": "a fraction of train.steps below 1, or a step"}
-"""What a field accepts that goes by others, which are asked once the configuration is whole; a
-finite number it is in any case."""
+"""What a field accepts that depends on other fields, in words. Those fields are compared once the
+configuration is whole; that the value is a finite number is checked at once."""
 
 LONGEST_TEXT, LONGEST_PATH = 200, 4096
-"""Characters; of a path as Linux has it."""
+"""The longest text and the longest path that are accepted, in characters; the path's limit is that
+of Linux."""
 
 NAMES = {"run.name": {"data": "run.dir/data holds prepared corpora"}}
-"""Fields that name a folder, and names that are taken, with the reason."""
+"""Fields that name a folder, each with the names that are taken and the reason."""
 
 PATHS = ("run.dir", "run.init_from", "data.corpus", "data.tokenizer", "data.prepared")
-"""Fields that are paths, or may be: ``~`` and variables stand for what they mean in a shell."""
+"""Fields that hold a path, or may hold one: in them ``~`` and variables mean what they mean in a
+shell."""

@@ -1,4 +1,4 @@
-"""The one exception for what a user asked for and cannot have."""
+"""The one exception for a request that cannot be met."""
 
 from __future__ import annotations
 

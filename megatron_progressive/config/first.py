@@ -9,7 +9,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Size:
-    """What a first run is made of."""
+    """The sizes of a first run: model, batch, steps and vocabulary."""
 
     preset: str
     layers: int
@@ -26,7 +26,8 @@ _ON_GPU = {
     "gpt2": Size("124m", 12, 50304, 1024, 5000, 256, 16, "bf16"),
     "llama3": Size("0.25b", 12, 32000, 2048, 5000, 256, 8, "bf16"),
 }
-"""Presets that one GPU of 24 GiB can train; families without one start with the tiny one."""
+"""The presets that one GPU of 24 GiB can train; a family without one starts with its tiny
+preset."""
 
 _GPU_GIB = 24.0
 
@@ -35,17 +36,18 @@ def size_for(family: str, devices: int, memory_gib: float) -> Size:
     """The size of a first run.
 
     Args:
-        devices: CUDA devices of this machine.
-        memory_gib: memory of the smallest of them.
+        devices: the number of CUDA devices of this machine.
+        memory_gib: the memory of the smallest of these devices, in GiB.
     """
     return _ON_GPU.get(family, _ON_CPU) if devices and memory_gib >= _GPU_GIB else _ON_CPU
 
 
 def first_configuration(name: str, family: str, corpus: str, size: Size) -> str:
-    """A configuration as commented YAML, which :func:`.load` reads.
+    """The text of a commented YAML file, which :func:`.load` reads.
 
-    It grows from half the depth at half of the steps, by copies: of what is known to date the
-    better bet than a source of zero or one layer for a run of a few tokens a parameter.
+    The run that it describes grows from half of its depth at half of its steps, by copying layers.
+    By what is known to date that is a better bet, for a run of a few tokens a parameter, than a
+    source of zero layers or one layer.
     """
 
     def text(value: str) -> str:

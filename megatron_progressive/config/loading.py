@@ -1,4 +1,4 @@
-"""A configuration from YAML and ``key=value`` words, checked."""
+"""Reading a configuration from YAML and ``key=value`` words, and checking it."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from megatron_progressive.config.values import KIND_NAMES, converted, is_null, s
 from megatron_progressive.config.yaml_text import NotYaml, parsed_word, read_yaml
 
 CONFIG_FILE = "config.yaml"
-"""In a run folder: the resolved configuration."""
+"""The name of the file in a run folder that holds the resolved configuration."""
 
 Override = str | tuple[str, Any]
-"""A ``key=value`` word, or a key and its value."""
+"""A ``key=value`` word, or a pair of a key and its value."""
 
 _INDEX = re.compile(r"\[(\d+)\]|\.(\d+)(?=\.|\[|$)")
 
 
 class _Kind(typing.NamedTuple):
-    """What a field holds."""
+    """The kind of value that a field holds."""
 
     type: Any
-    """Of it, or of its elements."""
+    """The type of the value, or of the elements where the value is a list."""
     is_list: bool
     optional: bool
 
@@ -63,7 +63,7 @@ def _known_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def _kinds(cls: type) -> dict[str, _Kind]:
-    """Of each field."""
+    """The kind of each field of a section."""
     hints = typing.get_type_hints(cls)
     kinds = {}
     for f in fields(cls):
@@ -92,17 +92,17 @@ def _unknown_key(full_key: str) -> ConfigError:
 
 
 def shown_key(key: str) -> str:
-    """A key as an error's line can hold it."""
+    """A key as it can stand in the line of an error."""
     return key if key.isprintable() and len(key) <= 80 else shown(key)
 
 
 def _section(cls: type, values: Any, name: str) -> Any:
-    """A section of the configuration from nested values.
+    """One section of the configuration, made from nested values.
 
     Args:
-        cls: its dataclass.
-        values: a mapping of its fields.
-        name: of the section; empty for all of the configuration.
+        cls: the dataclass of the section.
+        values: a mapping from the names of its fields to their values.
+        name: the name of the section; empty where it is the whole configuration.
     """
     if not isinstance(values, dict):
         raise ConfigError(
@@ -156,16 +156,17 @@ def _choices(key: str) -> str:
 
 
 def check_value(name: str, value: Any, like: str = "", resolved: bool = False) -> None:
-    """Whether a field accepts a value of its kind: one of its choices, or within its bounds.
+    """Check that a field accepts a value of its kind: that it is one of the field's choices, or
+    within its bounds.
 
     Args:
-        name: of the field; numbers of lists are in brackets.
-        value: of the field's kind.
-        like: the field whose limits count, where that is another one.
-        resolved: whether a run has had it already: then it need not be below the upper bound.
+        name: the name of the field; positions in lists are in brackets.
+        value: a value of the field's kind.
+        like: the name of the field whose limits apply, where that is another field.
+        resolved: whether a run already has this value; it may then be above the upper bound.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the field does not accept the value.
     """
     key = _generic(like or name)
     longest = LONGEST_PATH if key in PATHS else LONGEST_TEXT
@@ -184,7 +185,8 @@ def check_value(name: str, value: Any, like: str = "", resolved: bool = False) -
 
 
 def _checked(section: Any, prefix: str, resolved: bool) -> Any:
-    """The section with every value accepted, and paths as they are without variables."""
+    """The section itself, once every value in it has been accepted, with the variables in its paths
+    replaced."""
     changed: dict[str, Any] = {}
     for f in fields(section):
         value, name = getattr(section, f.name), f"{prefix}{f.name}"
@@ -222,7 +224,8 @@ _HUB = "hf:"
 
 
 def _is_hub(name: str, value: str) -> bool:
-    """A folder may stand behind the prefix, too."""
+    """Whether a value names a data set or tokenizer of the Hugging Face hub; a folder may stand
+    behind the prefix, too."""
     return name == "data.corpus" and value.startswith(_HUB) and value != _HUB
 
 
@@ -230,7 +233,7 @@ def split_word(word: str) -> tuple[str, Any]:
     """The key and the value of a ``key=value`` word.
 
     Raises:
-        ConfigError: it is none, or its value is not YAML.
+        ConfigError: the word has no ``=``, or its value is not YAML.
     """
     key, equals, text = word.partition("=")
     if not equals or not key:
@@ -245,14 +248,15 @@ def split_word(word: str) -> tuple[str, Any]:
 
 
 def with_value(values: Any, key: str, value: Any) -> Any:
-    """Nested values with another one at a dotted key, as ``expansion.0.at``; the given ones are
-    left as they are.
+    """Nested values with another value at a dotted key such as ``expansion.0.at``; the mapping that
+    was given stays as it is.
 
-    A mapping is merged into one that is there, all else is replaced. Sections that are not there
-    are made, entries of lists are not.
+    A mapping is merged into the one that is there; any other value replaces what is there. Sections
+    that are missing are made, entries of lists are not.
 
     Raises:
-        KeyError: the key leads through what is no mapping and no entry of a list.
+        KeyError: the key leads through a value that is neither a mapping nor a list with that
+            entry.
     """
     part, _, rest = _INDEX.sub(r".\1\2", key).partition(".")
     if isinstance(values, list):
@@ -269,7 +273,7 @@ def with_value(values: Any, key: str, value: Any) -> Any:
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """``above``, with what ``below`` has beside it in mappings."""
+    """The mapping ``above``, with the keys that only ``below`` has added to it at every level."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     both = {key: _merged(below[key], above[key]) for key in below.keys() & above.keys()}
@@ -283,13 +287,14 @@ def from_dict(
 
     Args:
         values: nested mappings of sections and fields.
-        overrides: words, or keys and their values, in order.
-        resolved: whether a run had the values already: names and variables in paths are taken as
-            they are. Otherwise ``~``, ``$NAME`` and ``${NAME}`` in paths
-            (:data:`.accepted.PATHS`) are replaced by what they stand for.
+        overrides: ``key=value`` words, or pairs of a key and its value, in the order in which they
+            apply.
+        resolved: whether a run already has these values, so that names and paths are taken as they
+            are. Otherwise ``~``, ``$NAME`` and ``${NAME}`` in paths (:data:`.accepted.PATHS`) are
+            replaced by what they mean in a shell.
 
     Raises:
-        ConfigError: unknown key, wrong type, missing or unaccepted value.
+        ConfigError: a key is unknown, or a value is missing, of the wrong type or not accepted.
     """
     for override in overrides:
         key, value = split_word(override) if isinstance(override, str) else override
@@ -310,10 +315,11 @@ def _has_section(values: Any, name: str) -> bool:
 
 
 def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
-    """A checked expansion outside of a run (``at`` is left open) from its fields as text.
+    """A checked expansion that belongs to no run (its ``at`` is left open), made from its fields as
+    text.
 
     Raises:
-        ConfigError: unknown key, wrong type or value.
+        ConfigError: a key is unknown, or a value is of the wrong type or not accepted.
     """
     kinds = _kinds(ExpansionSection)
     found = {}
@@ -329,7 +335,8 @@ def load(
     """A checked configuration from a YAML file and ``key=value`` words; see :func:`from_dict`.
 
     Raises:
-        ConfigError: no such file, not YAML, unknown key, wrong type or value.
+        ConfigError: the file is not there or is not YAML, a key is unknown, or a value is of the
+            wrong type or not accepted.
     """
     return from_dict(read_yaml(Path(path), "CONFIG"), overrides, resolved=resolved)
 

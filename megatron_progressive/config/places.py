@@ -1,5 +1,5 @@
-"""Where things lie: names of folders, paths with ``~`` and variables, and what can be read or
-written there, asked before anything is made."""
+"""Places on disk: names of folders, paths with ``~`` and variables, and whether files there can be
+read or written, which is checked before anything is made."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from megatron_progressive.config.schema import RunConfig
 from megatron_progressive.config.values import shown
 
 NAME_BYTES = 200
-"""Longest name of a study or a size, to which names of runs add: file systems have 255 bytes."""
+"""The longest name of a study or a size, in bytes. Names of runs add to it, and file systems allow
+255 bytes."""
 FILE_NAME_BYTES = 255
 _ADDED = len("..yaml.tmp")
-"""Most that is put around the name of a run for a file of it."""
+"""The most bytes that a file of a run puts around the run's name."""
 
 PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                 errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
-"""Of a path that no second try makes better."""
+"""Errors of a path that trying again does not mend."""
 
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*)(?P<end>\}?)|(?P<bare>[A-Za-z_][A-Za-z0-9_]*))")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def check_name(field: str, name: str, most: int = NAME_BYTES) -> None:
-    """Whether a text can be the name of a folder, on every file system and in a shell.
+    """Check that a text can be the name of a folder, on every file system and in a shell.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it cannot.
     """
     if (
         not name.strip()
@@ -49,19 +50,20 @@ def check_name(field: str, name: str, most: int = NAME_BYTES) -> None:
 
 
 def check_run_name(field: str, name: str) -> None:
-    """Whether a run can have a name: one of a folder with room for the endings of files beside it.
+    """Check that a run can have a name: that of a folder, with room for the endings of the files
+    beside it.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it cannot.
     """
     check_name(field, name, FILE_NAME_BYTES - _ADDED)
 
 
 def expanded(field: str, path: str) -> str:
-    """A path with ``$NAME``, ``${NAME}`` and ``~`` replaced by what they stand for.
+    """A path in which ``$NAME``, ``${NAME}`` and ``~`` are replaced by what they mean in a shell.
 
     Raises:
-        ConfigError: empty, a variable that is not set, or no such user's home.
+        ConfigError: the path is empty, a variable in it is not set, or there is no such user.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -91,10 +93,10 @@ def expanded(field: str, path: str) -> str:
 
 
 def place(option: str, path: str) -> Path:
-    """The path that a word of the command line means.
+    """The path that a word on the command line means.
 
     Raises:
-        ConfigError: see :func:`expanded`; or it cannot be reached.
+        ConfigError: see :func:`expanded` and :func:`check_reachable`.
     """
     found = Path(expanded(option, path))
     check_reachable(option, found)
@@ -102,11 +104,11 @@ def place(option: str, path: str) -> Path:
 
 
 def check_reachable(field: str, path: Path) -> None:
-    """Whether one can know if something is at ``path``.
+    """Check that it can be known whether something is at ``path``.
 
     Raises:
-        ConfigError: a folder on the way may not be entered, links run in circles, or a name is too
-            long.
+        ConfigError: a folder on the way may not be entered, links run in circles, or a name in the
+            path is too long.
     """
     try:
         os.stat(path)
@@ -117,10 +119,10 @@ def check_reachable(field: str, path: Path) -> None:
 
 
 def check_readable(field: str, path: Path) -> None:
-    """Whether what is at ``path`` can be read, where anything is.
+    """Check that whatever is at ``path`` can be read; a path at which nothing is passes.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot be read.
     """
     check_reachable(field, path)
     if path.exists() and not _may(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
@@ -129,10 +131,11 @@ def check_readable(field: str, path: Path) -> None:
 
 
 def check_paths(config: RunConfig) -> None:
-    """Whether the folders and files that a run is to read can be read, where they are there.
+    """Check that the folders and files that a run is going to read can be read, as far as they
+    exist.
 
     Raises:
-        ConfigError: one cannot, by its field.
+        ConfigError: one of them cannot; the error names its field.
     """
     check_readable("run.dir", config.folder)
     for field in PATHS:
@@ -143,15 +146,16 @@ def check_paths(config: RunConfig) -> None:
 
 
 def check_writable(field: str, folder: Path, added: int = 0) -> None:
-    """Whether ``folder`` can be made, or is there, and can be written to. Makes nothing.
+    """Check that ``folder`` can be made or is there, and that it can be written to. Nothing is
+    made.
 
     Args:
-        field: that names it.
-        folder: the path.
-        added: bytes that the name of a half-written one has more.
+        field: the field that names the folder.
+        folder: its path.
+        added: how many bytes longer its name is while it is half written.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot be made or written to.
     """
     accepted = "a folder that can be made and written to"
     for at in (folder, *folder.parents):
@@ -179,7 +183,8 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def _check_lengths(field: str, path: Path, added: int = 0) -> None:
-    """The kernel looks at no name in a folder that is not there yet."""
+    """Check the lengths of names below a folder that does not exist, which the kernel does not look
+    at."""
     for part in path.parts:
         size = len(part.encode(errors="surrogateescape"))
         if size + (added if part == path.name else 0) > FILE_NAME_BYTES:

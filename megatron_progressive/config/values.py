@@ -1,6 +1,6 @@
-"""Values as they were written, and what they are to a field.
+"""Values as they were written, and what they mean to a field.
 
-YAML decides by itself what ``2026-11-28``, ``007``, ``no`` or ``1e-3`` is. Here a scalar stays the
+YAML by itself decides what ``2026-11-28``, ``007``, ``no`` or ``1e-3`` is. Here a scalar stays the
 text that was written (:class:`Written`) until a field says which kind of value it takes.
 """
 
@@ -21,14 +21,15 @@ _BOOLS = {
     for spelling in (word, word.title(), word.upper())
 }  # fmt: skip
 _SHOWN = 80
-"""Most characters of a value that an error repeats."""
+"""The most characters of a value that an error repeats."""
 
 
 class Written(str):
     """The text of a scalar of YAML."""
 
     plain: bool
-    """Without quotes, so that it may stand for null, a number, true or false."""
+    """Whether it was written without quotes, so that it may stand for null, a number, true or
+    false."""
 
     def __new__(cls, text: str, plain: bool = True) -> Written:
         written = super().__new__(cls, text)
@@ -37,12 +38,13 @@ class Written(str):
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value is null: none, or a scalar that YAML takes for it."""
+    """Whether a value is null: ``None``, or a scalar that YAML reads as null."""
     return value is None or (isinstance(value, Written) and value.plain and value in _NULLS)
 
 
 def shown(value: Any) -> str:
-    """A value in an error's line: text in quotes, all else as it was written, shortened."""
+    """A value as the line of an error has it: text in quotes, anything else as it was written,
+    shortened."""
     text = _spelled(value, 3)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
@@ -73,16 +75,16 @@ def _is_number_or_bool(text: Written) -> bool:
 
 
 def converted(name: str, value: Any, kind: Any, optional: bool = False) -> Any:
-    """A scalar as the ``kind`` that a field takes: int, float, bool or str.
+    """A scalar as the type that a field takes: int, float, bool or str.
 
     Args:
-        name: of the field.
-        value: as written, or one of Python's.
-        kind: the type.
-        optional: whether null is a value of it, too; it gives None.
+        name: the name of the field.
+        value: the scalar as it was written, or a value of Python's.
+        kind: the type that the field takes.
+        optional: whether the field takes null, too, which gives None.
 
     Raises:
-        ConfigError: it is of another kind.
+        ConfigError: the value is of another type.
     """
     if is_null(value) and optional:
         return None
@@ -102,7 +104,7 @@ def _hint(value: Any, kind: Any) -> str:
 
 
 def _as_kind(value: Any, kind: Any) -> Any:
-    """The value as ``kind``; None where it is none."""
+    """The value as ``kind``; None where it is of another type."""
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -124,8 +126,8 @@ def _whole(number: int | float | None) -> int | None:
 
 
 def _number(text: str) -> int | float | None:
-    """The number that a text is. YAML's octal 010 and sexagesimal 1:30 are no integers here: who
-    writes them means ten, or a time."""
+    """The number that a text is. YAML's octal 010 and sexagesimal 1:30 are no integers here:
+    somebody who writes them means ten, or a time."""
     if not text.isascii() or text != text.strip() or len(text) > 1000:
         return None
     sign, bare = (text[:1], text[1:]) if text[:1] in ("+", "-") else ("", text)

@@ -1,6 +1,6 @@
-"""YAML files and values as nested dicts, lists and :class:`.Written` scalars.
+"""Reading YAML files and values as nested dicts, lists and :class:`.Written` scalars.
 
-PyYAML reads the structure. What it would take without a word is refused in one line: a key that is
+PyYAML reads the structure. What it would silently accept is refused in one line: a key that is
 there twice, an anchor inside itself, a tag that makes another kind of value.
 """
 
@@ -17,11 +17,12 @@ from megatron_progressive.config.values import Written
 
 
 class NotYaml(ConfigError):
-    """A text without the structure of YAML."""
+    """The text does not have the structure of YAML."""
 
 
 _MOST_VALUES = 100_000
-"""Of one file, aliases counted as often as they are used: a few lines can stand for millions."""
+"""The most values in one file, where aliases count as often as they are used: a few lines can stand
+for millions of values."""
 _CORE = "tag:yaml.org,2002:"
 _SCALARS = {_CORE + kind for kind in ("str", "int", "float", "bool", "null")}
 
@@ -30,8 +31,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """The mapping that a YAML file holds; empty where the file is.
 
     Args:
-        path: of the file.
-        what: it is for the user, as ``CONFIG``.
+        path: the path of the file.
+        what: the word for the file on the command line, as ``CONFIG``.
 
     Raises:
         ConfigError: the file is not there, cannot be read, or holds no mapping of unique keys.
@@ -54,10 +55,10 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def parsed(text: str | bytes, where: str) -> Any:
-    """The one document of a YAML text; None where there is none.
+    """The one document of a YAML text; None where the text is empty.
 
     Raises:
-        ConfigError: it is not YAML, or one of those that this module refuses.
+        ConfigError: it is not YAML, or holds what this module refuses.
     """
     loader = None
     try:
@@ -82,8 +83,8 @@ def parsed(text: str | bytes, where: str) -> Any:
 
 
 def parsed_word(text: str, where: str) -> Any:
-    """The value of a ``key=value`` word. One scalar without quotes is all of the text: what YAML
-    would take for a comment behind it is a part of a name.
+    """The value of a ``key=value`` word. Where the value is one scalar without quotes, it is the
+    whole text: what YAML would take for a comment after it is part of a name.
 
     Raises:
         ConfigError: see :func:`parsed`.
@@ -95,7 +96,7 @@ def parsed_word(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
-    """YAML's structure alone: which scalar is a number is the schema's to say."""
+    """A reader of YAML's structure alone: which scalar is a number is for the schema to say."""
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -106,13 +107,13 @@ class _Loader(yaml.BaseLoader):
 
 
 class _Reader:
-    """Plain values from the nodes of one document."""
+    """A reader of the nodes of one document, which gives plain values."""
 
     def __init__(self, where: str) -> None:
         self._where = where
         self._left = _MOST_VALUES
         self._open: set[int] = set()
-        """Nodes that are being read: one of them inside itself is an anchor's."""
+        """The nodes that are being read: one of them inside itself is an anchor's."""
 
     def value(self, node: yaml.Node, key: str) -> Any:
         self._left -= 1
@@ -161,7 +162,8 @@ class _Reader:
         return {**merged, **own}
 
     def _merged(self, node: yaml.Node, key: str) -> dict[str, Any]:
-        """What ``<<: *anchor`` brings in; of several anchors the first one counts."""
+        """What ``<<: *anchor`` adds to a mapping; of several anchors that have a key the first one
+        counts."""
         found = self.value(node, key)
         merged: dict[str, Any] = {}
         for values in reversed(found if isinstance(found, list) else [found]):

@@ -1,5 +1,5 @@
-"""What models are trained on. Text: corpus, tokenizer, Megatron's indexed dataset, and the order of
-samples. Images: drawn, or of a folder."""
+"""What models are trained on. For text: the corpus, the tokenizer, Megatron's indexed dataset, and
+the order of samples. For images: pictures that are drawn or lie in a folder."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ __all__ = [
 
 
 class Data(Protocol):
-    """Batches of a run: functions of the run's seed and of sample numbers."""
+    """The batches of a run, as functions of the run's seed and of the numbers of samples."""
 
     def train_batch(self, first_sample: int, count: int) -> Any: ...
     def validation_batch(self, first: int, count: int) -> Any: ...
     @property
     def validation_samples(self) -> int | None:
-        """Samples of the validation split; None where there are as many as one asks for."""
+        """The number of samples in the validation split; None where there are as many as one asks
+        for."""
 
 
 def _is_text(config: RunConfig) -> bool:
@@ -46,21 +47,22 @@ def _is_text(config: RunConfig) -> bool:
 
 
 def check(config: RunConfig) -> None:
-    """Whether the run's data is there and fits its model, without writing anything.
+    """Check that the run's data is there and fits its model, without writing anything.
 
     Raises:
-        ConfigError: it is not, or does not (:func:`.prepare.check`, :func:`.images.check`).
+        ConfigError: it is not there or does not fit (see :func:`.prepare.check` and
+            :func:`.images.check`).
     """
     (text if _is_text(config) else images).check(config)
 
 
 def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path | None:
-    """Prepare the run's corpus where it is not yet; returns its folder, None for images, which are
-    read as they are.
+    """Prepare the run's corpus where that has not been done; returns its folder, or None for
+    images, which are read as they are.
 
     Args:
-        config: the run.
-        progress: told how far it is (default: shown on standard error).
+        config: the configuration of the run.
+        progress: told how far the preparation is (default: it is shown on standard error).
 
     Raises:
         ConfigError: see :func:`.prepare.prepare`.
@@ -72,6 +74,6 @@ def open_data(config: RunConfig) -> Data:
     """The data of a run, which :func:`check` accepts and :func:`prepare` has prepared.
 
     Raises:
-        ConfigError: it is not there, or does not fit the model.
+        ConfigError: the data is not there, or does not fit the model.
     """
     return TrainingData.open(config) if _is_text(config) else ImageData(config)

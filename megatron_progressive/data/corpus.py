@@ -1,8 +1,8 @@
 """A corpus as a stream of documents.
 
 ``data.corpus`` is ``stdlib`` (the Python sources of the running interpreter: always there, no
-network), a file or folder, or ``hf:NAME`` (``hf:NAME:CONFIG``), which the ``datasets`` library
-streams.
+network), ``packages`` (those of the installed packages that this one needs), a file or folder, or
+``hf:NAME`` (``hf:NAME:CONFIG``), which the ``datasets`` library streams.
 """
 
 from __future__ import annotations
@@ -21,71 +21,84 @@ from typing import Any
 from megatron_progressive.config import ConfigError, DataSection
 from megatron_progressive.data.decoding import NotText, not_allowed, one_line, open_stream
 from megatron_progressive.data.listing import Listing, list_files
+from megatron_progressive.data.packages import package_sources, packages_root
 from megatron_progressive.data.reading import open_documents
 from megatron_progressive.data.records import text_of
 from megatron_progressive.data.tally import EMPTY, HINTS, WITHOUT_TEXT, Tally
 
-ACCEPTED = "stdlib, a file or folder with text, or hf:NAME"
+ACCEPTED = "stdlib, packages, a file or folder with text, or hf:NAME"
 READ = (
     "plain text, JSON lines, a JSON array of objects, CSV or TSV with a header, Parquet or Arrow, "
     "in UTF-8 or with a byte order mark, also as .gz, .xz, .bz2 or .zst"
 )
 
 _STDLIB_SKIPPED = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
+_SOURCES = ("stdlib", "packages")
+"""Corpora that are there after installing; each environment has a copy of its own."""
 _HALVES = re.compile("[\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from. :func:`open_corpus` makes one; nothing is read before use."""
+    """The place that documents come from. :func:`open_corpus` makes one; nothing is read before it
+    is used."""
 
     data: DataSection
     root: Path | None
-    """File or folder; None for the Hugging Face hub."""
+    """The file or folder; None for a data set of the Hugging Face hub."""
     revision: str | None = None
-    """Commit of a Hugging Face data set that is read (default: the newest one at each reading)."""
+    """The commit of a Hugging Face data set that is read (default: the newest one at each
+    reading)."""
 
     @property
     def is_hub(self) -> bool:
-        """Whether the ``datasets`` library reads it (a folder may be behind the name too)."""
+        """Whether the ``datasets`` library reads the corpus; behind such a name a folder may stand,
+        too."""
         return self.data.corpus.startswith("hf:")
 
     @property
+    def is_sources(self) -> bool:
+        """Whether it is the Python sources of the interpreter or of packages."""
+        return self.data.corpus in _SOURCES
+
+    @property
     def name(self) -> str:
-        """A short name that can be part of a file name."""
+        """A short name of the corpus that can be part of a file name."""
         spec = self.data.corpus
-        if spec != "stdlib" and self.root is not None:
+        if not self.is_sources and self.root is not None:
             spec = self.root.resolve().name.split(".")[0]
         spec = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.removeprefix("hf:")).strip(".-")
         return spec[:60] or "corpus"
 
     def files(self) -> list[Path]:
-        """Files of a local corpus, sorted by their path; hidden ones are left out.
+        """The files of a local corpus, sorted by their path; hidden files are left out.
 
         Raises:
-            ConfigError: a file or folder that may not be read.
+            ConfigError: a file or folder may not be read.
         """
         return self.listing().files
 
     def listing(self) -> Listing:
-        """Files of a local corpus, and what in its folders is left out.
+        """The files of a local corpus, and what is left out of its folders.
 
         Raises:
-            ConfigError: a file or folder that may not be read.
+            ConfigError: a file or folder may not be read.
         """
         if self.root is None:
             return Listing([], [], [])
-        if self.data.corpus != "stdlib":
+        if not self.is_sources:
             return list_files(self.root)
+        if self.data.corpus == "packages":
+            return Listing(_package_sources(self.root), [], [])
         listing = list_files(self.root, _STDLIB_SKIPPED)
         sources = [path for path in listing.files if path.suffix == ".py"]
         return Listing(sources, [], listing.folders)
 
     def identity(self) -> list[Any]:
-        """What decides the documents, as JSON can hold it: names, sizes and times of files; of
-        ``stdlib``, which each interpreter has a copy of, names and content."""
-        if self.data.corpus == "stdlib" and self.root is not None:
-            return ["stdlib", _content(self.root, tuple(self.files()))]
+        """What decides the documents, as JSON can hold it: the names, sizes and times of files, or,
+        for Python sources, of which each environment has a copy, their names and content."""
+        if self.is_sources and self.root is not None:
+            return [self.data.corpus, _content(self.root, tuple(self.files()))]
         listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
         for path in self.files():
             stat = path.stat()
@@ -94,8 +107,8 @@ class Corpus:
         return listing
 
     def pinned(self) -> Corpus:
-        """The same corpus, whose every reading is of the commit that a Hugging Face data set has
-        now; a local one, or one whose commit cannot be had, as it is."""
+        """The same corpus, each reading of which is of the commit that a Hugging Face data set has
+        now. A local corpus, and one whose commit cannot be found out, stays as it is."""
         if not self.is_hub or self.root is not None:
             return self
         import huggingface_hub
@@ -107,23 +120,23 @@ class Corpus:
         return replace(self, revision=found.sha)
 
     def size(self) -> int | None:
-        """Bytes to read, as they lie on disk (less than the text's where compressed); None
-        where nobody knows."""
+        """The number of bytes to read, as they lie on disk (fewer than those of the text where
+        files are compressed); None where it is not known."""
         if self.is_hub:
             return self.data.max_bytes or None
         total = sum(path.stat().st_size for path in self.files())
         return min(total, self.data.max_bytes or total)
 
     def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """Every document that is not blank, up to ``data.max_bytes`` of UTF-8 (the last one
-        is shortened to that). In a folder, files that cannot be read as text are left out.
+        """The documents that are not blank, up to ``data.max_bytes`` of UTF-8; the last one is
+        shortened to that length. Files of a folder that cannot be read as text are left out.
 
         Args:
-            tally: filled with what was read and left out.
+            tally: gets the counts of what was read and left out.
 
         Raises:
-            ConfigError: no text at all, a single file that cannot be read as text, a file that
-                is damaged or may not be read, or no field ``data.text_field``.
+            ConfigError: there is no text at all, the only file cannot be read as text, a file is
+                damaged or may not be read, or there is no field ``data.text_field``.
         """
         tally = Tally() if tally is None else tally
         read, limit = 0, self.data.max_bytes
@@ -153,7 +166,7 @@ class Corpus:
             )
 
     def _from_files(self, tally: Tally) -> Generator[tuple[Path | None, str]]:
-        """The file and the text of each document."""
+        """The file and the text of each document of a local corpus."""
         listing, field = self.listing(), self.data.text_field
         root = self.root
         assert root is not None
@@ -176,14 +189,14 @@ class Corpus:
                     raise NotText(WITHOUT_TEXT)
             except NotText as why:
                 refused.append(why)
-                # of the standard library, an empty __init__.py is nothing to report
-                if self.data.corpus != "stdlib":
+                # of Python sources, an empty __init__.py is nothing to report
+                if not self.is_sources:
                     tally.leave_out(why.reason, path, root)
         if refused and not tally.files_read:
             self._refuse(refused)
 
     def _refuse(self, refused: list[NotText]) -> None:
-        """Raise the error of a corpus of which no file can be read as text."""
+        """Raise the error of a corpus none of whose files can be read as text."""
         errors = [why.error for why in refused if why.error]
         if len(errors) == len(refused):
             raise errors[0]
@@ -205,6 +218,8 @@ def open_corpus(data: DataSection) -> Corpus:
     spec = data.corpus
     if spec == "stdlib":
         return Corpus(data, Path(sysconfig.get_paths()["stdlib"]))
+    if spec == "packages":
+        return Corpus(data, packages_root())
     if spec.startswith("hf:"):
         if not spec[3:]:
             raise ConfigError(f"data.corpus: got {spec!r}; accepted: {ACCEPTED}")
@@ -224,8 +239,13 @@ def open_corpus(data: DataSection) -> Corpus:
 
 
 @functools.cache
+def _package_sources(root: Path) -> list[Path]:
+    return package_sources(root)
+
+
+@functools.cache
 def _content(root: Path, files: tuple[Path, ...]) -> str:
-    """Hash of the names and the content of files that do not change while a process runs."""
+    """A hash of the names and the content of files that do not change while a process runs."""
     digest = hashlib.sha256()
     for path in files:
         content = path.read_bytes()
@@ -234,7 +254,7 @@ def _content(root: Path, files: tuple[Path, ...]) -> str:
 
 
 def _hub_name(spec: str) -> tuple[str, str | None]:
-    """Name and configuration of ``hf:NAME`` or ``hf:NAME:CONFIG``."""
+    """The name and the configuration in ``hf:NAME`` or ``hf:NAME:CONFIG``."""
     name, _, configuration = spec.removeprefix("hf:").partition(":")
     return name, configuration or None
 

@@ -1,6 +1,7 @@
-"""A file as a stream of UTF-8 bytes: decompressed, without a byte order mark, UTF-16 decoded.
+"""A file as a stream of UTF-8 bytes: decompressed, without a byte order mark, and with UTF-16
+decoded.
 
-What is no text is told apart here. Nothing is decoded to ``str`` yet.
+A file that is not text is recognised here. Nothing is decoded to ``str`` yet.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_progressive.config import ConfigError
 from megatron_progressive.data.tally import ARCHIVE, BINARY, NOT_UTF8, OFFICE
 
 HEAD_BYTES = 64 * 1024
-"""Bytes of a file by which its encoding and format are told."""
+"""How many bytes of a file tell its encoding and format."""
 
 _BLOCK_BYTES = 256 * 1024
 _COMPRESSED = {
@@ -34,7 +35,7 @@ _COMPRESSED = {
     ".bz2": b"BZh",
     ".zst": b"\x28\xb5\x2f\xfd",
 }
-"""What a compressed file's name ends in, and what it begins with."""
+"""The ending of a compressed file's name, and the bytes that the file begins with."""
 _OTHER_NAMES = {".gzip": ".gz", ".zstd": ".zst"}
 _TAR_NAMES = {".tgz": ".gz", ".txz": ".xz", ".tbz2": ".bz2"}
 _MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's does
@@ -55,15 +56,15 @@ _CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _ESCAPED = re.compile("[\udc80-\udcff]+")
 
 DAMAGED = (EOFError, OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
-"""What reading a stream raises where its file is damaged."""
+"""The exceptions that reading a stream raises where its file is damaged."""
 
 
 class NotText(Exception):
-    """A file that cannot be read as text.
+    """A file cannot be read as text.
 
     Args:
-        reason: one of :mod:`.tally`.
-        error: what to say where the file is all there is (default: that reason).
+        reason: one of the reasons in :mod:`.tally`.
+        error: what to say where there is no other file (default: the reason).
     """
 
     def __init__(self, reason: str, error: ConfigError | None = None) -> None:
@@ -72,12 +73,12 @@ class NotText(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception of another library, fit for the end of one line."""
+    """The message of another library's exception, as it fits at the end of one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def not_allowed(path: Path) -> ConfigError:
-    """The error of a file or folder that this user may not read."""
+    """The error for a file or folder that this user may not read."""
     return ConfigError(
         f"data.corpus: got {path}, which this user may not read; accepted: files and folders that "
         "can be read"
@@ -85,28 +86,30 @@ def not_allowed(path: Path) -> ConfigError:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 as text. A byte that is none becomes half a surrogate pair, which
+    """UTF-8 as text. A byte that is not UTF-8 becomes half of a surrogate pair, which
     :meth:`.Corpus.documents` replaces and counts."""
     return content.decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
 class Stream:
-    """An open file."""
+    """An open file that is read as UTF-8."""
 
     path: Path
     suffix: str
-    """Ending of the name in lower case, without that of a compression (``.jsonl``)."""
+    """The ending of its name in lower case, without that of a compression (``.jsonl``)."""
     head: bytes
-    """The first bytes, :data:`HEAD_BYTES` where the file has so many; still to come in ``file``."""
+    """The first bytes of its content, :data:`HEAD_BYTES` where there are so many; reading ``file``
+    gives them again."""
     file: IO[bytes]
-    """The whole content as UTF-8 without a byte order mark."""
+    """Its whole content as UTF-8 without a byte order mark."""
     is_whole: bool
-    """Whether ``head`` is all there is."""
+    """Whether ``head`` is the whole content."""
     is_compressed: bool
 
     def check_text(self) -> None:
-        """Raise NotText unless ``head`` is UTF-8 text, but for a stray byte here and there."""
+        """Raise :class:`NotText` unless ``head`` is UTF-8 text, apart from a stray byte here and
+        there."""
         if self.head.startswith(b"%PDF-") or self.head.startswith(b"{\\rtf"):
             raise NotText(OFFICE)
         if self.head.startswith(_ARCHIVES) or self.head[257:262] == b"ustar":
@@ -121,10 +124,10 @@ class Stream:
 
 
 def _not_text(head: bytes, is_whole: bool) -> str | None:
-    """Why ``head`` is no UTF-8 text; None where it is.
+    """Why ``head`` is not UTF-8 text; None where it is.
 
     One bad byte must not lose a file, and a file of another encoding must not be trained on as
-    noise: what is bad has to be little, or less than what is good beyond ASCII.
+    noise. So the bad bytes have to be few, or fewer than the good ones beyond ASCII.
     """
     if b"\0" in head and 100 * len(_CONTROLS.findall(head)) > len(head):
         return BINARY
@@ -141,10 +144,10 @@ def _not_text(head: bytes, is_whole: bool) -> str | None:
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[Stream]:
-    """A file, decompressed by its name or by its first bytes.
+    """Open a file, and decompress it by its name or by its first bytes.
 
     Raises:
-        ConfigError: it cannot be opened, or is not compressed as its name says.
+        ConfigError: the file cannot be opened, or is not compressed as its name says.
     """
     try:
         with ExitStack() as stack:
@@ -179,7 +182,7 @@ def open_stream(path: Path) -> Iterator[Stream]:
 
 
 def _compression(suffix: str, start: bytes) -> str | None:
-    """How a file is compressed, as an ending of :data:`_COMPRESSED`."""
+    """How a file is compressed, as one of the endings in :data:`_COMPRESSED`."""
     suffix = (_OTHER_NAMES | _TAR_NAMES).get(suffix, suffix)
     if suffix in _COMPRESSED:
         return suffix
@@ -190,7 +193,7 @@ def _compression(suffix: str, start: bytes) -> str | None:
 
 
 def _inner_suffix(path: Path) -> str:
-    """Ending of the name in lower case, without that of a compression."""
+    """The ending of a name in lower case, without that of a compression."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _COMPRESSED | _OTHER_NAMES else suffix
 
@@ -214,7 +217,7 @@ def _as_utf8(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file that is read from its start to its end."""
+    """Blocks of bytes, as a file that is read from its start to its end."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks

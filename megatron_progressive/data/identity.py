@@ -1,7 +1,7 @@
 """What a run is trained on, by content: which text, split and tokenizer, or which pictures.
 
-Names do not tell: a file of the same name may hold other text tomorrow. The identity of a run's
-data is kept in its folder (:data:`DATA_FILE`) and in every checkpoint.
+A name does not tell, since a file of the same name may hold other text tomorrow. The identity of a
+run's data is kept in its folder (:data:`DATA_FILE`) and in every checkpoint.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from megatron_progressive.data import image_folder, shapes
 from megatron_progressive.data.manifest import SPLITS, TOKENIZER, prepared_error, read_manifest
 
 DATA_FILE = "data.json"
-"""In a run folder: the :class:`DataIdentity` of what it is trained on."""
+"""The file in a run folder with the :class:`DataIdentity` of what the run is trained on."""
 
 CONTENT_BYTES = 1 << 30
-"""Of an image folder: up to so many bytes its files are read to identify it; of a larger one their
-names and sizes alone count."""
+"""Up to how many bytes the files of an image folder are read to identify it; in a larger folder
+only their names and sizes count."""
 
 _NOT_TOKENS = ("padding", "truncation")  # of tokenizer.json: how batches are made of tokens
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What a run is trained on."""
+    """The content that a run is trained on."""
 
     fingerprint: str
-    """Hash (40 hex digits) of the content: all tokens of both splits and the tokenizer, or all
-    pictures and their classes. Equal where the content is, whatever it is called."""
+    """Hash (40 hex digits) of the content: of all tokens of both splits and the tokenizer, or of
+    all pictures and their classes. It is equal where the content is, whatever the name."""
     corpus: str
-    """``data.corpus`` that it was made from."""
+    """The ``data.corpus`` that the data was made from."""
     tokenizer: str | None = None
-    """SHA-256 of the tokenizer; None of images."""
+    """SHA-256 of the tokenizer; None for images."""
     prepared: str | None = None
-    """Absolute path of the prepared corpus that it was read from; None of images."""
+    """Absolute path of the prepared corpus that the data was read from; None for images."""
 
     def to_values(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The identity as JSON has it."""
         return asdict(self)
 
     @classmethod
     def from_values(cls, values: Any) -> DataIdentity | None:
-        """The inverse of :meth:`to_values`; None where it is no identity."""
+        """The identity that :meth:`to_values` gave these values of; None where they are no
+        identity."""
         if not isinstance(values, dict):
             return None
         own = {f.name: values[f.name] for f in fields(cls) if f.name in values}
@@ -57,12 +58,12 @@ class DataIdentity:
 
 
 def differ(one: DataIdentity | None, other: DataIdentity | None) -> bool:
-    """Whether two runs are known to be trained on different data."""
+    """Whether two runs are known to have been trained on different data."""
     return one is not None and other is not None and one.fingerprint != other.fingerprint
 
 
 def read_identity(file: Path) -> DataIdentity | None:
-    """The identity in a file; None where there is none that can be read: it is unknown."""
+    """The identity in a file; None where no identity can be read there, so that it is unknown."""
     try:
         return DataIdentity.from_values(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -77,7 +78,7 @@ def prepared_identity(folder: Path) -> DataIdentity:
     """The identity of a prepared corpus.
 
     Raises:
-        ConfigError: it is not there or not whole.
+        ConfigError: the corpus is not there or not whole.
     """
     manifest = read_manifest(folder)
     file = folder / TOKENIZER / "tokenizer.json"
@@ -100,7 +101,7 @@ def image_identity(config: RunConfig, num_classes: int) -> DataIdentity:
     """The identity of a run's images.
 
     Raises:
-        ConfigError: no such folder, or one that does not fit the model.
+        ConfigError: there is no such folder, or it does not fit the model.
     """
     corpus = config.data.corpus
     if corpus == shapes.NAME:

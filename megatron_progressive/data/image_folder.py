@@ -1,7 +1,8 @@
-"""Images of a folder: ``train/CLASS/*.png`` and ``val/CLASS/*.png``, read with Pillow.
+"""The images of a folder: ``train/CLASS/*.png`` and ``val/CLASS/*.png``, read with Pillow.
 
-The shorter side is scaled to the model's size and the middle cut out. Training pictures are scaled
-a little larger, cut out at a random place and mirrored at random, by the seed and their draw.
+The shorter side of a picture is scaled to the model's size, and the middle is cut out. Training
+pictures are scaled a little larger, cut out at a random place and mirrored at random, as the seed
+and the number of the draw decide.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ _LARGER = 1.125  # 36 pixels for 32, 252 for 224
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder, in order of class and name."""
+    """The files of a folder, in the order of class and name."""
 
     classes: tuple[str, ...]
     files: dict[str, list[Path]]
-    """Of each split."""
+    """The files of each split."""
     labels: dict[str, NDArray[np.int64]]
-    """Of each split: the class of each file."""
+    """The class of each file, by split."""
 
 
 def open_folder(corpus: str, num_classes: int) -> Folder:
     """The files of an image folder.
 
     Args:
-        corpus: its path.
-        num_classes: of the model.
+        corpus: the path of the folder.
+        num_classes: the number of classes of the model.
 
     Raises:
-        ConfigError: no such folder, a split without classes or a class without pictures, another
-            number of classes, or a validation class that training lacks.
+        ConfigError: there is no such folder, a split has no classes, a class has no pictures, the
+            number of classes is another one, or the training split lacks a class of the validation
+            split.
     """
     root = Path(corpus)
     accepted = (
@@ -87,7 +89,7 @@ def open_folder(corpus: str, num_classes: int) -> Folder:
 
 
 def _pictures(split: Path) -> dict[str, list[Path]]:
-    """The files of each class."""
+    """The files of each class in a split."""
     if not split.is_dir():
         return {}
     return {
@@ -100,11 +102,11 @@ def _pictures(split: Path) -> dict[str, list[Path]]:
 
 
 class ImageFolder:
-    """The two splits.
+    """The training and the validation split of a folder.
 
     Args:
-        seed: of the order and the cuts of training.
-        size: pixels a side.
+        seed: the seed of the order and of the cuts in training.
+        size: the side of a picture in pixels.
     """
 
     def __init__(self, folder: Folder, seed: int, size: int) -> None:
@@ -112,7 +114,7 @@ class ImageFolder:
 
     @property
     def validation_samples(self) -> int:
-        """Pictures of the validation split."""
+        """The number of pictures in the validation split."""
         return len(self.folder.files[VALIDATION])
 
     def train(self, first: int, count: int) -> Pictures:
@@ -124,7 +126,8 @@ class ImageFolder:
         return self._read(TRAIN, numbers, [int(draw) for draw in draws])
 
     def validation(self, first: int, count: int) -> Pictures:
-        """Pictures ``first`` to ``first + count``, from the start again after the last.
+        """Pictures ``first`` to ``first + count`` of validation, where the first one follows the
+        last.
 
         They come in an order that mixes the classes, the same for every seed.
         """
@@ -144,7 +147,8 @@ class ImageFolder:
 
 
 def _random(seed: int, draw: int) -> tuple[float, float, bool]:
-    """Where one draw is cut out, across and down, from 0 to 1, and whether it is mirrored."""
+    """Where the picture of one draw is cut out, across and down, from 0 to 1, and whether it is
+    mirrored."""
     digest = hashlib.blake2b(f"cut/{seed}/{draw}".encode(), digest_size=9).digest()
     across, down = (int.from_bytes(part, "little") / 2**32 for part in (digest[:4], digest[4:8]))
     return across, down, bool(digest[8] & 1)
@@ -153,7 +157,7 @@ def _random(seed: int, draw: int) -> tuple[float, float, bool]:
 def _picture(
     file: Path, size: int, random: tuple[float, float, bool] | None
 ) -> NDArray[np.float32]:
-    """One picture: [3, size, size] from 0 to 1."""
+    """One picture, as [3, size, size] with values from 0 to 1."""
     from PIL import Image
 
     across, down, mirrored = random or (0.5, 0.5, False)

@@ -1,4 +1,4 @@
-"""Labelled images of a run: drawn as they are read (:mod:`.shapes`) or from a folder
+"""The labelled images of a run: drawn as they are read (:mod:`.shapes`), or from a folder
 (:mod:`.image_folder`). Nothing is prepared beforehand."""
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     import torch
 
 MEAN, DEVIATION = 0.5, 0.25
-"""What pixels, from 0 to 1, are normalised with."""
+"""The mean and the deviation with which pixels, from 0 to 1, are normalised."""
 
 
 class LabelledImages(NamedTuple):
-    """Some samples."""
+    """Some images and their labels."""
 
     pixels: torch.Tensor
-    """fp32 [n, 3, size, size], normalised."""
+    """The normalised pixels, fp32 [n, 3, size, size]."""
     labels: torch.Tensor
-    """int64 [n]."""
+    """The classes, int64 [n]."""
 
 
 class ImageData:
-    """Batches of a run: a function of its seed and of sample numbers."""
+    """The batches of a run, as functions of its seed and of the numbers of samples."""
 
     def __init__(self, config: RunConfig) -> None:
         shape = _shape(config)
@@ -44,7 +44,7 @@ class ImageData:
 
     @property
     def validation_samples(self) -> int | None:
-        """Pictures of the validation split; None where they are drawn."""
+        """The number of pictures in the validation split; None where they are drawn."""
         return self._source.validation_samples
 
     def train_batch(self, first_sample: int, count: int) -> LabelledImages:
@@ -57,10 +57,10 @@ class ImageData:
 
 
 def check(config: RunConfig) -> None:
-    """Whether the images can be trained on.
+    """Check that the images can be trained on.
 
     Raises:
-        ConfigError: no such folder, or classes that the model or the training split lacks.
+        ConfigError: there is no such folder, or the model or the training split lacks classes.
     """
     shape = _shape(config)
     if config.data.corpus != shapes.NAME:

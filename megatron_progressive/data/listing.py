@@ -1,4 +1,4 @@
-"""The files of a folder, through links, and what in it is left out."""
+"""The files of a folder, followed through links, and what is left out of it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from megatron_progressive.data.tally import (
 
 @dataclass(frozen=True)
 class Listing:
-    """What was found."""
+    """The files that were found in a folder, and what was left out."""
 
     files: list[Path]
-    """Sorted by their path in the folder."""
+    """The files, sorted by their path in the folder."""
     left_out: list[tuple[str, Path]]
-    """Reason (of :mod:`.tally`) and path."""
+    """The path and the reason (one of :mod:`.tally`) of what was left out, as (reason, path)."""
     folders: list[Path]
-    """The folder itself and those outside of it that links lead to."""
+    """The folder itself, and the folders outside of it to which links lead."""
 
 
 def list_files(root: Path, skipped: Collection[str] = ()) -> Listing:
-    """The files in ``root``, or ``root`` where it is one.
+    """The files in ``root``, or ``root`` itself where it is a file.
 
-    Links to folders are followed, after all that is in ``root`` itself; a folder that was
-    visited, or that holds ``root``, is not visited again. Hidden files and folders are left out.
+    Links to folders are followed, after all that is in ``root`` itself; a folder that was visited,
+    or that holds ``root``, is not visited again. Hidden files and folders are left out.
 
     Args:
         root: a file or folder that exists.
         skipped: names of folders to pass over in silence.
 
     Raises:
-        ConfigError: a file or folder that may not be read.
+        ConfigError: a file or folder may not be read.
     """
     if root.is_file():
         return Listing([root], [], [])

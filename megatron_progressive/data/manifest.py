@@ -20,59 +20,63 @@ from megatron_progressive.data.tokenizer import check_vocabulary, identity
 from megatron_progressive.models import transformer_shape
 
 FORMAT = 2
-"""Raise it when the same configuration would give other files."""
+"""The format of prepared corpora; raise this number when the same configuration would give other
+files."""
 
 READABLE_FORMATS = (1, FORMAT)
-"""Formats whose files are read as they are; the first split by the exact text and had no tally."""
+"""The formats whose files are read as they are. The first one split by the exact text and had no
+tally."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer in a prepared corpus."""
+"""The folder of the tokenizer in a prepared corpus."""
 SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """One split of a prepared corpus."""
+    """The counts of one split of a prepared corpus."""
 
     documents: int
     tokens: int
-    """Tokens, with the one that ends each document."""
+    """Number of tokens, including the one that ends each document."""
     text_bytes: int
-    """Bytes of UTF-8 text before tokenization."""
+    """Number of bytes of UTF-8 text before tokenization."""
     sha256: str
-    """Of the ``.bin`` file."""
+    """SHA-256 of the ``.bin`` file."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``."""
+    """The content of ``manifest.json``."""
 
     format: int
     fingerprint: str
-    """Hash of everything that decides the content; see :func:`fingerprint`."""
+    """Hash of everything that decides the content (see :func:`fingerprint`)."""
     corpus: str
-    """``data.corpus`` it was made from."""
+    """The ``data.corpus`` that the corpus was made from."""
     tokenizer: str
-    """``data.tokenizer`` it was made with."""
+    """The ``data.tokenizer`` that it was made with."""
     vocab_size: int
-    """Entries of the tokenizer."""
+    """Number of entries of the tokenizer."""
     end_of_document: int
-    """Token that ends each document."""
+    """The token that ends each document."""
     dtype: str
-    """NumPy name of the type of a token on disk."""
+    """NumPy's name of the type of a token on disk."""
     splits: dict[str, SplitCounts]
     files: dict[str, int]
-    """Bytes of each ``.bin`` and ``.idx`` file."""
+    """The size in bytes of each ``.bin`` and ``.idx`` file."""
     reading: Tally | None = None
-    """What of the corpus was read, left out and mended; None where an earlier version made it."""
+    """What of the corpus was read, left out and mended; None where an earlier version made the
+    corpus."""
     revision: str | None = None
-    """Commit of a Hugging Face data set that was read; None of others, or where it is unknown."""
+    """Commit of the Hugging Face data set that was read; None for other corpora, or where it is not
+    known."""
     tokenizer_revision: str | None = None
-    """Commit of a Hugging Face tokenizer; None of others, or where it is unknown."""
+    """Commit of the Hugging Face tokenizer; None for other tokenizers, or where it is not known."""
 
     def summary(self) -> list[str]:
-        """Lines for the user: documents, text and tokens of each split, and what was read."""
+        """The lines for the user: documents, text and tokens of each split, and what was read."""
         whole = [
             f"{name}: {counted(split.documents, 'document')}, {readable_bytes(split.text_bytes)}, "
             f"{counted(split.tokens, 'token')}"
@@ -86,7 +90,8 @@ class Manifest:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Hash (40 hex digits) of all that decides a prepared corpus; not the sequence length.
+    """A hash (40 hex digits) of all that decides a prepared corpus; the sequence length is not part
+    of it.
 
     Raises:
         ConfigError: the corpus or the tokenizer is missing.
@@ -104,12 +109,12 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def prepared_folder(config: RunConfig) -> Path:
-    """Where the prepared corpus is, or is to be: ``data.prepared``, or a folder in
+    """The folder where the prepared corpus is, or is to be: ``data.prepared``, or a folder in
     ``run.dir/data`` whose name tells the corpus and its fingerprint.
 
     Raises:
-        ConfigError: where ``data.prepared`` is not set, the corpus or the tokenizer is missing,
-            or ``run.dir`` is inside the corpus.
+        ConfigError: ``data.prepared`` is not set, and the corpus or the tokenizer is missing or
+            ``run.dir`` is inside the corpus.
     """
     if config.data.prepared is not None:
         return Path(config.data.prepared)
@@ -124,7 +129,7 @@ def prepared_folder(config: RunConfig) -> Path:
 
 
 def prepared_error(folder: Path, why: str) -> ConfigError:
-    """That a prepared corpus is not one, and why."""
+    """The error that says that a folder is not a prepared corpus, and why."""
     return ConfigError(
         f"data.prepared: got {folder}, {why}; accepted: a folder that `mprog data prepare` "
         "made (delete this one to make it again)"
@@ -132,10 +137,11 @@ def prepared_error(folder: Path, why: str) -> ConfigError:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared corpus, after a look at its files' sizes.
+    """The manifest of a prepared corpus, once the sizes of its files have been checked.
 
     Raises:
-        ConfigError: no manifest, one of another format, or a file that is missing or cut short.
+        ConfigError: there is no manifest, its format is another one, or a file is missing or cut
+            short.
     """
     error = partial(prepared_error, folder)
     path = folder / MANIFEST
@@ -162,8 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_fit(config: RunConfig, manifest: Manifest) -> None:
-    """Raise ConfigError where the model cannot be trained on a prepared corpus: its vocabulary
-    is smaller than the tokenizer's, or a split is shorter than one sample."""
+    """Raise :class:`ConfigError` where the model cannot be trained on a prepared corpus: where its
+    vocabulary is smaller than the tokenizer's, or a split is shorter than one sample."""
     shape = transformer_shape(config)
     check_vocabulary(shape.vocab_size, manifest.vocab_size, manifest.tokenizer)
     for split in SPLITS:
@@ -172,8 +178,8 @@ def check_fit(config: RunConfig, manifest: Manifest) -> None:
 
 
 def check_length(split: str, tokens: int, sequence_length: int, corpus: str) -> None:
-    """Raise ConfigError where ``tokens`` are fewer than a sample takes (one more than
-    ``sequence_length``: the last one is only a target)."""
+    """Raise :class:`ConfigError` where ``tokens`` are fewer than a sample takes, which is one more
+    than ``sequence_length`` because the last token is only a target."""
     if tokens <= sequence_length:
         more = ", or a larger data.validation_fraction" if split == "validation" else ""
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""From a corpus to Megatron's indexed dataset on disk, all of it or nothing."""
+"""Preparing a corpus: from its text to Megatron's indexed dataset on disk, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -49,29 +49,30 @@ if TYPE_CHECKING:
     import numpy as np
 
 BATCH_BYTES = 1 << 20
-"""Text that is tokenized at once."""
+"""How many bytes of text are tokenized at once."""
 
 STALE_SECONDS = 3600.0
-"""A temporary folder that nobody wrote to for so long was left by a killed preparation."""
+"""A temporary folder to which nobody has written for so many seconds was left by a killed
+preparation."""
 
 SMALL_BYTES = 2_000_000
-"""A corpus up to this size is tokenized to check it, exactly."""
+"""Up to how many bytes a corpus is tokenized to check it exactly."""
 
 BOUNDED_BYTES = 16_000_000
-"""A local corpus up to this size is read to check it, with bounds."""
+"""Up to how many bytes a local corpus is read to check it with bounds."""
 
 
 def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path:
-    """The folder of the prepared corpus, made now where it is not there yet.
+    """The folder of the prepared corpus, which is made now where it is not there yet.
 
     A folder that is there is used as it is. A new one appears under its name only when it is
-    complete and on disk; a preparation that is killed leaves at most a hidden folder beside
-    it, which a later one removes. Of several at once, the first to finish is kept.
+    complete and on disk; a preparation that is killed leaves at most a hidden folder beside it,
+    which a later one removes. Of several at once, the first to finish is kept.
 
     Args:
-        config: the run.
-        progress: told how far it is (default: shown on standard error, with a summary at the
-            end).
+        config: the configuration of the run.
+        progress: told how far the preparation is (default: it is shown on standard error, with a
+            summary at the end).
 
     Raises:
         ConfigError: the corpus or the tokenizer is missing or unfit, all documents are in one
@@ -108,15 +109,16 @@ def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path:
 
 
 def check(config: RunConfig) -> None:
-    """Whether the corpus can be trained on, without writing anything.
+    """Check that the corpus can be trained on, without writing anything.
 
-    Of a prepared corpus, the first rank says again what was left out of it. A corpus that is not
-    prepared, of up to :data:`SMALL_BYTES`, is tokenized; of a larger one only what is certain from
-    its bytes is checked here, and the rest by ``TrainingData.open``.
+    Where the corpus is prepared, the first rank says again what was left out of it. A corpus of up
+    to :data:`SMALL_BYTES` that is not prepared is tokenized; of a larger one only what is certain
+    from its bytes is checked here, and the rest by ``TrainingData.open``.
 
     Raises:
-        ConfigError: corpus or tokenizer missing, unreadable or larger than the model's
-            vocabulary; a split shorter than one sample; a prepared corpus that is not whole.
+        ConfigError: the corpus or the tokenizer is missing or cannot be read, the tokenizer is
+            larger than the model's vocabulary, a split is shorter than one sample, or the prepared
+            corpus is not whole.
     """
     folder = prepared_folder(config)
     if config.data.prepared is not None or _is_occupied(folder):
@@ -154,7 +156,7 @@ def check(config: RunConfig) -> None:
 
 
 def _recall(manifest: Manifest) -> None:
-    """Say what a preparation left out: who trains on it may not be who prepared it."""
+    """Say what a preparation left out, since whoever trains on it may not have prepared it."""
     line = manifest.reading.left_out_line() if manifest.reading else ""
     if line:
         _say(f"{manifest.corpus}: {line}")
@@ -166,7 +168,7 @@ def _say(line: str) -> None:
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether something is there that a rename would not replace: all but an empty folder."""
+    """Whether something is there that a rename would not replace: anything but an empty folder."""
     return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
@@ -187,7 +189,7 @@ def _write(
     folder: Path,
     progress: ShowBytes,
 ) -> None:
-    """Fill ``folder``; the manifest comes last."""
+    """Fill ``folder``; the manifest is written last."""
     name, fraction = corpus.name, config.data.validation_fraction
     identity = fingerprint(config)  # before reading: files that change meanwhile make a new one
     if tokenizer is None:
@@ -247,7 +249,8 @@ def _write(
 def _tokenized(
     documents: Iterable[str], tokenizer: DocumentTokenizer, fraction: float
 ) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Split, tokens and bytes of each document, in the order of the corpus."""
+    """The split, the tokens and the number of bytes of each document, in the order of the
+    corpus."""
     batch: list[tuple[str, bool]] = []
     sizes: list[int] = []
     waiting = 0
@@ -275,7 +278,8 @@ def _sha256(path: Path) -> str:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Give a complete folder its name, durably; where another has it already, keep that one."""
+    """Give a complete folder its name, durably; where another folder already has it, keep that
+    one."""
     for path in [*temporary.rglob("*"), temporary]:
         fsync_path(path)
     try:
@@ -289,7 +293,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what killed preparations of ``folder`` left. A live one writes all the time."""
+    """Remove what killed preparations of ``folder`` have left; a live one writes all the time."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in [left, *left.rglob("*")])

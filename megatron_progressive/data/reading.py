@@ -1,4 +1,4 @@
-"""Documents of one file, of the format that its name and its content tell."""
+"""The documents of one file, in the format that its name and its content tell."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from megatron_progressive.data.tables import arrow_documents, csv_documents, par
 from megatron_progressive.data.tally import EMPTY
 
 PIECE_BYTES = 16 * 1024
-"""The least of a plain-text file that is cut which becomes one document; the most is twice that."""
+"""The fewest bytes of a piece of a plain-text file that is cut into documents; the most are twice
+as many."""
 
 LARGE_FILE_BYTES = 4 * 1024 * 1024
-"""Plain-text files above this are cut even in a folder: they are collections, not documents."""
+"""Plain-text files above so many bytes are cut even in a folder: they are collections, not
+documents."""
 
 _TABLES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _PARQUET = (".parquet", ".pq")
@@ -31,13 +33,15 @@ def open_documents(stream: Stream, field: str, cut: bool) -> tuple[str, Iterator
     Documents may be blank, and hold halves of surrogate pairs (see :func:`.decoded`).
 
     Args:
-        stream: the file.
-        field: ``data.text_field``, of files with records.
+        stream: the open file.
+        field: ``data.text_field``, for files with records.
         cut: whether plain text is cut into pieces even where it is short.
 
     Raises:
-        NotText: it cannot be read as text; the iterator may raise it before its first document.
-        ConfigError: damaged, or records without ``field``; the iterator may raise it at any time.
+        NotText: the file cannot be read as text; the iterator may raise this before its first
+            document.
+        ConfigError: the file is damaged, or a record lacks ``field``; the iterator may raise this
+            at any time.
     """
     head, suffix = stream.head, stream.suffix
     if not head:
@@ -57,7 +61,7 @@ def open_documents(stream: Stream, field: str, cut: bool) -> tuple[str, Iterator
 
 
 def _plain(stream: Stream, cut: bool) -> Iterator[str]:
-    """One document, or pieces of it where ``cut`` or it is large."""
+    """One document, or pieces of it where ``cut`` is true or the file is large."""
     file = stream.file
     # most files are all head: reading them again would double what they cost
     start = stream.head if stream.is_whole and not cut else file.read(LARGE_FILE_BYTES + 1)
@@ -72,11 +76,11 @@ def _plain(stream: Stream, cut: bool) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterator[bytes], target: int) -> Iterator[bytes]:
-    """Consecutive pieces of ``target`` bytes to twice that, cut between paragraphs.
+    """Consecutive pieces of ``target`` bytes to twice as many, cut between paragraphs.
 
-    Where no paragraph ends there, between lines, or else between characters. Of several ends
-    the one is taken whose text before it hashes lowest: pieces of a copy that differs by a
-    header or by line ends then soon begin and end as those of the other.
+    Where no paragraph ends in that range, the cut is between lines, or else between characters. Of
+    several possible ends the one is taken whose preceding text has the lowest hash: then the pieces
+    of two copies that differ by a header or by line ends soon begin and end alike.
     """
     limit = 2 * target
     rest = bytearray()

@@ -1,4 +1,4 @@
-"""The text of records, and JSON's: on lines, in arrays, or one after the other."""
+"""The text of records, and of JSON on lines, in arrays, or one value after the other."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_progressive.data.tally import NO_RECORDS
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 LARGEST_VALUE = 64 * 1024 * 1024
-"""Characters of one JSON value that is not on a line of its own, at most."""
+"""The most characters of one JSON value that is not on a line of its own."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def field_error(data_field: str, where: object, fields: Iterable[str], why: str) -> ConfigError:
-    """The error of records in ``where`` whose ``fields`` do not give a text."""
+    """The error for records in ``where`` whose ``fields`` do not give a text."""
     names = ", ".join(fields) or "none"
     if len(names) > 300:  # the first row of a table that has no header, say
         names = names[:300] + "…"
@@ -33,10 +33,10 @@ def field_error(data_field: str, where: object, fields: Iterable[str], why: str)
 
 
 def text_of(row: Any, field: str, where: object) -> str:
-    """The text of one row; an empty one where it is null.
+    """The text of one row, which is empty where the field is null.
 
     Raises:
-        ConfigError: no object, or one whose ``field`` is missing or no text.
+        ConfigError: the row is no object, or its ``field`` is missing or holds no text.
     """
     if not isinstance(row, dict):
         raise ConfigError(
@@ -54,14 +54,14 @@ def text_of(row: Any, field: str, where: object) -> str:
 
 
 class _NotJson(Exception):
-    """Its argument is the place of what is not JSON."""
+    """Something is not JSON; the argument is its place in the file."""
 
 
 def is_json(stream: Stream, field: str) -> bool:
-    """Whether a file of another name holds JSON objects with the field ``field``.
+    """Whether a file whose name does not tell holds JSON objects with the field ``field``.
 
     Raises:
-        NotText: it holds lines of JSON objects that lack the field.
+        NotText: the file holds lines of JSON objects that lack the field.
     """
     head = stream.head.lstrip()
     if not head.startswith((b"{", b"[")):
@@ -87,11 +87,12 @@ def is_json(stream: Stream, field: str) -> bool:
 
 
 def json_documents(stream: Stream, field: str) -> Iterator[str]:
-    """Texts of objects on lines, or that follow each other in any way, or in arrays.
+    """The texts of JSON objects that stand on lines, follow each other in any way, or are in
+    arrays.
 
     Raises:
-        NotText: a file that is not named as one of records, and has none with ``field``.
-        ConfigError: what is no JSON further on, or a record without ``field``.
+        NotText: the file's name is not one of records, and no record in it has ``field``.
+        ConfigError: something further on is not JSON, or a record lacks ``field``.
     """
     path, is_lines = stream.path, stream.suffix in JSON_LINES
     on_lines = _begins_with_line(stream)
@@ -117,7 +118,8 @@ def json_documents(stream: Stream, field: str) -> Iterator[str]:
 
 
 def _begins_with_line(stream: Stream) -> bool:
-    """Whether the first line that is not blank is a JSON object, as far as the head tells."""
+    """Whether the first line that is not blank is a JSON object, as far as the head of the file
+    tells."""
     line, newline, _ = stream.head.lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False
@@ -144,11 +146,11 @@ def _values_on_lines(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _json_values(file: IO[bytes]) -> Iterator[Any]:
-    """JSON values one after the other, and the elements of arrays; no more than one at a time
-    is held in memory.
+    """JSON values one after the other, and the elements of arrays; no more than one of them at a
+    time is held in memory.
 
     Raises:
-        _NotJson: no JSON, or a value of more than :data:`LARGEST_VALUE` characters.
+        _NotJson: something is not JSON, or a value has more than :data:`LARGEST_VALUE` characters.
     """
     text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
     decode = json.JSONDecoder().raw_decode

@@ -1,7 +1,7 @@
-"""Samples of a prepared corpus, and the order in which training draws them.
+"""The samples of a prepared corpus, and the order in which training draws them.
 
-Both are functions of their arguments alone: what a step trains on depends on the seed and on
-the number of samples before it, not on the layout, the batch size or an earlier run.
+Both are functions of their arguments alone: what a step trains on depends on the seed and on the
+number of samples before it, not on the layout, the batch size or an earlier run.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ _ROUNDS = 16
 class Samples:
     """Windows over one split, whose documents are one stream of tokens.
 
-    With S the sequence length, sample i is tokens [i*S, i*S + S] of the stream (S + 1 of them):
-    inputs are the first S, targets the last S, and every token but the first is a target once.
+    With S the sequence length, sample i consists of the S + 1 tokens [i*S, i*S + S] of the stream:
+    the first S are the inputs, the last S the targets, and every token but the first is a target
+    once.
     """
 
     def __init__(self, prefix: Path, sequence_length: int) -> None:
-        """Map ``prefix``.bin and .idx, which :func:`~.prepare.prepare` wrote."""
+        """Map the files ``prefix``.bin and ``prefix``.idx, which :func:`~.prepare.prepare`
+        wrote."""
         # kept: the windows below look into memory that closes with it
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Could not determine rank")
             self._dataset: Any = indexed_dataset().IndexedDataset(str(prefix), mmap=True)
         self.sequence_length = sequence_length
         self.tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
-        """Tokens of the split."""
+        """The number of tokens in the split."""
         stream = self._dataset.bin_reader.read(self._dataset.index.dtype, self.tokens, 0)
         self._windows = np.lib.stride_tricks.as_strided(
             stream,
@@ -59,14 +61,15 @@ class Samples:
         )
 
     def __len__(self) -> int:
-        """Samples in the split; tokens that do not fill a last one are left out."""
+        """The number of samples in the split; the last tokens, which do not fill a sample, are left
+        out."""
         return len(self._windows)
 
     def get(self, indices: Iterable[int] | NDArray[np.int64]) -> torch.Tensor:
-        """The samples ``indices`` [n]: int64 [n, S + 1].
+        """The samples ``indices`` [n], as int64 [n, S + 1].
 
         Raises:
-            IndexError: an index below 0 or not below ``len(self)``.
+            IndexError: an index is below 0, or not below ``len(self)``.
         """
         import torch
 
@@ -83,23 +86,23 @@ def order(seed: int, numbers: int, size: int) -> int: ...
 @overload
 def order(seed: int, numbers: NDArray[np.int64], size: int) -> NDArray[np.int64]: ...
 def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArray[np.int64]:
-    """Which sample each draw of training is.
+    """The number of the sample that each draw of training takes.
 
-    Draw ``n`` is in epoch ``n // size``; every epoch is a permutation of ``range(size)``
-    keyed by (seed, epoch), and is never stored: a Feistel network permutes the least power of
-    two that holds ``size``, and what lands outside walks on until it is inside (Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
+    Draw ``n`` is in epoch ``n // size``; every epoch is a permutation of ``range(size)`` keyed by
+    (seed, epoch), and is never stored: a Feistel network permutes the least power of two that holds
+    ``size``, and what lands outside walks on until it is inside (Black and Rogaway 2002, "Ciphers
+    with arbitrary finite domains", methods 2 and 3).
 
     Args:
-        seed: ``run.seed``.
-        numbers: draws, from 0: one, or an array of any shape.
-        size: samples in the split.
+        seed: the run's ``run.seed``.
+        numbers: the numbers of draws, from 0, as one number or an array of any shape.
+        size: the number of samples in the split.
 
     Returns:
-        Samples in ``range(size)``, of the shape of ``numbers``.
+        Sample numbers in ``range(size)``, of the shape of ``numbers``.
 
     Raises:
-        ValueError: a negative draw, or no samples.
+        ValueError: a draw is negative, or there are no samples.
     """
     draws = np.asarray(numbers, dtype=np.int64)
     if size < 1 or (draws.size and draws.min() < 0):
@@ -130,8 +133,8 @@ def _permuted(places: NDArray[np.int64], size: int, keys: list[np.uint64]) -> ND
 
 
 def _feistel(values: NDArray[np.uint64], bits: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
-    """A permutation of the numbers of ``bits`` bits: each round adds a hash of one half to the
-    other, which the same round undoes."""
+    """A permutation of the numbers of ``bits`` bits. Each round adds a hash of one half to the
+    other half, which the same round undoes."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
     high_mask = np.uint64((1 << (bits // 2)) - 1)
@@ -153,7 +156,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Batches of a run: a function of the run's seed and of sample numbers."""
+    """The batches of a run, as functions of the run's seed and of the numbers of samples."""
 
     train: Samples
     validation: Samples
@@ -165,7 +168,7 @@ class TrainingData:
         """The prepared corpus of ``config``, which :func:`~.prepare.prepare` has made.
 
         Raises:
-            ConfigError: it is not there, not whole, or does not fit the model.
+            ConfigError: the corpus is not there, not whole, or does not fit the model.
         """
         folder = prepared_folder(config)
         manifest = read_manifest(folder)
@@ -176,16 +179,17 @@ class TrainingData:
 
     @property
     def validation_samples(self) -> int:
-        """Samples of the validation split."""
+        """The number of samples in the validation split."""
         return len(self.validation)
 
     def train_batch(self, first_sample: int, count: int) -> torch.Tensor:
-        """Draws ``first_sample`` to ``first_sample + count`` of training: int64 [count, S + 1]."""
+        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S +
+        1]."""
         draws = np.arange(first_sample, first_sample + count, dtype=np.int64)
         return self.train.get(order(self.seed, draws, len(self.train)))
 
     def validation_batch(self, first: int, count: int) -> torch.Tensor:
-        """Samples ``first`` to ``first + count`` of validation in plain order, from the start
-        again after the last: int64 [count, S + 1]."""
+        """Samples ``first`` to ``first + count`` of validation in plain order, as int64 [count, S +
+        1]; the first sample follows the last."""
         numbers = np.arange(first, first + count, dtype=np.int64)
         return self.validation.get(numbers % len(self.validation))

@@ -1,4 +1,5 @@
-"""Which data a run is trained on: what its folder says it began with, or what there is now.
+"""Which data a run is trained on: the data that its folder says it began with, or what there is
+now.
 
 A run, and all cells of a study, keep the prepared corpus that they began with, whatever happens to
 the files that it was made from.
@@ -34,19 +35,19 @@ from megatron_progressive.models.families.resnet import ResNetShape
 from megatron_progressive.runtime.progress import ShowBytes
 
 SHARED_SECONDS = 60.0
-"""How long another host's new folder may take to be seen on a shared file system."""
+"""How many seconds a folder made by another host may take to be seen on a shared file system."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What has begun, and so has its data."""
+    """What has begun already, and so has its data: a run, or a study."""
 
     what: str
-    """``runs/a``, for messages."""
+    """Its name in messages, as ``runs/a``."""
     another: str
-    """What another one of its kind needs: ``a new run.name``."""
+    """What another one of its kind would need, as ``a new run.name``."""
     data: DataIdentity | None
-    """What it is trained on; None where a version that did not record it began it."""
+    """The data that it is trained on; None where a version that did not record this began it."""
     at: float = 0.0
     """When it was last trained, in seconds since the epoch, where ``data`` is None."""
 
@@ -54,15 +55,16 @@ class Begun:
 def settle(
     config: RunConfig, begun: Begun | None = None, progress: ShowBytes | None = None
 ) -> tuple[DataIdentity, list[str]]:
-    """What a run is trained on, prepared and whole, and what is to be said of it.
+    """The data that a run is trained on, prepared and whole, and what the user should be told about
+    it.
 
     Args:
-        config: the run.
-        begun: what goes on; None for a fresh start.
-        progress: told how far a preparation is (default: shown on standard error).
+        config: the configuration of the run.
+        begun: what is continued; None for a fresh start.
+        progress: told how far a preparation is (default: it is shown on standard error).
 
     Raises:
-        ConfigError: the data is not there or does not fit the model, or is not what ``begun`` was
+        ConfigError: the data is not there, does not fit the model, or is not what ``begun`` was
             trained on.
     """
     shape = model_shape(config)
@@ -119,10 +121,10 @@ def as_settled(config: RunConfig, found: DataIdentity) -> RunConfig:
 
 
 def wait_until_seen(found: DataIdentity) -> None:
-    """Wait until this host sees what another one has prepared.
+    """Wait until this host sees what another host has prepared.
 
     Raises:
-        ConfigError: it does not, even after :data:`SHARED_SECONDS`.
+        ConfigError: this host does not see it even after :data:`SHARED_SECONDS`.
     """
     if found.prepared is None:
         return
@@ -142,8 +144,8 @@ def wait_until_seen(found: DataIdentity) -> None:
 
 
 def changed_since(config: RunConfig, known: DataIdentity | None) -> bool:
-    """Whether the files of a run's corpus are known not to be those that it was prepared from.
-    Content is not looked at, so that it is quick."""
+    """Whether the files of a run's corpus are known to differ from those that it was prepared from.
+    Their content is not looked at, so that this is quick."""
     if known is None or config.data.prepared is not None:
         return False
     kept, now = _kept(config, known), _listing(config)
@@ -151,7 +153,8 @@ def changed_since(config: RunConfig, known: DataIdentity | None) -> bool:
 
 
 def _listing(config: RunConfig) -> str | None:
-    """What the corpus would be prepared as now; None where it is not there any more."""
+    """The identity with which the corpus would be prepared now; None where the corpus is not there
+    any more."""
     try:
         return fingerprint(config)
     except ConfigError:
@@ -159,7 +162,8 @@ def _listing(config: RunConfig) -> str | None:
 
 
 def _kept(config: RunConfig, known: DataIdentity) -> Path | None:
-    """The folder that has ``known``: where it was, or, for runs that were moved, beside them."""
+    """The folder that has the data ``known``: where it was, or, for runs that were moved, beside
+    them."""
     if known.prepared is None:
         return None
     for folder in (Path(known.prepared), Path(config.run.dir) / "data" / Path(known.prepared).name):
@@ -191,10 +195,11 @@ def _other_data(config: RunConfig, begun: Begun, found: DataIdentity) -> ConfigE
 
 
 def _unrecorded(config: RunConfig, begun: Begun, found: DataIdentity) -> list[str]:
-    """That nobody knows what ``begun`` was trained on.
+    """The note that nobody knows what ``begun`` was trained on.
 
     Raises:
-        ConfigError: probably on something else: only that was prepared at its time.
+        ConfigError: it was probably trained on something else, since nothing but that was prepared
+            at the time.
     """
     mine = Path(found.prepared or "")
     if config.data.prepared is None and _made(mine) > begun.at:
@@ -216,7 +221,7 @@ def _made(folder: Path) -> float:
 
 
 def _preparations(config: RunConfig, but: Path | None = None) -> Iterator[Path]:
-    """The (other) preparations of this corpus and tokenizer beside the run."""
+    """The preparations of this corpus and tokenizer beside the run, except ``but``."""
     for folder in (Path(config.run.dir) / "data").glob("*/"):
         if not (folder / MANIFEST).is_file():
             continue

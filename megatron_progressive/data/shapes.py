@@ -1,9 +1,9 @@
-"""Pictures of ten kinds of figures, drawn as they are read: a task to learn without a download.
+"""Pictures of ten kinds of figures, drawn as they are read: a task that can be learned without a
+download.
 
 Each picture is one figure at a random place, size and angle, brighter than its ground, in random
-colours and under noise.
-It depends on the split, the seed (of training only) and its number alone. Training never draws a
-picture twice; validation is the same for every seed.
+colours and under noise. It depends on nothing but the split, its number and, in training, the seed.
+Training never draws a picture twice; validation is the same for every seed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _GROUND = 0.4  # brightest ground
 _CONTRAST = 0.2, 0.6  # how much brighter the figure is, in each channel
 
 Pictures = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Pixels [n, 3, size, size] from 0 to 1, and labels [n]."""
+"""The pixels [n, 3, size, size], from 0 to 1, and the labels [n] of some pictures."""
 
 
 class Shapes:
-    """The two splits.
+    """The training and the validation split.
 
     Args:
-        seed: of training.
-        size: pixels a side.
+        seed: the seed of the training pictures.
+        size: the side of a picture in pixels.
     """
 
     def __init__(self, seed: int, size: int) -> None:
@@ -41,7 +41,7 @@ class Shapes:
         self._train, self._validation = _key(f"train/{seed}"), _key("validation")
 
     validation_samples: int | None = None
-    """As many as one asks for: they are drawn."""
+    """None: validation has as many pictures as one asks for, since they are drawn."""
 
     def train(self, first: int, count: int) -> Pictures:
         """Pictures ``first`` to ``first + count`` of training."""
@@ -74,7 +74,7 @@ def _draw(key: int, first: int, count: int, size: int) -> Pictures:
 
 
 def _colours(uniform: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of the ground and of the figure, [n, 3, 1, 1]."""
+    """The colours of the ground and of the figure, each [n, 3, 1, 1]."""
     ground, (least, most) = _GROUND * uniform[:, 4:7, None, None], _CONTRAST
     return ground, ground + least + (most - least) * uniform[:, 7:10, None, None]
 
@@ -82,7 +82,7 @@ def _colours(uniform: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
 def _figures(
     labels: NDArray[np.int64], uniform: NDArray[np.float64], size: int
 ) -> NDArray[np.float64]:
-    """How much of each pixel the figure covers: [n, size, size], from 0 to 1."""
+    """How much of each pixel the figure covers, from 0 to 1, as [n, size, size]."""
     fine = (np.arange(size * _FINER) + 0.5) * (2 / (size * _FINER)) - 1
     half = (0.5 + 0.3 * uniform[:, 1])[:, None, None]  # half of the figure's width
     x = (fine[None, None, :] - 0.25 * (2 * uniform[:, 2, None, None] - 1)) / half
@@ -98,7 +98,7 @@ def _figures(
 
 
 def _covers(name: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether points (u, v) are in a figure of half width 1."""
+    """Whether the points (u, v) lie in a figure of half width 1."""
     radius, side = np.hypot(u, v), np.maximum(np.abs(u), np.abs(v))
     bars = np.cos(2.5 * np.pi * u)
     if name == "disc":

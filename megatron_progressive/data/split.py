@@ -13,12 +13,12 @@ _UNSEEN = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 
 
 def normalised(text: str) -> bytes:
-    """What copies of a document share: its text in lower case, without white space.
+    """What all copies of a document share: its text in lower case and without white space.
 
-    Copies of a page differ by line ends, indentation, a newline at the end, non-breaking or
-    zero-width spaces, composed or decomposed accents and letter case; none of that may put one
-    copy into training and the other into validation. The result decides the split and is not
-    trained on, so nothing is lost where different documents share it.
+    Copies of a page differ in line ends, indentation, a newline at the end, non-breaking or
+    zero-width spaces, composed or decomposed accents, and letter case. None of that may put one
+    copy into training and another into validation. The result decides the split and is not trained
+    on, so nothing is lost where different documents share it.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.casefold())
@@ -27,7 +27,7 @@ def normalised(text: str) -> bytes:
 
 
 def content_hash(text: str) -> int:
-    """64 bits of what a document and its near copies share, uniform."""
+    """A uniform hash of 64 bits of what a document shares with its near copies."""
     digest = hashlib.blake2b(normalised(text), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -36,9 +36,9 @@ def split_documents(texts: Iterable[str], fraction: float) -> Iterator[tuple[str
     """Pairs of a document and whether it is held out for validation.
 
     A document is held out when its hash is in the lowest ``fraction``, so that copies
-    (:func:`normalised`) are on one side, wherever they stand. Where that takes none (small
-    corpora), the document with the lowest hash is held out; it comes last. To know that in one
-    pass, the lowest one so far waits, which is the only change of order.
+    (:func:`normalised`) are on one side, wherever they stand. Where no hash is that low, as in
+    small corpora, the document with the lowest hash is held out; it comes last. To know that
+    document in one pass, the lowest one so far waits, which is the only change of order.
     """
     threshold = int(fraction * 2**64)
     lowest: int | None = None

@@ -1,4 +1,4 @@
-"""The text column of tables: CSV and TSV with a header, Parquet, Arrow."""
+"""The text column of tables: CSV and TSV with a header, Parquet, and Arrow."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megatron_progressive.data.tally import NO_COLUMN, WITHOUT_TEXT
 
 
 def csv_documents(stream: Stream, field: str, delimiter: str) -> Iterator[str]:
-    """Column ``field`` of CSV or TSV with a header.
+    """The texts in column ``field`` of a CSV or TSV file with a header.
 
     Args:
-        stream: the file.
-        field: the column.
-        delimiter: the usual one of such files; where the header has ``field`` only with
-            another one, that.
+        stream: the open file.
+        field: the name of the column.
+        delimiter: the usual delimiter of such files; where the header has ``field`` only with
+            another delimiter, that one is used.
 
     Raises:
-        NotText: no such column.
-        ConfigError: rows that are longer or shorter than the header, or quotes out of place.
+        NotText: there is no such column.
+        ConfigError: a row is longer or shorter than the header, or quotes are out of place.
     """
     csv.field_size_limit(sys.maxsize)
     path = stream.path
@@ -65,7 +65,7 @@ def _columns(header: list[str]) -> list[str]:
 
 
 def parquet_documents(stream: Stream, field: str) -> Iterator[str]:
-    """Column ``field`` of a Parquet file."""
+    """The texts in column ``field`` of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -78,7 +78,8 @@ def parquet_documents(stream: Stream, field: str) -> Iterator[str]:
 
 
 def arrow_documents(stream: Stream, field: str) -> Iterator[str]:
-    """A file of Arrow's inter-process format, or the stream that the ``datasets`` library saves."""
+    """The texts in a file of Arrow's inter-process format, or in a stream that the ``datasets``
+    library saves."""
     import pyarrow
     import pyarrow.ipc
 
@@ -97,7 +98,7 @@ def arrow_documents(stream: Stream, field: str) -> Iterator[str]:
 
 
 def _seekable(stream: Stream) -> Any:
-    """What Arrow reads: the file on disk, or all of what it decompresses to."""
+    """The file as Arrow reads it: the one on disk, or all of what it decompresses to."""
     import pyarrow
 
     if stream.is_compressed:

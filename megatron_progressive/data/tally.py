@@ -1,4 +1,5 @@
-"""What reading a corpus found: files read, files left out and why, documents that were mended."""
+"""What reading a corpus found: files that were read, files that were left out and why, and
+documents that were mended."""
 
 from __future__ import annotations
 
@@ -29,41 +30,41 @@ HINTS: Mapping[str, str] = {
     NOT_UTF8: "convert it with iconv",
     OFFICE: "convert it to plain text",
 }
-"""What the user can do about a reason."""
+"""What the user can do about files that were left out, by reason."""
 
 
 @dataclass
 class LeftOut:
-    """Files (or links and hidden folders) that were left out for one reason."""
+    """The files, links and hidden folders that were left out for one reason."""
 
     files: int
     bytes: int
-    """As they lie on disk."""
+    """Their size in bytes as they lie on disk."""
     example: str
-    """The first one, as a path in the corpus."""
+    """The first one of them, as a path in the corpus."""
 
 
 @dataclass
 class Tally:
-    """Counts of one reading, which fills it as it goes; part of the manifest."""
+    """The counts of one reading, which fills them as it goes; they are part of the manifest."""
 
     files_read: dict[str, int] = field(default_factory=dict)
-    """Files with text, of each format."""
+    """The number of files with text, by format."""
     files_not_reached: int = 0
-    """Files that ``data.max_bytes`` left no room for."""
+    """The number of files for which ``data.max_bytes`` left no room."""
     left_out: dict[str, LeftOut] = field(default_factory=dict)
-    """By reason."""
+    """What was left out, by reason."""
     replaced_documents: int = 0
-    """Documents in which bytes that are no UTF-8 became U+FFFD."""
+    """The number of documents in which bytes that are not UTF-8 became U+FFFD."""
     replaced_example: str | None = None
-    """The file of the first of them; None in a corpus that is not of files."""
+    """The file of the first of these documents; None in a corpus that does not consist of files."""
 
     def read(self, kind: str) -> None:
         """Count a file with text."""
         self.files_read[kind] = self.files_read.get(kind, 0) + 1
 
     def leave_out(self, reason: str, path: Path, root: Path) -> None:
-        """Count ``path``, in the corpus ``root``, as left out."""
+        """Count ``path`` of the corpus ``root`` as left out."""
         try:
             size = os.lstat(path).st_size if not path.is_dir() else 0
         except OSError:  # it has gone, or may not be looked at
@@ -73,13 +74,13 @@ class Tally:
         entry.bytes += size
 
     def replace(self, path: Path | None, root: Path | None) -> None:
-        """Count a document with bytes that are no UTF-8, in ``path`` of the corpus ``root``."""
+        """Count a document with bytes that are not UTF-8, in ``path`` of the corpus ``root``."""
         self.replaced_documents += 1
         if self.replaced_example is None and path and root:
             self.replaced_example = _inside(path, root)
 
     def left_out_line(self) -> str:
-        """One line on all that was left out; empty where nothing was."""
+        """One line on everything that was left out; empty where nothing was."""
         if not self.left_out:
             return ""
         entries = sorted(self.left_out.items(), key=lambda item: (-item[1].files, item[0]))
@@ -93,7 +94,8 @@ class Tally:
         return f"left out {files} of {counted(whole, 'file')} ({size}): {', '.join(parts)}"
 
     def lines(self) -> list[str]:
-        """The lines for the user: files read, files left out, documents mended."""
+        """The lines for the user: the files that were read or left out, and the documents that were
+        mended."""
         lines = []
         if self.files_read:
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.files_read.items()))
@@ -112,22 +114,22 @@ class Tally:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """As ``manifest.json`` holds it."""
+        """The tally as ``manifest.json`` holds it."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Tally:
-        """The inverse of :meth:`to_json`.
+        """The tally that :meth:`to_json` gave these values of.
 
         Raises:
-            TypeError: values that it did not make.
+            TypeError: :meth:`to_json` did not make these values.
         """
         left_out = {why: LeftOut(**entry) for why, entry in values["left_out"].items()}
         return cls(**{**values, "left_out": left_out})
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun, in the plural where it is not one."""
+    """A number and its noun, which is in the plural unless the number is one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

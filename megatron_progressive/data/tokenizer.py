@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257
-"""Entries of byte-level BPE before any merge: the bytes and the end-of-document token."""
+"""Number of entries of byte-level BPE before any merge: the bytes and the end-of-document token."""
 
 SAMPLE_BYTES = 8_000_000
-"""Training text that BPE is trained on, at most."""
+"""The most bytes of training text that BPE is trained on."""
 
 FIELD = "data.tokenizer"
 ACCEPTED = (
@@ -54,35 +54,37 @@ _NOT_TOKENS = ("decoder", "padding", "post_processor", "truncation", "version")
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """Turns documents into tokens that end with the end-of-document token."""
+    """A tokenizer that turns documents into tokens which end with the end-of-document token."""
 
     name: str
-    """As ``data.tokenizer`` gives it."""
+    """The name that ``data.tokenizer`` gives."""
     backend: tokenizers.Tokenizer
     end_of_document: int
     settings: dict[str, Any] = field(default_factory=dict)
-    """``tokenizer_config.json``, for those who load the stored tokenizer."""
+    """The content of ``tokenizer_config.json``, for those who load the stored tokenizer."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """All that its folder holds of it, by relative name, to be stored as it is."""
+    """All files of the tokenizer in its folder, by relative name, to be stored as they are."""
     revision: str | None = None
-    """Commit of a Hugging Face tokenizer; None of others, or where it is unknown."""
+    """Commit of a Hugging Face tokenizer; None for other tokenizers, or where it is not known."""
 
     @property
     def entries(self) -> int:
-        """Size a vocabulary needs: one more than the greatest token (numbers can have gaps)."""
+        """The size that a vocabulary needs: one more than the greatest token, since numbers can
+        have gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def tokens_as(self, other: DocumentTokenizer) -> bool:
-        """Whether both give the same tokens for every text (the end of a document aside)."""
+        """Whether both tokenizers give the same tokens for every text, apart from the end of a
+        document."""
         mine, theirs = (
             json.loads(one.backend.to_str()) | dict.fromkeys(_NOT_TOKENS) for one in (self, other)
         )
         return bool(mine == theirs)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokens of each document, int64 [length + 1], the last one the end of the document.
+        """The tokens of each document, int64 [length + 1]; the last one is the end of the document.
 
-        No other special token comes in: text that spells one is read as plain text.
+        No other special token occurs: text that spells one is read as plain text.
         """
         import numpy as np
 
@@ -126,14 +128,15 @@ def identity(data: DataSection, vocab_size: int) -> list[Any]:
 
 
 def load_tokenizer(data: DataSection, vocab_size: int) -> DocumentTokenizer | None:
-    """The tokenizer that ``data.tokenizer`` names; None for ``bpe``, which is to be trained.
+    """The tokenizer that ``data.tokenizer`` names; None for ``bpe``, which has yet to be trained.
 
     Args:
-        data: where the tokenizer is.
-        vocab_size: entries that the model has.
+        data: the section that says where the tokenizer is.
+        vocab_size: the number of entries that the model has.
 
     Raises:
-        ConfigError: there is none, it has no end-of-document token, or the model is too small.
+        ConfigError: there is no such tokenizer, it has no end-of-document token, or the model's
+            vocabulary is too small.
     """
     if data.tokenizer == "bpe":
         if vocab_size < SMALLEST_BPE:
@@ -151,7 +154,8 @@ def load_tokenizer(data: DataSection, vocab_size: int) -> DocumentTokenizer | No
 
 
 def check_vocabulary(vocab_size: int, entries: int, name: str) -> None:
-    """Raise ConfigError where a model of ``vocab_size`` cannot hold a tokenizer's ``entries``."""
+    """Raise :class:`ConfigError` where a model of ``vocab_size`` cannot hold the ``entries`` of a
+    tokenizer."""
     if entries > vocab_size:
         raise ConfigError(
             f"data.vocab_size: got {vocab_size}; accepted: at least {entries}, the entries of "
@@ -160,7 +164,8 @@ def check_vocabulary(vocab_size: int, entries: int, name: str) -> None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> DocumentTokenizer:
-    """Byte-level BPE with at most ``vocab_size`` entries; the same texts give the same one."""
+    """Train byte-level BPE with at most ``vocab_size`` entries; the same texts give the same
+    tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -181,8 +186,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> DocumentTokenizer:
 def training_sample(corpus: Corpus, fraction: float) -> list[str]:
     """Documents of the training split to train a tokenizer on, :data:`SAMPLE_BYTES` at most.
 
-    They are spread over a local corpus, though at most its first 32 times as many bytes: a
-    sample must not cost a reading of terabytes. Of a hub's corpus they are the first ones.
+    In a local corpus they are spread over at most its first 32 x :data:`SAMPLE_BYTES`, so that a
+    sample does not cost a reading of terabytes. In a corpus of the hub they are the first ones.
     """
     size = corpus.size()
     keep = 1.0 if size is None else min(1.0, max(SAMPLE_BYTES / max(size, 1), 1 / 32))
@@ -205,15 +210,15 @@ def training_sample(corpus: Corpus, fraction: float) -> list[str]:
 
 
 def is_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer in a layout that is read here."""
+    """Whether a folder has a tokenizer in a layout that can be read here."""
     return any(all((folder / part).is_file() for part in layout) for layout in _LAYOUTS)
 
 
 def _local_files(name: str) -> list[Path]:
-    """Files of a local tokenizer; none where ``name`` is not a path that exists.
+    """The files of a local tokenizer; none where ``name`` is not a path that exists.
 
     Raises:
-        ConfigError: a folder without a tokenizer, or a path that does not exist.
+        ConfigError: the folder has no tokenizer, or what is written as a path does not exist.
     """
     path = Path(name)
     if path.is_file():
@@ -257,7 +262,7 @@ def _load_local(name: str, files: list[Path]) -> DocumentTokenizer:
 
 
 def _read_all(folder: Path) -> dict[str, bytes]:
-    """A tokenizer's files, and those that say how its model is used, by relative name."""
+    """The files of a tokenizer, and those that say how its model is used, by relative name."""
     files = (*tokenizer_files(folder), *usage_files(folder))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -284,7 +289,7 @@ def _load_hub(name: str) -> DocumentTokenizer:
 
 
 def _revision(name: str) -> str | None:
-    """The commit of a Hugging Face tokenizer that was just loaded: the cache is sorted by it."""
+    """The commit of a Hugging Face tokenizer that was just loaded, by which the cache is sorted."""
     import huggingface_hub
 
     file = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
@@ -294,7 +299,7 @@ def _revision(name: str) -> str | None:
 def _with_end(
     name: str, backend: Any, settings: dict[str, Any], files: dict[str, bytes]
 ) -> DocumentTokenizer:
-    """The tokenizer, with its end-of-document token: ``eos_token``, or ``<|endoftext|>``."""
+    """The tokenizer with its end-of-document token: ``eos_token``, or ``<|endoftext|>``."""
     for token in (declared(settings, "eos_token"), END_OF_TEXT):
         number = None if token is None else backend.token_to_id(token)
         if number is not None:

@@ -1,4 +1,4 @@
-"""Which files of a folder are its tokenizer's, as transformers writes and finds them."""
+"""Which files of a folder belong to its tokenizer, as transformers writes and finds them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
 )  # fmt: skip
-"""A folder with none of them has no tokenizer."""
+"""The files with a vocabulary; a folder with none of them has no tokenizer."""
 
 _OTHERS = (
     "merges.txt", SETTINGS, _TOKENS, "added_tokens.json",
@@ -23,13 +23,14 @@ _OTHERS = (
 )  # fmt: skip
 
 GENERATION = "generation_config.json"
-"""How a model generates text by default: lies beside its tokenizer."""
+"""The file beside a tokenizer that says how a model generates text by default."""
 KEPT_CONFIG = "kept_config.json"
-"""Of an imported model: the keys of ``config.json`` that are not of the weights' function."""
+"""The file of an imported model with the keys of ``config.json`` that do not decide what the
+weights compute."""
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer in ``folder``; none where there is no vocabulary."""
+    """The files of the tokenizer in ``folder``; none where there is no vocabulary."""
     if not any((folder / name).is_file() for name in VOCABULARIES):
         return []
     found = [path for name in (*VOCABULARIES, *_OTHERS) for path in sorted(folder.glob(name))]
@@ -37,19 +38,19 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def usage_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that say how its model is used, tokens aside."""
+    """The files in ``folder`` that say how its model is used, without those of the tokenizer."""
     return [folder / name for name in (GENERATION, KEPT_CONFIG) if (folder / name).is_file()]
 
 
 def read_object(path: Path, field: str = "folder") -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is no file.
+    """The JSON object in a file; None where there is no file.
 
     Args:
-        path: of the file.
-        field: that named its folder, for the error.
+        path: the path of the file.
+        field: the field that named its folder, for the error.
 
     Raises:
-        ConfigError: it is not a JSON object, or cannot be read.
+        ConfigError: the file is not a JSON object, or cannot be read.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -67,8 +68,9 @@ def read_object(path: Path, field: str = "folder") -> dict[str, Any] | None:
 
 
 def token_settings(folder: Path, field: str = "folder") -> dict[str, Any]:
-    """``tokenizer_config.json`` with the special tokens that ``special_tokens_map.json`` names,
-    which go before its own as transformers has it: unless it lists its added tokens.
+    """The content of ``tokenizer_config.json`` with the special tokens of
+    ``special_tokens_map.json``. As in transformers these replace its own, unless it lists its added
+    tokens.
 
     Raises:
         ConfigError: one of the files is not a JSON object.
@@ -81,7 +83,8 @@ def token_settings(folder: Path, field: str = "folder") -> dict[str, Any]:
 
 
 def declared(settings: dict[str, Any], token: str) -> str | None:
-    """What :func:`token_settings` has for ``eos_token`` or another; None where it has none."""
+    """The value that :func:`token_settings` has for ``eos_token`` or another token; None where it
+    has none."""
     value = settings.get(token)
     content = value.get("content") if isinstance(value, dict) else value  # or an AddedToken
     return content if isinstance(content, str) else None

@@ -1,4 +1,4 @@
-"""Engines by name. Importing this package costs nothing; making an engine imports it."""
+"""The engines by name. Importing this package costs nothing; making an engine imports it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # planning reads engines/partitions.py without loading torch
 
 
 def make_engine(config: RunConfig, shape: ModelShape, layout: Layout) -> Engine:
-    """A new engine of ``layout.engine``, with unset weights. Collective over all ranks."""
+    """A new engine of ``layout.engine``, whose weights are unset. Collective over all ranks."""
     if layout.engine == "torch":
         from megatron_progressive.engines.torch.engine import TorchEngine
 

@@ -1,4 +1,4 @@
-"""What the training loop and the expansion hook need of an engine, and no more."""
+"""What the training loop and the expansion hook need of an engine, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GlobalBatch:
     """The samples of one optimizer step or one validation batch, over all ranks.
 
     ``read(first, count)`` gives samples by number: tokens, int64 [count, sequence_length + 1], or
-    images (:class:`.data.images.LabelledImages`). Each rank reads just its own.
+    images (:class:`.data.images.LabelledImages`). Each rank reads only its own samples.
     """
 
     read: Callable[[int, int], Any]
@@ -27,9 +27,9 @@ class GlobalBatch:
     count: int
 
     def micro_batches(self, size: int, rank: int, ranks: int) -> list[Any]:
-        """This data-parallel rank's micro-batches, of ``size`` samples each.
+        """The micro-batches of one data-parallel rank, of ``size`` samples each.
 
-        Micro-batch m of rank r holds samples first + (m * ranks + r) * size and on.
+        Micro-batch m of rank r holds the ``size`` samples from first + (m * ranks + r) * size on.
         """
         if self.count % (size * ranks):
             raise ValueError(f"{self.count} samples in micro-batches of {size} on {ranks} ranks")
@@ -39,14 +39,16 @@ class GlobalBatch:
         ]
 
     def filled(self, size: int, rank: int, ranks: int, multiple: int = 1) -> list[tuple[Any, int]]:
-        """The same for a batch of any count, of which the losses are asked only: each micro-batch
-        of ``size`` samples, and how many of its first ones count.
+        """The micro-batches of one data-parallel rank for a batch of any number of samples whose
+        losses alone are asked for, as pairs: ``size`` samples, and how many of the first of them
+        count.
 
-        All ranks have as many micro-batches, of one size, as pipelines and collectives need. The
-        samples that follow the batch fill up what its count leaves over; they do not count.
+        All ranks have equally many micro-batches of one size, as pipelines and collectives need.
+        Where the number of samples does not fill them, the samples that follow the batch do; these
+        do not count.
 
         Args:
-            multiple: of how many micro-batches a rank is to have; more of them are filled up.
+            multiple: the number of micro-batches of a rank is a multiple of this.
         """
         group = size * ranks * multiple
         number = -(-self.count // group) * multiple
@@ -57,11 +59,12 @@ class GlobalBatch:
         ]
 
     def share_of_mean(self, means: Sequence[Any], counted: Sequence[int], ranks: int) -> float:
-        """This data-parallel rank's part of the batch's mean loss, to be summed over ``ranks``.
+        """This data-parallel rank's part of the mean loss of the batch, to be summed over
+        ``ranks``.
 
         Args:
-            means: mean loss of the samples that count in each micro-batch.
-            counted: how many these are.
+            means: the mean loss of the samples that count in each micro-batch.
+            counted: the number of these samples in each micro-batch.
         """
         if len(set(counted)) == 1 and counted[0] * len(counted) * ranks == self.count:
             return sum(float(mean) for mean in means) / len(means) / ranks
@@ -72,13 +75,14 @@ class GlobalBatch:
 def in_batches(
     read: Callable[[int, int], Any], samples: int, size: int, first: int = 0
 ) -> list[GlobalBatch]:
-    """Samples ``first`` to ``first + samples`` in batches of ``size``; the last may be smaller."""
+    """Samples ``first`` to ``first + samples`` in batches of ``size``; the last batch may be
+    smaller."""
     ends = range(first, first + samples, size)
     return [GlobalBatch(read, at, min(size, first + samples - at)) for at in ends]
 
 
 def mean_over(batches: Sequence[GlobalBatch], means: Sequence[float]) -> float:
-    """Mean loss over all samples of some batches, from the mean of each."""
+    """The mean loss over all samples of some batches, from the mean of each batch."""
     counts = [batch.count for batch in batches]
     if len(set(counts)) == 1:
         return sum(means) / len(means)
@@ -88,23 +92,23 @@ def mean_over(batches: Sequence[GlobalBatch], means: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Of one optimizer step, equal on every rank."""
+    """The numbers of one optimizer step, which are equal on every rank."""
 
     loss: float
-    """Mean cross-entropy of the global batch before the update, nats per token or image."""
+    """Mean cross-entropy of the global batch before the update, in nats per token or image."""
     grad_norm: float
     """Norm of the global gradient, before clipping."""
     stop: bool
-    """Whether any rank was asked to stop (a signal arrived)."""
+    """Whether any rank was asked to stop, because a signal arrived there."""
     expert_load: float | None = None
-    """Tokens of the busiest expert over the mean, of the least balanced layer; None without
-    experts that are balanced by a bias."""
+    """Tokens of the busiest expert over the mean, in the least balanced layer; None without experts
+    that a bias balances."""
 
 
 def sum_over_ranks(
     loss: float, stop: float, counts: torch.Tensor | None, device: torch.device
 ) -> tuple[float, float, torch.Tensor]:
-    """The sums of a loss, of wishes to stop and of counts (fp64), in one all-reduce over all
+    """The sums of a loss, of wishes to stop and of counts (fp64), by one all-reduce over all
     ranks."""
     parts = [torch.tensor([loss, stop], dtype=torch.float64)]
     values = torch.cat(parts if counts is None else [*parts, counts]).to(device)
@@ -119,21 +123,26 @@ class Engine(Protocol):
     def shape(self) -> ModelShape: ...
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
-        """One optimizer step. ``stop`` is this rank's wish to stop, shared in the metrics."""
+        """Do one optimizer step. ``stop`` is this rank's wish to stop, which the metrics share with
+        all ranks."""
 
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
-        """Mean cross-entropy over the samples of all batches, nats per token or image, without an
-        update. A batch may have any count, whatever the micro-batch and the ranks."""
+        """The mean cross-entropy over the samples of all batches, in nats per token or image,
+        without an update. A batch may have any number of samples, whatever the micro-batch and the
+        ranks."""
 
     def state(self) -> ShardedState:
-        """This rank's boxes, as views. In a new engine weights are unset, all else is zero."""
+        """This rank's boxes, as views. In a new engine the weights are unset and everything else is
+        zero."""
 
     def loaded(self) -> None:
-        """To be called once the pieces of :meth:`state` have been written: what the engine
-        derives from them (other copies of the weights) follows. Not collective."""
+        """Let everything that the engine derives from the pieces of :meth:`state`, such as other
+        copies of the weights, follow them; to be called once they have been written. Not
+        collective."""
 
     def activate(self) -> None:
-        """Make this engine's process groups the current ones (two engines live at once at τ)."""
+        """Make this engine's process groups the current ones, since two engines live at once at
+        τ."""
 
     def close(self) -> None:
         """Release tensors and process groups. Collective over all ranks."""

@@ -1,4 +1,4 @@
-"""What a flat optimizer keeps, as pieces of global tensors."""
+"""The state of a flat optimizer, as pieces of global tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_progressive.reshard.boxes import MASTER, Piece, flat_range_boxes, 
 def flat_pieces(
     cut: Cut, slot: str, value: torch.Tensor, start: int, replica: int = 0
 ) -> Iterator[Piece]:
-    """Pieces of a tensor's flat range that begins at ``start``."""
+    """The pieces of the flat range of a tensor that begins at ``start``."""
     shape = cut.spec.shape
     for box, low, high in flat_range_boxes(whole(shape), start, start + value.numel()):
         view = value[low - start : high - start].view(box.shape)
@@ -23,13 +23,13 @@ def flat_pieces(
 def slot_pieces(
     fragment: Fragment, rank: int, masters: bool, replica: int | None = None
 ) -> Iterator[Piece]:
-    """Optimizer slots of one tensor on this rank.
+    """The optimizer slots of one tensor on this rank.
 
     Args:
-        rank: of those that the optimizer's cuts name.
+        rank: this rank's number, as the optimizer's cuts name ranks.
         masters: whether the fp32 weights that the optimizer updates are master weights.
-        replica: number of this rank among those that hold the same; None where ranks hold
-            different parts.
+        replica: this rank's number among those that hold the same; None where ranks hold different
+            parts.
     """
     cut, slots = fragment.cut, dict(fragment.slots)
     if masters and slots:

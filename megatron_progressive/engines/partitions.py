@@ -1,15 +1,15 @@
 """Which rank holds which pieces, from the layout alone.
 
-The same pieces as the engines' ``state()`` (a test compares them), without processes, torch or
-Megatron-core: planning looks at thousands of ranks. What is written here of Megatron-core
-0.19.2 is the order of ranks (``parallel_state``: tensor fastest, then data, then pipeline; for
-experts expert-tensor fastest, then expert, then expert-data), which tensors a stage has a copy
-of, and how its distributed optimizer cuts a buffer; of DeepSpeed 0.19.8 how ZeRO cuts parameters
-(``stage_1_and_2.py``, ``bf16_optimizer.py``, ``partition_parameters.py``). The order in which
-parameters are registered is the table's, which is the local layer spec's. Transformer Engine's
-registers norms after other linears and experts by linear, which moves the cuts of the
-distributed optimizer; and it keeps latent attention's down-projections whole on every
-tensor-parallel rank.
+These are the same pieces as in the engines' ``state()`` (a test compares them), found without
+processes, torch or Megatron-core, since planning looks at thousands of ranks. From Megatron-core
+0.19.2 this module takes the order of ranks (``parallel_state``: tensor fastest, then data, then
+pipeline; for experts expert-tensor fastest, then expert, then expert-data), which tensors a stage
+has a copy of, and how its distributed optimizer cuts a buffer; and from DeepSpeed 0.19.8 how ZeRO
+cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``, ``partition_parameters.py``). The
+order in which parameters are registered is the table's, which is the local layer spec's.
+Transformer Engine's spec registers norms after other linears, and experts by linear, which moves
+the cuts of the distributed optimizer; it also keeps latent attention's down-projections whole on
+every tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_progressive.models.base import (
     TransformerShape,
     layer_number,
 )
-from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
+from megatron_progressive.optim.owners import BufferTensor, Place, bucket_numel, owner_places
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.reshard.boxes import (
     MASTER,
@@ -40,7 +40,7 @@ from megatron_progressive.reshard.boxes import (
 from megatron_progressive.runtime.layout import Layout
 
 Held = tuple[list[PieceMeta], Sequence[int]]
-"""Pieces, and the global ranks that each hold all of them."""
+"""Some pieces, and the global ranks each of which holds all of them."""
 
 _WEIGHT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _STATE_DTYPE = "float32"
@@ -55,20 +55,20 @@ class HeldTensor:
     name: str
     spec: TensorSpec
     tied_copy: bool = False
-    """A later stage's copy of the embedding."""
+    """Whether it is a later stage's copy of the embedding."""
     alone: bool = False
-    """Whether it is the embedding that the first and the last stage each have a copy of. It has a
-    bucket of the distributed optimizer to itself, or lies first in one
+    """Whether it is the embedding of which the first and the last stage each have a copy. Such a
+    tensor has a bucket of the distributed optimizer to itself, or lies first in one
     (:func:`shared_embedding_is_whole`)."""
 
 
 def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTensor]]]:
     """The tensors of each model chunk of each stage, as Megatron-core registers them.
 
-    Embedding and positions are on the first stage; final norm, multi-token prediction and head
+    Embedding and positions are on the first stage; final norm, multi-token prediction and head are
     on the last. With multi-token prediction the final norm is where the last layer is. The last
     stage has a copy of the embedding where the head is tied to it, and where there is multi-token
-    prediction. Models that are data parallel only have one chunk.
+    prediction. Models that can only be data parallel have one chunk.
     """
     if not isinstance(shape, TransformerShape):
         return [[[HeldTensor(name, spec) for name, spec in tensor_table(shape).items()]]]
@@ -106,8 +106,9 @@ def chunk_tensors(shape: ModelShape, layout: Layout) -> list[list[list[HeldTenso
 
 
 def shared_embedding_is_whole(shape: ModelShape, layout: Layout, optim: OptimSection) -> bool:
-    """Whether under Muon-NSGD one data-parallel rank owns the whole embedding that the first and
-    the last stage have copies of: on both it fits into a rank's share of the buffer."""
+    """Whether under Muon-NSGD one data-parallel rank owns the whole embedding of which the first
+    and the last stage have copies. That is so where it fits into a rank's share of the buffer on
+    both stages."""
     chunks = chunk_tensors(shape, layout)
     for chunk in (chunks[0][0], chunks[-1][-1]):
         dense = [
@@ -125,7 +126,7 @@ def shared_embedding_is_whole(shape: ModelShape, layout: Layout, optim: OptimSec
 
 
 def _local_box(spec: TensorSpec, tensor_rank: int, tensor_ranks: int) -> Box:
-    """The box of a tensor that a tensor-parallel rank computes with."""
+    """The box of a tensor with which a tensor-parallel rank computes."""
     if spec.tp_axis is None:
         return whole(spec.shape)
     shape, offset = list(spec.shape), [0] * len(spec.shape)
@@ -137,7 +138,8 @@ def _local_box(spec: TensorSpec, tensor_rank: int, tensor_ranks: int) -> Box:
 def _state_pieces(
     tensor: HeldTensor, boxes: list[Box], optim: OptimSection, precision: str
 ) -> Iterator[PieceMeta]:
-    """What the optimizer keeps of ``boxes`` of a tensor: fp32 weights (bf16 only) and its slots."""
+    """The pieces that the optimizer keeps of ``boxes`` of a tensor: its slots and, in bf16, the
+    fp32 weights."""
     rule, readable = rule_of(tensor.spec, optim), not tensor.tied_copy
     for slot in (*((MASTER,) if precision == "bf16" else ()), *STATE_SLOTS[rule]):
         for box in boxes:
@@ -148,25 +150,26 @@ def _state_pieces(
 
 @dataclass(frozen=True)
 class _Part:
-    """Tensors of one stage that the same parallel groups divide: all of them, or all but the
+    """The tensors of one stage that the same parallel groups divide: all of them, all but the
     experts, or the experts of one expert-parallel rank."""
 
     chunks: list[list[HeldTensor]]
     ranks: range
-    """Global ranks of the first of those that hold the same, by tensor-parallel rank."""
+    """The first of the global ranks that hold the same part, by tensor-parallel rank."""
     stride: int
-    """From one rank to the next of those that hold the same."""
+    """The distance between two consecutive ranks that hold the same part."""
     data: int
-    """Ranks that hold the same."""
+    """The number of ranks that hold the same part."""
     optim: OptimSection
     precision: str
     layout: Layout
     whole_embedding: bool
-    """:func:`shared_embedding_is_whole`"""
+    """The answer of :func:`shared_embedding_is_whole`."""
 
     @property
     def state_sharded(self) -> bool:
-        """Whether optimizer state (master weights too) is divided over data-parallel ranks."""
+        """Whether the optimizer state, including master weights, is divided over data-parallel
+        ranks."""
         return self.layout.zero_stage >= 1
 
     @property
@@ -174,13 +177,14 @@ class _Part:
         return self.layout.engine == "deepspeed" and self.layout.zero_stage == 3
 
     def replicas(self, tensor_rank: int) -> range:
-        """Global ranks that hold the same part of each tensor."""
+        """The global ranks that hold the same part of each tensor."""
         first = self.ranks[tensor_rank]
         return range(first, first + self.stride * self.data, self.stride)
 
     def same(self, tensor_rank: int | None) -> list[PieceMeta]:
-        """What all data-parallel ranks hold: of the tensors that tensor parallelism cuts, or
-        with None of the others, which all tensor-parallel ranks hold as well."""
+        """The pieces that all data-parallel ranks hold, of the tensors that tensor parallelism
+        cuts. With None these are the pieces of the other tensors, which all tensor-parallel ranks
+        hold as well."""
         pieces = []
         for tensor in (tensor for chunk in self.chunks for tensor in chunk):
             if (tensor.spec.tp_axis is None) != (tensor_rank is None):
@@ -196,7 +200,7 @@ class _Part:
         return pieces
 
     def shards(self, tensor_rank: int, data_ranks: range) -> dict[int, list[PieceMeta]]:
-        """What each of some data-parallel ranks alone holds."""
+        """The pieces that each of some data-parallel ranks holds alone."""
         pieces: dict[int, list[PieceMeta]] = {data_rank: [] for data_rank in data_ranks}
         for chunk in self.chunks if self.state_sharded else []:
             tensors = [tensor for tensor in chunk if tensor.spec.trainable]
@@ -230,7 +234,7 @@ class _Part:
             )
             for t, numel in zip(chunk, numels, strict=True)
         ]
-        return owner_places(tensors, self.data)
+        return owner_places(tensors, self.data, bucket_numel(self.layout.data))
 
     def _weight(self, tensor: HeldTensor, box: Box) -> PieceMeta:
         dtype = _WEIGHT_DTYPES[self.precision]
@@ -240,7 +244,8 @@ class _Part:
 def _by_expert_rank(
     chunks: list[list[HeldTensor]], experts_each: int
 ) -> dict[int | None, list[list[HeldTensor]]]:
-    """The chunks with the experts of each expert-parallel rank only; None: with all else."""
+    """The chunks with nothing but the experts of each expert-parallel rank; for None, with
+    everything else."""
     found: dict[int | None, list[list[HeldTensor]]] = defaultdict(lambda: [[] for _ in chunks])
     for number, chunk in enumerate(chunks):
         for tensor in chunk:
@@ -277,8 +282,8 @@ def held_pieces(
 ) -> Iterator[Held]:
     """All pieces of all ranks, as lists and the ranks that hold each list.
 
-    A rank's pieces are the union of the lists that it appears in: equal to the ``meta`` of
-    those of its engine's ``state()``, as a multiset.
+    The pieces of a rank are the union of the lists in which it appears. As a multiset they equal
+    the ``meta`` of the pieces in its engine's ``state()``.
     """
     for part in _parts(shape, optim, precision, layout):
         everyone = sorted(rank for first in range(len(part.ranks)) for rank in part.replicas(first))

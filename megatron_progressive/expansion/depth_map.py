@@ -1,10 +1,10 @@
 """Depth expansion as a pure map: where each tensor of the deeper model comes from.
 
-Knows tables of global tensors only: no engine, no ranks, no data. A model has one stack of layers
-or several, as the stages of a residual network, and each is expanded on its own. Its layers are of
-one or two kinds (dense and with experts; a stage's first block and the others;
-:meth:`.ModelShape.stacks`): the kind belongs to the layer's number, so trained and new layers keep
-to the places of theirs.
+This module knows tables of global tensors only: no engine, no ranks, no data. A model has one stack
+of layers or several, like the stages of a residual network, and each stack is expanded on its own.
+The layers of a stack are of one or two kinds (dense layers and layers with experts, or a stage's
+first block and its other blocks; see :meth:`.ModelShape.stacks`). The kind belongs to the number of
+a layer, so trained and new layers stay in the places of their kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COPY, INIT, ZERO = "copy", "init", "zero"
 
 @dataclass(frozen=True)
 class TensorRule:
-    """What fills one target tensor.
+    """The rule that says what fills one target tensor.
 
     ``weights`` is ``copy`` (from ``source``), ``init`` (its own initial values) or ``zero``;
     ``state`` is ``copy`` (the source's optimizer state) or ``zero`` (as at the first step).
@@ -37,21 +37,21 @@ class TensorRule:
             raise ValueError("a copied tensor needs a source")
 
     def action(self, slot: str) -> str:
-        """What fills a slot of the tensor."""
+        """What fills one slot of the tensor."""
         return self.weights if slot in WEIGHT_SLOTS else self.state
 
 
 def source_layers(
     source_kinds: Sequence[str], target_kinds: Sequence[str], order: str
 ) -> list[int]:
-    """Source layer of each target layer where all are copied: ABAB, AABB or ABBB.
+    """The source layer of each target layer where all layers are copied: ABAB, AABB or ABBB.
 
-    Layers are copied to layers of their kind, the order applied to each kind on its own. Target
+    Layers are copied to layers of their kind, and the order applies to each kind on its own. Target
     layers of a kind that the source does not have take all source layers, in that order: what the
     two kinds have in common (attention and norms) is copied, the rest is new.
 
     Raises:
-        ValueError: unknown order, or nothing to copy.
+        ValueError: the order is unknown, or there is nothing to copy.
     """
     if not source_kinds:
         raise ValueError("copying needs a source layer")
@@ -76,11 +76,13 @@ def source_layers(
 def survivors(
     source_kinds: Sequence[str], target_kinds: Sequence[str], order: str, insert: str, copied: bool
 ) -> list[int]:
-    """Target layer that *is* each source layer (keeps its optimizer state), in source order.
+    """The target layer that *is* each source layer, and keeps its optimizer state, in the order of
+    source layers.
 
     Without copying, new layers go below (``bottom``) or above (``top``) all trained ones of their
-    kind. With copying, a source layer has several copies: the survivor is the last of them, of
-    those of its kind, when new ones are inserted at the bottom, the first when at the top.
+    kind. With copying, a source layer has several copies. The survivor is one of the copies of its
+    kind: the last one when new layers are inserted at the bottom, the first one when they are
+    inserted at the top.
     """
     if copied:
         origins = source_layers(source_kinds, target_kinds, order)
@@ -112,14 +114,14 @@ def depth_map(
 
     Args:
         source, target: the same model at two depths.
-        init: ``random``, ``zero``, ``copying``, ``copying_zeroL`` (copies whose sub-layers end
-            in a zero linear) or ``copying_zeroN`` (copies whose norms have zero gain).
+        init: ``random``, ``zero``, ``copying``, ``copying_zeroL`` (copies whose sub-layers end in a
+            zero linear) or ``copying_zeroN`` (copies whose norms have zero gain).
         optimizer_state: ``inherit`` (survivors keep theirs, new layers start empty), ``copy``
-            (copies take their source's) or ``reset`` (everything starts empty).
+            (copies take that of their source) or ``reset`` (everything starts empty).
 
-    A copy takes what its source layer has under the same name and shape. What that layer lacks, as
-    the experts where a dense layer is copied to one with experts, has its own initial values; so
-    have multi-token prediction modules where the source has none.
+    A copy takes what its source layer has under the same name and in the same shape. What that
+    layer lacks gets its own initial values, for example the experts where a dense layer is copied
+    to one with experts; so do multi-token prediction modules where the source has none.
 
     A ``zeroN`` copy is the identity only where the linears of the model have no biases and the
     norm's own bias is zero as well, so that is zeroed with the gain.
@@ -168,7 +170,7 @@ def depth_map(
 def rules_of(
     expansion: ExpansionSection, source: ModelShape, target: ModelShape
 ) -> dict[str, TensorRule]:
-    """:func:`depth_map` of a configured expansion."""
+    """The rules of a configured expansion (:func:`depth_map`)."""
     return depth_map(
         source,
         target,
@@ -183,11 +185,11 @@ def check_depths(expansion: ExpansionSection, from_layers: int, field: str, whos
     """Check that an expansion can start from ``from_layers``.
 
     Args:
-        field: what the expansion is called in messages.
-        whose: which layers these are, as in "the 2 layers before it".
+        field: the name of the expansion in messages.
+        whose: says whose layers these are, as in "the 2 layers before it".
 
     Raises:
-        ConfigError: a target that is not deeper, or copies of nothing.
+        ConfigError: the target is not deeper, or there is nothing to copy.
     """
     if expansion.to_layers <= from_layers:
         raise ConfigError(
@@ -202,7 +204,8 @@ def check_depths(expansion: ExpansionSection, from_layers: int, field: str, whos
 
 
 def copied_from(rules: dict[str, TensorRule]) -> Callable[[Key], Key | None]:
-    """The source of a slot of a target tensor; None where it is not copied."""
+    """A function that gives the source of a slot of a target tensor, and None where the slot is not
+    copied."""
 
     def source_of(key: Key) -> Key | None:
         name, slot = key

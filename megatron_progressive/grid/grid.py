@@ -19,6 +19,7 @@ from megatron_progressive.grid.cells import (
     DEEPER_SOURCE,
     EXPANSION_KEYS,
     FIXED,
+    NEVER,
     ONE_LAYER,
     PILOT,
     SHORT,
@@ -48,19 +49,20 @@ class Grid:
     warnings: list[str] = field(default_factory=list)
     pilot: GridPilot | None = None
     file: Path = Path()
-    """That it was read from."""
+    """The file that it was read from."""
     overrides: tuple[str, ...] = ()
-    """``key=value`` words that it was read with."""
+    """The ``key=value`` words that it was read with."""
+    arms: tuple[str, ...] = ()
 
     def reloaded(self) -> Grid:
-        """The same grid, read anew."""
+        """The same grid, read anew from its file."""
         return load_grid(self.file, self.overrides)
 
     def chosen(self, words: list[str]) -> list[Cell]:
-        """The cells of names, or of indices in the grid's order.
+        """The cells with these names, or with these indices in the order of the grid.
 
         Raises:
-            ConfigError: neither.
+            ConfigError: a word is neither a name nor an index.
         """
         names = [cell.name for cell in self.cells]
         found = []
@@ -79,20 +81,20 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """The cells of a grid file, each of them checked as ``mprog train`` would.
 
     Keys of the file: ``study`` (``name``, ``dir``, ``retries``), ``run`` (the configuration that
-    all cells share, without expansions), ``sizes`` (a list of ``name``, ``to_layers`` and
-    ``key: value`` changes; ``expansion.parallel.KEY`` is of the layout at full depth), ``arms``,
-    ``tau`` (fractions, steps, or ``pilot``), ``init`` (of sources with layers), ``expansion``
+    all cells share, without expansions), ``sizes`` (a list of ``name``, ``to_layers`` and ``key:
+    value`` changes; ``expansion.parallel.KEY`` is a key of the layout at full depth), ``arms``,
+    ``tau`` (fractions, steps, or ``pilot``), ``init`` (for sources with layers), ``expansion``
     (lists of ``order``, ``insert``, ``optimizer_state``), ``schedule`` (names, instead of
     ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``, ``steps``, ``at``, ``source``; see
-    :func:`.grid_pilot.grid_pilot`).
+    :func:`.pilot.grid_pilot`).
 
     Args:
-        overrides: ``key=value`` words. Those of the file's keys replace values in it
-            (``study.dir=…``, ``seeds=[1,2]``), others the configuration of every cell, whatever
-            ``run`` and ``sizes`` say (``train.steps=100``).
+        overrides: ``key=value`` words. Words of the file's keys replace values in it
+            (``study.dir=…``, ``seeds=[1,2]``), other words change the configuration of every cell,
+            whatever ``run`` and ``sizes`` say (``train.steps=100``).
 
     Raises:
-        ConfigError: no such file, an unknown key or arm, or a cell that cannot run.
+        ConfigError: there is no such file, a key or an arm is unknown, or a cell cannot run.
     """
     values, words = _with_overrides(read_yaml(path, "GRID"), overrides)
     _check_keys(values, _KEYS, "")
@@ -102,7 +104,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     check_name("study.name", name)
     directory = converted("study.dir", study.get("dir", "studies"), str)
     folder = Path(expanded("study.dir", directory)) / name
-    arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT])
+    arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER])
     for arm in arms:
         if not isinstance(arm, str) or (arm not in ARMS and not DEEPER_SOURCE.fullmatch(arm)):
             raise ConfigError(f"arms: got {shown(arm)}; accepted: {', '.join(ARMS)}, N_layers")
@@ -142,11 +144,11 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
                 )
     shared = share_runs(list(cells.values()), folder / "cells")
     return Grid(name, folder, shared, _retries(study), _warnings(cells), pilot, path,
-                tuple(overrides))  # fmt: skip
+                tuple(overrides), tuple(arms))  # fmt: skip
 
 
 def _warnings(cells: dict[str, Cell]) -> list[str]:
-    """Of each cell, which is checked."""
+    """The warnings of all cells, each of which is checked."""
     warnings = []
     for cell in cells.values():
         try:
@@ -235,7 +237,7 @@ def _listed(values: dict[str, Any], key: str, default: list[Any], prefix: str = 
 def _texts(
     values: dict[str, Any], key: str, default: list[Any], prefix: str, field: str
 ) -> list[Any]:
-    """A list of choices of a field."""
+    """The list of choices of a field."""
     found = [
         converted(f"{prefix}{key}", item, str) for item in _listed(values, key, default, prefix)
     ]
@@ -245,7 +247,7 @@ def _texts(
 
 
 def _mapping(values: dict[str, Any], key: str) -> Any:
-    """What is given under a key; an empty mapping where nothing is."""
+    """What is given under a key; an empty mapping where nothing is given."""
     return {} if is_null(values.get(key)) else values[key]
 
 

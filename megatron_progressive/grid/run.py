@@ -1,7 +1,7 @@
-"""Run a grid's pilot and cells, with local workers or the tasks of a Slurm job.
+"""Running a grid's pilot and cells, with local workers or with the tasks of a Slurm job.
 
-A cell is locked while it runs: several ``mprog grid run`` share a study. The pilot's two runs are
-cells in that, too.
+A cell is locked while it runs: several ``mprog grid run`` share a study. The two runs of the pilot
+are cells in this respect, too.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from megatron_progressive.runtime.progress import Say
 
 FAILED_CODE = 1
 NO_TAU_CODE = 3
-"""Exit code of a grid whose pilot gives no τ to some cell; all others are finished."""
+"""The exit code of a grid whose pilot gives no τ to some cell, where all others are finished."""
 
 
 def run_grid(
     study: Study, workers: int, launch: Launch, say: Say, chosen: Sequence[str] = ()
 ) -> int:
-    """Run what is not finished: the pilot first where one is asked for and needed, then the
-    cells, the cheapest first, ``workers`` at a time. Signals stop it; see :class:`Signals`.
+    """Run what is not finished: the pilot first where one is asked for and needed, then the cells,
+    the cheapest first, ``workers`` at a time. Signals stop it; see :class:`Signals`.
 
     Args:
         chosen: names or indices of the cells to run (default: all of them).
@@ -47,8 +47,8 @@ def run_grid(
         some of them no τ and the others are finished, else 1; the last line says why.
 
     Raises:
-        ConfigError: a cell that is not there, data that cannot be read, or a place where no run
-            can be started.
+        ConfigError: there is no such cell, data cannot be read, or no run can be started in this
+            place.
     """
     launch.check()
     cells = study.grid.chosen(list(chosen)) if chosen else study.grid.cells
@@ -108,7 +108,7 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
         signal stopped it, 1 where it failed.
 
     Raises:
-        ConfigError: the grid has none.
+        ConfigError: the grid has no pilot.
     """
     launch.check()
     pilot = study.grid.pilot
@@ -133,8 +133,8 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
 
 
 def _settled(study: Study, cells: Sequence[Cell], say: Say) -> Study:
-    """The study once it is settled what ``cells`` are trained on, and prepared: once, before
-    workers would all begin to. Cells that no τ is going to come for are left out."""
+    """The study once the data of ``cells`` is settled and prepared. This is done once, before all
+    workers would begin to do it. Cells that will never get a τ are left out."""
     cells = [cell for cell in cells if cell.unknown in ("", WAITS)]
     return Study(study.grid.reloaded()) if settled(study, cells, say) else study
 
@@ -172,10 +172,11 @@ def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Si
 def _run_all(
     study: Study, cells: Sequence[Cell], workers: int, launch: Launch, say: Say, signals: Signals
 ) -> bool:
-    """Run what is not finished of ``cells``, one a run; False where some could not be started.
+    """Run what is not finished of ``cells``, once for each run; False where some could not be
+    started.
 
     Raises:
-        ConfigError: data that cannot be read, or a place where no run can be started.
+        ConfigError: data cannot be read, or no run can be started in this place.
     """
     waiting = [cell for cell in one_a_run(cells) if not study.finished(cell)]
     waiting.sort(key=lambda cell: cell.flops)
@@ -202,7 +203,7 @@ def _run_all(
 
 @dataclass
 class _Round:
-    """Cells that workers, which are threads, take one after another."""
+    """The cells that workers, which are threads, take one after another."""
 
     study: Study
     waiting: list[Cell]
@@ -210,13 +211,13 @@ class _Round:
     say: Say
     signals: Signals
     taken: list[Cell] = field(default_factory=list)
-    """Which other workers have."""
+    """The cells that other workers have."""
     not_started: list[NotStarted] = field(default_factory=list)
     broken: list[BaseException] = field(default_factory=list)
-    """What ended a thread."""
+    """The errors that ended a thread."""
 
     def run(self, workers: int) -> None:
-        """Until no cell waits, or none can be run any more."""
+        """Run until no cell waits, or until none can be run any more."""
         guard = threading.Lock()
         count = min(workers, len(self.waiting))
         threads = [threading.Thread(target=self._work, args=(guard,)) for _ in range(count)]
@@ -264,8 +265,8 @@ class _Round:
 
 
 def _left_by_others(study: Study, taken: Sequence[Cell], say: Say, signals: Signals) -> list[Cell]:
-    """Which of the cells that others have had nobody has any more. Those of other hosts may still
-    look taken where their node has failed: they are waited for until that would show."""
+    """The cells of others that nobody has any more. A cell of another host may still look taken
+    where its node has failed; it is waited for until that would show."""
 
     def far() -> list[Cell]:
         owners = [(cell, study.owner(cell)) for cell in taken]

@@ -1,8 +1,8 @@
-"""A study as jobs of Slurm: the pilot, then an array of one task a cell, then the report.
+"""A study as jobs of Slurm: the pilot, then an array with one task for each cell, then the report.
 
-Slurm orders them: cells wait for a pilot that succeeds, the report for the end of all cells,
-finished or not. A task that is warned of its end, preempted or on a node that fails goes back to
-the queue by itself and on from its last save (``launch/common.sh``).
+Slurm orders these jobs: cells wait for a pilot that succeeds, and the report waits for the end of
+all cells, finished or not. A task that is warned of its end, is preempted or runs on a node that
+fails goes back to the queue by itself and on from its last save (``launch/common.sh``).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_progressive.grid.state import Study
 from megatron_progressive.runtime.files import write_atomically, write_json
 
 CLONE = Path(__file__).resolve().parents[2]
-"""Root of the clone that the package runs from, which has the launch scripts."""
+"""The root of the clone that the package runs from, which has the launch scripts."""
 
 JOBS_FILE = "jobs.json"
-"""In the study's folder: every submission, the numbers of its jobs and their cells."""
+"""The file in the study's folder with every submission, the numbers of its jobs and their cells."""
 
 PILOT_JOB, CELLS_JOB, REPORT_JOB = "pilot", "cells", "report"
 _STEPS = {PILOT_JOB: "pilot", CELLS_JOB: "cell", REPORT_JOB: "report"}  # words of grid_job.sh
 _COMMAND_SECONDS = 300.0
-"""A controller under load answers late."""
+"""How many seconds a command of Slurm may take; a controller under load answers late."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class JobOptions:
     """What the jobs of a study ask for."""
 
     nodes: int = 1
-    """Nodes of a cell, and of the pilot."""
+    """The number of nodes of a cell, and of the pilot."""
     sbatch: str = ""
-    """More options of ``sbatch``, of every job, after those of ``launch/site.sh``."""
+    """More options of ``sbatch`` for every job, which come after those of ``launch/site.sh``."""
     array_limit: int | None = None
-    """Cells that run at a time (default: as many as Slurm starts)."""
+    """The number of cells that run at a time (default: as many as Slurm starts)."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,24 @@ class Job:
 
     name: str
     options: list[str]
-    """Of ``sbatch``."""
+    """The options of ``sbatch``."""
     script: list[str]
-    """The script and its words."""
+    """The script and its arguments."""
     after: tuple[str, str] | None = None
-    """What it waits for: kind of the dependency and name of the job."""
+    """What the job waits for: the kind of the dependency, and the name of the job."""
     cells: list[str] = field(default_factory=list)
-    """Of the array: the name of each task's cell, which :attr:`cells_file` tells the task. Not its
-    index in the grid, which another cell may have by the time the task runs."""
+    """For the array: the name of the cell of each task, which :attr:`cells_file` tells the task. It
+    is not the cell's index in the grid, which another cell may have by the time the task runs."""
     cells_file: Path = Path()
-    """Of the array: one name a line."""
+    """For the array: the file with one name on each line."""
 
     @property
     def cells_text(self) -> str:
         return "".join(f"{name}\n" for name in self.cells)
 
     def command(self, numbers: Mapping[str, str]) -> list[str]:
-        """``sbatch`` and its words, where the jobs before it have ``numbers``."""
+        """The command, which is ``sbatch`` and its arguments, where the jobs before this one have
+        ``numbers``."""
         after = []
         if self.after is not None:
             kind, name = self.after
@@ -93,13 +94,13 @@ def site_options() -> list[str]:
 
 
 def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
-    """The jobs that finish a study: none where all of its cells are finished.
+    """The jobs that finish a study; there are none where all of its cells are finished.
 
     Cells that have failed as often as they are tried are left out, too; ``mprog grid status`` says
-    what ailed them.
+    why they failed.
 
     Raises:
-        ConfigError: an option that cannot be, or no launch scripts.
+        ConfigError: an option is not accepted, or there are no launch scripts.
     """
     for name, value in (("--nodes", options.nodes), ("--array-limit", options.array_limit)):
         if value is not None and value < 1:
@@ -167,7 +168,7 @@ class SubmissionFailed(RuntimeError):
 
 
 def check_slurm() -> None:
-    """Whether jobs can be submitted from here.
+    """Check that jobs can be submitted from here.
 
     Raises:
         ConfigError: there is no ``sbatch``.
@@ -181,7 +182,7 @@ def submit(study: Study, jobs: Sequence[Job]) -> dict[str, str]:
 
     Raises:
         ConfigError: jobs of the study are in the queue.
-        SubmissionFailed: Slurm refused one; those before it are cancelled.
+        SubmissionFailed: Slurm refused a job; the jobs before it are cancelled.
     """
     _check_queue(study)
     (study.folder / "jobs").mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,8 @@ def _submitted(study: Study) -> list[dict[str, Any]]:
 
 
 def _check_queue(study: Study) -> None:
-    """Two jobs of one cell would share its folder."""
+    """Refuse to submit while jobs of the study are in the queue: two jobs of one cell would share
+    its folder."""
     numbers = [n for one in _submitted(study) for n in one["jobs"].values()]
     if not numbers:
         return

@@ -1,4 +1,5 @@
-"""A grid's plan, state and results as text; its state also as a live table on a terminal."""
+"""The plan, the state and the results of a grid as text, and the state also as a live table on a
+terminal."""
 
 from __future__ import annotations
 
@@ -90,10 +91,12 @@ def _once(found: list[CellStatus]) -> list[CellStatus]:
 
 
 def time_left(found: list[CellStatus]) -> tuple[float, int] | None:
-    """Seconds until all cells that can run are finished, and how many at a time that assumes.
+    """The seconds until all cells that can run are finished, and the number of cells at a time that
+    this assumes.
 
-    FLOPs that are left over FLOPs per second: of the finished cells of that size (validations and
-    saves included), else of its running ones, else of all. None where nothing has run yet.
+    The FLOPs that are left are divided by FLOPs per second: those of the finished cells of the size
+    (including validations and saves), else those of its running cells, else those of all cells.
+    None where nothing has run yet.
     """
     rates: dict[str, list[float]] = {}
     for size in {one.cell.size for one in found}:
@@ -144,7 +147,7 @@ def _errors(found: list[CellStatus]) -> list[str]:
 
 
 def status(found: list[CellStatus]) -> str:
-    """How far every cell is; what another version of the code made is marked."""
+    """How far every cell has come; cells that another version of the code made are marked."""
     current = code_version()
     lines = [*aligned([_HEADER, *(_row(one, current) for one in found)]), "", _summary(found)]
     errors = _errors(found)
@@ -169,8 +172,8 @@ def show_status(
     look: Callable[[], list[CellStatus]], watch: bool, seconds: float = 2.0,
     console: Console | None = None,
 ) -> None:  # fmt: skip
-    """Print the state: on a terminal as a table, anew every ``seconds`` with ``watch`` until
-    nothing is left to run or Ctrl-C; elsewhere once, as plain text."""
+    """Print the state. On a terminal it is a table, which ``watch`` prints anew every ``seconds``
+    until nothing is left to run or Ctrl-C is pressed; elsewhere it is plain text, printed once."""
     console = Console() if console is None else console
     if not console.is_terminal:
         print(status(look()), file=console.file)
@@ -190,7 +193,7 @@ def show_status(
 
 
 def results(rows: list[dict[str, Any]], folder: Path) -> str:
-    """Losses of the finished cells."""
+    """The losses of the finished cells."""
     table = [["Cell", "parameters", "FLOPs", "loss"]]
     table += [
         [row["cell"], short_counts([row["params"]])[0], flops_text(row["total_flops"]),

@@ -1,4 +1,4 @@
-"""What one arm saves against another: compute at equal loss, and the frontier of both."""
+"""What one arm saves against another: the compute at equal loss, and the frontier of both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.laws.fits import (
@@ -23,22 +24,22 @@ _ROUNDING = 1e-9  # of a logarithm: the largest cell's own FLOPs are not beyond 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Compute of one arm against another's at equal loss."""
+    """The compute of one arm against that of another at equal loss."""
 
     loss: float | None
-    """Nats per token."""
+    """The loss, in nats per token."""
     compute: float | None
-    """FLOPs with which the reference arm has this loss."""
+    """The FLOPs with which the reference arm has this loss."""
     factor: Interval
-    """The reference's FLOPs over the arm's: above 1 the arm is cheaper; 0 where the arm never
-    has this loss, None where the reference never has it."""
+    """The reference's FLOPs over the arm's: above 1 the arm is cheaper. It is 0 where the arm never
+    has this loss, and None where the reference never has it."""
     extrapolated: bool
-    """Whether it lies outside of what either arm has measured."""
+    """Whether the loss lies outside of what either arm has measured."""
 
 
 def _log_computes(rows: Array, losses: Array) -> Array:
-    """Logarithm of the FLOPs with which each row of (A, alpha, E) has each loss; infinite where it
-    never has."""
+    """The logarithm of the FLOPs with which each row of (A, alpha, E) has each loss; infinite where
+    it never has that loss."""
     above, alpha = losses - rows[:, 2], rows[:, 1]
     reached = (above > 0) & (alpha > 0) & (rows[:, 0] > 0)
     found = np.full(len(rows), np.inf)
@@ -51,7 +52,7 @@ def efficiency_at_loss(arm: Fit, reference: Fit, loss: float) -> Efficiency:
     C_reference(L) / C_arm(L), both from fits over compute.
 
     Raises:
-        ConfigError: a fit of another form, or a loss that is not above 0.
+        ConfigError: a fit has another form, or the loss is not above 0.
     """
     if not 0 < loss < np.inf:
         raise ConfigError(f"loss: got {loss}; accepted: a number above 0")
@@ -60,11 +61,11 @@ def efficiency_at_loss(arm: Fit, reference: Fit, loss: float) -> Efficiency:
 
 
 def efficiency_at_compute(arm: Fit, reference: Fit, compute: float) -> Efficiency:
-    """The same at the loss that ``reference`` has with ``compute`` FLOPs, those of its run of
-    some size: called for each size it is the efficiency as a function of size.
+    """The compute efficiency at the loss that ``reference`` has with ``compute`` FLOPs. With the
+    FLOPs of the reference's run of each size it gives the efficiency as a function of size.
 
     Raises:
-        ConfigError: a fit of another form, or a compute that is not above 0.
+        ConfigError: a fit has another form, or the compute is not above 0.
     """
     if not 0 < compute < np.inf:
         raise ConfigError(f"compute: got {compute}; accepted: a number above 0")
@@ -113,11 +114,53 @@ def _efficiency(
     )
 
 
+def interpolated_factor(
+    compute: ArrayLike, loss: ArrayLike, reference_compute: ArrayLike, reference_loss: ArrayLike,
+    at: float,
+) -> float | None:  # fmt: skip
+    """The compute multiplier without a law: C_reference(L) / C_arm(L) at the loss L that the
+    reference has with ``at`` FLOPs, between measured cells.
+
+    Each arm is the line through its cells in log FLOPs and log loss, cells of equal FLOPs
+    averaged, and falls: where a larger budget ended higher, both ends of that piece are averaged
+    (isotonic regression).
+
+    Args:
+        compute, loss: of the arm's cells, FLOPs and nats per token.
+        reference_compute, reference_loss: of the reference's.
+        at: FLOPs, within the reference's.
+
+    Returns: None where it would lie outside of what either arm has measured.
+    """
+    arm, reference = _line(compute, loss), _line(reference_compute, reference_loss)
+    if not reference[0][0] - _ROUNDING <= np.log(at) <= reference[0][-1] + _ROUNDING:
+        return None
+    wanted = float(np.interp(np.log(at), *reference))
+    logs, losses = arm
+    if not losses[-1] - _ROUNDING <= wanted <= losses[0] + _ROUNDING:
+        return None
+    # np.interp wants rising ones; of a flat piece the cheapest budget counts
+    keep = np.concatenate([[True], np.diff(losses) < 0])
+    mine = float(np.interp(-wanted, -losses[keep], logs[keep]))
+    return float(np.exp(np.log(at) - mine))
+
+
+def _line(compute: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
+    """Log FLOPs in rising order, and the log loss that falls with them."""
+    computes, losses = np.asarray(compute, dtype=float), np.log(np.asarray(loss, dtype=float))
+    # cells of one size at several seeds have the same FLOPs
+    distinct, group = np.unique(np.round(np.log(computes), 6), return_inverse=True)
+    counts = np.bincount(group)
+    means = np.bincount(group, weights=losses) / counts
+    fitted = isotonic_regression(means, weights=counts, increasing=False).x
+    return distinct, np.asarray(fitted, dtype=float)
+
+
 def pareto(compute: ArrayLike, loss: ArrayLike) -> list[int]:
-    """Indices of the points that have no other below them in both compute and loss, by compute.
+    """The indices of the points than which no other is lower in both compute and loss, by compute.
 
     A point is left out where another one has at most its compute and at most its loss (of equal
-    points the first stays), and where its loss is no number.
+    points the first one stays), and where its loss is not a number.
     """
     computes, losses = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
     lowest, kept = np.inf, []

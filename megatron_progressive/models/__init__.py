@@ -25,7 +25,7 @@ def family_of(config: RunConfig) -> Family:
     """The configured family.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no family of that name.
     """
     name = config.model.family
     if name not in FAMILIES:
@@ -34,11 +34,11 @@ def family_of(config: RunConfig) -> Family:
 
 
 def model_shape(config: RunConfig, num_layers: int | None = None) -> ModelShape:
-    """The configured model, at ``num_layers`` layers where that is given.
+    """The configured model; ``num_layers`` replaces the configured depth where it is given.
 
     Raises:
-        ConfigError: unknown family or preset, a part that the family does not have, or sizes
-            that do not fit each other.
+        ConfigError: the family or the preset is unknown, a part is set that the family does not
+            have, or sizes do not fit each other.
     """
     family, preset = family_of(config), config.model.preset
     if preset not in family.presets:
@@ -47,10 +47,10 @@ def model_shape(config: RunConfig, num_layers: int | None = None) -> ModelShape:
 
 
 def transformer_shape(config: RunConfig, num_layers: int | None = None) -> TransformerShape:
-    """:func:`model_shape` of what only language models have.
+    """The configured model (:func:`model_shape`), for what only language models have.
 
     Raises:
-        ConfigError: also a family of other models.
+        ConfigError: as :func:`model_shape`, and where the family is not one of language models.
     """
     shape = model_shape(config, num_layers)
     if not isinstance(shape, TransformerShape):
@@ -61,10 +61,10 @@ def transformer_shape(config: RunConfig, num_layers: int | None = None) -> Trans
 
 
 def shape_from_values(values: dict[str, Any]) -> ModelShape:
-    """The inverse of ``dataclasses.asdict``.
+    """The shape that ``dataclasses.asdict`` gave these values of.
 
     Raises:
-        KeyError, TypeError: something is missing, or of another kind.
+        KeyError, TypeError: a value is missing or of the wrong type.
     """
     return FAMILIES[values["family"]].shape_from_values(values)
 
@@ -80,7 +80,7 @@ def tensor_table(shape: ModelShape) -> dict[str, TensorSpec]:
 
 
 def parameter_count(shape: ModelShape) -> int:
-    """Trainable parameters, the padding of the vocabulary left out."""
+    """The number of trainable parameters, without the padding of the vocabulary."""
     return sum(
         spec.numel if spec.live_rows is None else spec.live_rows * spec.shape[1]
         for spec in _table(shape).values()
@@ -89,10 +89,11 @@ def parameter_count(shape: ModelShape) -> int:
 
 
 def active_parameter_count(shape: ModelShape) -> int:
-    """Parameters that one token is computed with: of the routed experts of a layer, its ``top_k``.
+    """The number of parameters that one token is computed with: of the routed experts of a layer it
+    takes ``top_k``.
 
-    Tables that a token is only looked up in (an embedding that is not the head too, positions)
-    multiply nothing and are left out. An image is computed with all.
+    Tables in which a token is only looked up (positions, and an embedding that is not the head,
+    too) multiply nothing and are left out. An image is computed with all parameters.
     """
     if not isinstance(shape, TransformerShape):
         return parameter_count(shape)

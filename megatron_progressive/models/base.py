@@ -1,8 +1,8 @@
 """What every family gives: a shape, and one table of its global tensors.
 
-The table is the single source for initialisation, parameter counts, the optimizer's choice
-of matrices, expansion and planning. Names are canonical: Megatron-core's, with the *global*
-layer and expert numbers on every rank.
+The table is the single source for initialisation, parameter counts, the optimizer's choice of
+matrices, expansion and planning. Names are canonical: Megatron-core's, with the *global* layer and
+expert numbers on every rank.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ STAGE_PREFIX = "stages."
 _LAYER = re.compile(rf"({re.escape(LAYER_PREFIX)}|{re.escape(STAGE_PREFIX)}\d+\.blocks\.)(\d+)\.")
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this on every layout, so that tensor parallelism
-never changes the model. Rows of the padding are zero and stay so: no token has them, and their
+"""The vocabulary is padded to a multiple of this on every layout, so that tensor parallelism never
+changes the model. The rows of the padding are zero and stay zero: no token uses them, and their
 logits are masked."""
 
 DENSE, MOE = "dense", "moe"
-"""Kinds of layers, by their feed-forward part."""
+"""The kinds of layers, told apart by their feed-forward part."""
 
 
 ROWS, TIED_ROWS, MATRIX, VECTOR = "rows", "tied_rows", "matrix", "vector"
-"""The norm in which a tensor's size counts (:class:`Scaling`): the RMS of each row of a table that
-is looked up, the same of a table that is the head too, the spectral norm, the RMS."""
+"""The norm in which the size of a tensor counts (:class:`Scaling`): for a table in which tokens are
+looked up the RMS of each row (``ROWS``), the same for a table that is the head, too
+(``TIED_ROWS``), the spectral norm (``MATRIX``), or the RMS of all elements (``VECTOR``)."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How much a tensor may move (muP; :mod:`.mup` says where the numbers come from)."""
+    """How much an update may change a tensor under muP; :mod:`.mup` says where the numbers come
+    from."""
 
     form: str
-    """``rows``, ``tied_rows``, ``matrix`` or ``vector``."""
+    """The norm in which the size counts: ``rows``, ``tied_rows``, ``matrix`` or ``vector``."""
     update: float
-    """Size of an update in that norm, for a learning rate of 1. For ``matrix`` a factor of
-    sqrt(n_out / n_in)."""
+    """Size of an update in that norm at a learning rate of 1; for ``matrix`` in units of sqrt(n_out
+    / n_in)."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions (:class:`.config.RopeSection`)."""
+    """Rotary positions; the fields are those of :class:`.config.RopeSection`."""
 
     theta: float
     scaling: str = "none"
@@ -53,7 +55,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class MLA:
-    """Multi-head latent attention (:class:`.config.MLASection`)."""
+    """Multi-head latent attention; the fields are those of :class:`.config.MLASection`."""
 
     q_lora_rank: int
     kv_lora_rank: int
@@ -63,13 +65,13 @@ class MLA:
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query and of a key, both parts."""
+        """Width of a query and of a key, with and without position together."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class MoE:
-    """Mixture of experts (:class:`.config.MoESection`)."""
+    """Mixture of experts; the fields are those of :class:`.config.MoESection`."""
 
     num_experts: int
     top_k: int
@@ -85,7 +87,7 @@ class MoE:
 
 @dataclass(frozen=True)
 class ResNetParts:
-    """Residual networks (:class:`.config.ResNetSection`)."""
+    """Parts of a residual network; the fields are those of :class:`.config.ResNetSection`."""
 
     block: str
     stages: str
@@ -95,28 +97,29 @@ class ResNetParts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of one model, whatever its family; ``num_layers`` is the only one that expansion
-    changes."""
+    """The sizes of one model, whatever its family. Expansion changes ``num_layers`` and nothing
+    else."""
 
     family: str
     num_layers: int
-    """Depth: what it counts is the family's."""
+    """Depth of the model; each family says what it counts."""
     hidden_size: int
-    """Width of the residual stream (its narrowest part where it gets wider)."""
+    """Width of the residual stream; of one that gets wider, its narrowest part."""
     mup: bool = False
-    """Whether initial values and updates follow :mod:`.mup`."""
+    """Whether initial values and updates follow muP (:mod:`.mup`)."""
 
     unit: ClassVar[str] = "tokens"
-    """What a sample is made of: losses, compute and speeds are of one of these."""
+    """What a sample is made of, ``tokens`` or ``images``: losses, compute and speeds are counted
+    per unit."""
 
     @property
     def sample_units(self) -> int:
-        """Units of one sample."""
+        """The number of units in one sample."""
         return 1
 
     def stacks(self) -> dict[str, list[str]]:
-        """The layers that expansion adds to, by the prefix of their tensors' names: in each
-        stack the kind of each layer by its number. Layers of one kind have the same tensors."""
+        """The layers that expansion adds to: by the prefix of the tensors' names, the kind of each
+        layer in the stack. Layers of one kind have the same tensors."""
         raise NotImplementedError
 
     @property
@@ -127,25 +130,25 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape(ModelShape):
-    """Sizes of a language model; ``num_layers`` counts transformer layers."""
+    """The sizes of a language model; ``num_layers`` counts transformer layers."""
 
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
     ffn_hidden_size: int
-    """Of the dense MLP."""
+    """Width of the dense MLP."""
     vocab_size: int
-    """Vocabulary before padding."""
+    """Size of the vocabulary before padding."""
     sequence_length: int
     tie_embeddings: bool
     linear_bias: bool
     norm_epsilon: float
     rope: Rope | None = None
     mla: MLA | None = None
-    """Then ``num_query_groups`` and ``head_dim`` have no meaning."""
+    """Latent attention; where it is set, ``num_query_groups`` and ``head_dim`` have no meaning."""
     moe: MoE | None = None
     mtp_layers: int = 0
-    """Multi-token prediction modules, where there are layers."""
+    """Number of multi-token prediction modules that the model has once it has layers."""
     mtp_loss_coeff: float = 0.0
 
     @property
@@ -158,11 +161,12 @@ class TransformerShape(ModelShape):
 
     @property
     def mtp_depth(self) -> int:
-        """Multi-token prediction modules of this model: none without layers."""
+        """The number of multi-token prediction modules of this model, which is none without
+        layers."""
         return self.mtp_layers if self.num_layers else 0
 
     def layer_kinds(self) -> list[str]:
-        """``dense`` or ``moe`` of each layer, by its global number."""
+        """The kind of each layer, ``dense`` or ``moe``, by its global number."""
         dense = self.moe.first_k_dense if self.moe else self.num_layers
         return [DENSE if number < dense else MOE for number in range(self.num_layers)]
 
@@ -171,50 +175,53 @@ class TransformerShape(ModelShape):
 
     @property
     def micro_batch_decides(self) -> bool:
-        """Under a load-balancing loss, which Megatron-core computes from the experts' loads of one
-        micro-batch: loads of fewer samples are less even."""
+        """True under a load-balancing loss: Megatron-core computes it from the experts' loads in
+        one micro-batch, and the loads of fewer samples are less even."""
         return self.moe is not None and self.moe.aux_loss_coeff > 0
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One global tensor.
+    """The specification of one global tensor.
 
     ``role`` says what it does: ``embedding``, ``position``, ``head``, ``qkv``, ``proj``,
     ``q_proj``, ``q_down``, ``q_up``, ``kv_down``, ``kv_up``, ``fc1``, ``fc2``, ``router``,
     ``expert_bias``, ``mtp_proj``, ``conv``, ``bias`` (of a linear), ``norm_gain`` or ``norm_bias``.
 
     The last two axes of a weight are (n_out, n_in); an axis before them counts separate matrices
-    (gate and up of a gated MLP). The n_in of a convolution are its inputs times its window.
+    (gate and up of a gated MLP). For a convolution n_in is its number of inputs times the size of
+    its window.
     """
 
     shape: tuple[int, ...]
     role: str
     init: str
-    """``normal``, ``zeros`` or ``ones``."""
+    """How it is initialised: ``normal``, ``zeros`` or ``ones``."""
     std: float = 0.0
     gain: float = 1.0
-    """Of ``ones``: the value in its place."""
+    """The value that ``ones`` stands for."""
     tp_axis: int | None = None
-    """Axis that tensor parallelism cuts; None is replicated."""
+    """The axis that tensor parallelism cuts; None where the tensor is replicated."""
     row_blocks: tuple[int, ...] = ()
-    """Rows of the separate matrices that interleave along the axis of n_out, for one attention
-    head or group of heads (QKV: query, key, value rows of a group); empty where they do not."""
+    """The numbers of rows of the separate matrices that interleave along the axis of n_out, for one
+    attention head or group of heads (the query, key and value rows of a group); empty where no
+    matrices interleave."""
     last_linear: bool = False
-    """Whether it belongs to the last linear of a sub-layer (what ``zeroL`` zeroes)."""
+    """Whether it belongs to the last linear of a sub-layer, which ``zeroL`` sets to zero."""
     live_rows: int | None = None
-    """Rows that are no padding of the vocabulary; None: all. The others are zero."""
+    """The number of rows that are no padding of the vocabulary, None where all are; the others are
+    zero."""
     expert: int | None = None
-    """Global number of the routed expert that it belongs to."""
+    """The global number of the routed expert that it belongs to; None outside of experts."""
     trainable: bool = True
-    """Whether the optimizer has it. Others are fp32 in every precision."""
+    """Whether the optimizer updates it. A tensor that is not trained is fp32 in every precision."""
     scaling: Scaling | None = None
-    """How its updates scale; None: as the optimizer's rule has them."""
+    """How its updates scale; None leaves them as the optimizer's rule has them."""
     products: int = 1
-    """Products with a weight that one token, or one image, takes part in: of a convolution as many
-    as it has places."""
+    """How many products with the weight one token or one image takes part in; for a convolution it
+    is the number of places where the window stands."""
     on_data: bool = False
-    """Whether its input is the data itself, of which no gradient is computed."""
+    """Whether its input is the data itself, so that no gradient of that input is computed."""
 
     @property
     def numel(self) -> int:
@@ -222,30 +229,30 @@ class TensorSpec:
 
 
 def spectral_std(n_out: int, n_in: int) -> float:
-    """Standard deviation of a Gaussian matrix whose spectral norm is about sqrt(n_out/n_in).
+    """The standard deviation of a Gaussian matrix whose spectral norm is about sqrt(n_out/n_in).
 
-    A Gaussian n_out x n_in matrix with deviation s has spectral norm near
-    s (sqrt(n_out) + sqrt(n_in)); the target is the spectral condition of muP (Yang, Simon and
-    Bernstein 2023, arXiv 2310.17813, condition 1).
+    A Gaussian n_out x n_in matrix with deviation s has spectral norm near s (sqrt(n_out) +
+    sqrt(n_in)); the target is the spectral condition of muP (Yang, Simon and Bernstein 2023, arXiv
+    2310.17813, condition 1).
     """
     return math.sqrt(n_out / n_in) / (math.sqrt(n_out) + math.sqrt(n_in))
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """The stack (:meth:`ModelShape.stacks`) and the number in it of the layer that a tensor
-    belongs to; None outside the layers."""
+    """The stack (see :meth:`ModelShape.stacks`) that a tensor's layer belongs to, and the layer's
+    number in it; None for a tensor outside of layers."""
     found = _LAYER.match(name)
     return None if found is None else (found[1], int(found[2]))
 
 
 def layer_number(name: str) -> int | None:
-    """Number in its stack of the layer a tensor belongs to; None outside the layers."""
+    """The number of a tensor's layer in its stack; None for a tensor outside of layers."""
     found = layer_of(name)
     return None if found is None else found[1]
 
 
 def with_layer_number(name: str, number: int) -> str:
-    """The same tensor of another layer of its stack."""
+    """The name of the same tensor in another layer of its stack."""
     found = _LAYER.match(name)
     assert found is not None, name
     return f"{found[1]}{number}.{name[found.end() :]}"

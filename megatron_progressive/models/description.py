@@ -1,4 +1,4 @@
-"""A model's sizes in words, for people."""
+"""The sizes of a model in words, for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_progressive.models.families.resnet import ResNetShape
 
 
 def size_words(shape: ModelShape) -> list[str]:
-    """Sizes of a model but its depth and its experts."""
+    """The sizes of a model apart from its depth and its experts."""
     if isinstance(shape, ResNetShape):
         return _resnet_words(shape)
     assert isinstance(shape, TransformerShape)
@@ -15,7 +15,7 @@ def size_words(shape: ModelShape) -> list[str]:
 
 
 def input_words(shape: ModelShape) -> tuple[str, str]:
-    """What a model reads: a label and its sizes."""
+    """What a model reads, as a label and its sizes."""
     if isinstance(shape, ResNetShape):
         pixels = f"{shape.image_size} x {shape.image_size} pixels"
         return "images", f"{pixels}, {shape.num_classes:,} classes"
@@ -24,7 +24,7 @@ def input_words(shape: ModelShape) -> tuple[str, str]:
 
 
 def size_columns(shape: ModelShape) -> dict[str, str]:
-    """Sizes that a table of models has a column for."""
+    """The sizes that have a column in a table of models."""
     columns = {"layers": str(shape.num_layers), "width": str(shape.hidden_size)}
     if isinstance(shape, ResNetShape):
         return {**columns, "blocks": _dashed(shape.stage_blocks)}
@@ -33,7 +33,7 @@ def size_columns(shape: ModelShape) -> dict[str, str]:
 
 
 def expert_words(shape: TransformerShape, moe: MoE) -> list[str]:
-    """Experts of a model."""
+    """The experts of a model in words."""
     parts = [f"{moe.num_experts} a layer", f"{moe.top_k} a token", f"ffn {moe.ffn_hidden_size}"]
     parts += [f"{moe.shared_experts} shared"] if moe.shared_experts else []
     if moe.num_groups > 1:

@@ -1,4 +1,5 @@
-"""What a family is: its presets, what of a configuration it reads, and which engines train it."""
+"""What a family is: its presets, the part of a configuration that it reads, and the engines that
+train it."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.models.base import MLA, ModelShape, MoE, ResNetParts, Rope, TensorSpec
 
 Preset = dict[str, Any]
-"""Fields of the family's shape; parts (:data:`PARTS`) are dicts of theirs."""
+"""A preset: fields of the family's shape, in which each part (:data:`PARTS`) is a dict of its own
+fields."""
 
 PARTS = {"rope": Rope, "mla": MLA, "moe": MoE, "resnet": ResNetParts}
-"""Parts that some models have, each a section of ``model`` and a field of the shape."""
+"""The parts that only some models have; each is a section of ``model`` and a field of the shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,43 +24,44 @@ class Family(ABC):
 
     presets: dict[str, Preset]
     sections: frozenset[str] = field(default_factory=frozenset)
-    """Of :data:`PARTS`: those that it has."""
+    """Which of :data:`PARTS` the family has."""
 
     shape_type: ClassVar[type[ModelShape]]
     engines: ClassVar[tuple[str, ...]]
-    """That can train it, the usual one first."""
+    """The engines that can train the family, the usual one first."""
     data_sizes: ClassVar[tuple[str, ...]]
-    """Fields of ``data`` that are sizes of the model, too."""
+    """The fields of ``data`` that are sizes of the model, too."""
     data_keys: ClassVar[frozenset[str]]
-    """Fields of ``data`` that it reads."""
+    """The fields of ``data`` that the family reads."""
 
     @abstractmethod
     def shape(self, config: RunConfig, num_layers: int | None) -> ModelShape:
-        """The configured model, at ``num_layers`` layers where that is given.
+        """The configured model; ``num_layers`` replaces the configured depth where it is given.
 
         Raises:
-            ConfigError: a part or size that the family does not have, or sizes that do not fit
+            ConfigError: a part or a size is set that the family does not have, or sizes do not fit
                 each other.
         """
 
     @abstractmethod
     def table(self, shape: Any) -> dict[str, TensorSpec]:
-        """Every global tensor of a shape of this family, by canonical name."""
+        """Every global tensor of a model of this family, by canonical name."""
 
     def shape_from_values(self, values: dict[str, Any]) -> ModelShape:
-        """The inverse of ``dataclasses.asdict``.
+        """The shape that ``dataclasses.asdict`` gave these values of.
 
         Raises:
-            KeyError, TypeError: something is missing, or of another kind.
+            KeyError, TypeError: a value is missing or of the wrong type.
         """
         parts = {name: PARTS[name](**values[name]) for name in PARTS if values.get(name)}
         return self.shape_type(**{**values, **parts})
 
     def _sizes(self, config: RunConfig, num_layers: int | None) -> dict[str, Any]:
-        """Sizes that the configuration sets, and its parts with the preset's fields beneath.
+        """The sizes that the configuration sets, and its parts, in which the preset's fields stand
+        for those that are not set.
 
         Raises:
-            ConfigError: one that the family does not have.
+            ConfigError: a part or a size is set that the family does not have.
         """
         model = config.model
         known = {"family", "preset"} | {f.name for f in fields(self.shape_type)}
@@ -85,7 +88,7 @@ class Family(ABC):
         return sizes
 
     def _refuse_others(self, config: RunConfig, section: str, known: Any) -> None:
-        """Raise where a field is set that the family has no use for."""
+        """Raise an error where a field is set that the family has no use for."""
         values = getattr(config, section)
         default = asdict(type(values)())
         for key, value in asdict(values).items():

@@ -60,17 +60,19 @@ FORMS: dict[str, str] = {
     "norm_gain": VECTOR,
     "norm_bias": VECTOR,
 }
-"""Which norm a role is measured in; roles that the optimizer does not have are left out."""
+"""The norm in which the size of a role's tensors counts; roles that the optimizer does not update
+are left out."""
 
 OUTSIDE, INNER, LAST = "outside", "inner", "last"
-"""Where a tensor stands: outside the residual branches, inside one, or at its end."""
+"""Where a tensor stands: outside of the residual branches, inside a branch, or at the end of
+one."""
 
 BRANCHES: dict[str, tuple[float, float]] = {
     OUTSIDE: (0.0, 0.0),
     INNER: (0.0, 0.0),
     LAST: (-1.0, -1.0),
 }
-"""Exponents of 2 L in a tensor's initial values and in its updates."""
+"""The exponents of 2 L in a tensor's initial values and in its updates."""
 
 
 LOOKUP_STD = 0.25
@@ -79,14 +81,15 @@ slower, since an update of RMS lr turns a large row less."""
 
 
 def place_of(name: str, spec: TensorSpec) -> str:
-    """``outside``, ``inner`` or ``last``: where a tensor stands in the residual stream."""
+    """Where a tensor stands in the residual stream: ``outside``, ``inner`` or ``last``."""
     if not name.startswith(LAYER_PREFIX) and ".mtp_model_layer." not in name:
         return OUTSIDE
     return LAST if spec.last_linear else INNER
 
 
 def with_mup(table: dict[str, TensorSpec], shape: TransformerShape) -> dict[str, TensorSpec]:
-    """The family's table with muP's initial values and :class:`.base.Scaling`."""
+    """The family's table with the initial values of muP and with a :class:`.base.Scaling` for each
+    tensor."""
     return {name: _scaled(name, spec, shape) for name, spec in table.items()}
 
 

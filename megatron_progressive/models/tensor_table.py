@@ -1,7 +1,7 @@
-"""Tables of global tensors from the parts that families share.
+"""Tables of global tensors, built from the parts that families share.
 
-Tensors are in the order in which Megatron-core 0.19.2 registers the parameters of its local
-layer spec: planning derives from it how optimizers cut them.
+Tensors are in the order in which Megatron-core 0.19.2 registers the parameters of its local layer
+spec: planning derives from it how optimizers cut them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megatron_progressive.models.base import (
 )
 
 EMBEDDING_STD = 0.02
-"""GPT-2's own (Radford et al. 2019); layers use the spectral condition."""
+"""Standard deviation of the embeddings' initial values, GPT-2's own (Radford et al. 2019); layers
+use the spectral condition."""
 
 MTP_PREFIX = "mtp.layers."
 
@@ -73,9 +74,9 @@ class TableBuilder:
     ) -> None:  # fmt: skip
         """Column-parallel linears are cut along the output, row-parallel along the input.
 
-        The latter write to the residual stream, 2 L of them: GPT-2 scales their initial values
-        by 1/sqrt(2 L) (Radford et al. 2019, section 2.3). New layers at τ take the target's L.
-        A gated first linear is (2, n_out, n_in): gate, up.
+        Row-parallel linears write to the residual stream, and there are 2 L of them: GPT-2 scales
+        their initial values by 1/sqrt(2 L) (Radford et al. 2019, section 2.3). New layers at τ use
+        the target's L. A gated first linear has the shape (2, n_out, n_in), gate before up.
         """
         std = spectral_std(n_out, n_in)
         if not column:

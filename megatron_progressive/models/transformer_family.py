@@ -1,4 +1,4 @@
-"""Families of language models: their parts, and how sizes follow from each other."""
+"""Families of language models: their parts, and how their sizes follow from each other."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class TransformerFamily(Family):
     """One architecture of language models."""
 
     norm: str
-    """``LayerNorm`` or ``RMSNorm``."""
+    """The norm: ``LayerNorm`` or ``RMSNorm``."""
     gated: bool
-    """SwiGLU, or else GeLU in its tanh form."""
+    """Whether the MLP is gated (SwiGLU); otherwise it has GeLU in its tanh form."""
     linear_bias: bool = False
-    """Whether linears may have biases; they do by default then."""
+    """Whether linears may have biases; where they may, they have them by default."""
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
     learned_positions: bool = False
     mtp: bool = False
-    """Whether it may have multi-token prediction."""
+    """Whether the family may have multi-token prediction modules."""
     router: str = "softmax"
-    """Scores of experts: ``softmax`` over the chosen ones, or ``sigmoid``."""
+    """How experts are scored: ``softmax`` over the chosen ones, or ``sigmoid``."""
 
     shape_type = TransformerShape
     engines = ("megatron", "deepspeed")
@@ -76,10 +76,10 @@ LLAMA3_ORIGINAL_LENGTH = 8192
 
 
 def check_shape(shape: TransformerShape, family: TransformerFamily) -> None:
-    """Check a shape.
+    """Check that the sizes of a shape fit each other.
 
     Raises:
-        ConfigError: sizes that do not fit; one line with the field, its value and the fix.
+        ConfigError: they do not; the line names the field, its value and what is accepted.
     """
     if shape.linear_bias and not family.linear_bias:
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""Muon, normalised SGD, Newton-Schulz, learning-rate schedules."""
+"""Muon, normalised SGD, Newton-Schulz iterations, and learning-rate schedules."""

@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from megatron_progressive.config import OptimSection
 
 Coefficients = tuple[float, float, float]
-"""(a, b, c) of one step."""
+"""The coefficients (a, b, c) of one step."""
 
 _JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """Steps after the last of ``values`` repeat it."""
+    """A set of coefficients; steps after the last of ``values`` repeat that one."""
 
     values: tuple[Coefficients, ...]
     steps: int
-    """Steps where ``optim.ns_steps`` says nothing."""
+    """The number of steps where ``optim.ns_steps`` does not give one."""
 
 
 def _safe(values: tuple[Coefficients, ...], factor: float) -> tuple[Coefficients, ...]:
-    """The polynomials of s / factor: rounding that lifts s a little above 1 does no harm."""
+    """The polynomials of s / factor, with which rounding that lifts s a little above 1 does no
+    harm."""
     return tuple((a / factor, b / factor**3, c / factor**5) for a, b, c in values)
 
 
@@ -64,7 +65,7 @@ SETS: dict[str, CoefficientSet] = {
 
 
 def ns_steps(optim: OptimSection) -> int:
-    """Newton-Schulz steps of a run: ``optim.ns_steps``, or else the set's own."""
+    """The number of Newton-Schulz steps of a run: ``optim.ns_steps``, or else that of its set."""
     return optim.ns_steps or SETS[optim.ns_coefficients].steps
 
 
@@ -72,11 +73,11 @@ def ns_coefficients(name: str = "jordan", steps: int | None = None) -> tuple[Coe
     """The coefficients of each step.
 
     Args:
-        name: of the set.
-        steps: how many; None: the set's own.
+        name: the name of the set.
+        steps: the number of steps; None for the set's own.
 
     Raises:
-        KeyError: no set of this name.
+        KeyError: there is no set of this name.
     """
     chosen = SETS[name]
     count = steps or chosen.steps

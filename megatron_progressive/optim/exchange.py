@@ -1,4 +1,4 @@
-"""Tensors that several ranks hold parts of, to one of them each and back."""
+"""Bringing tensors of which several ranks hold parts to one rank each, and back."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from megatron_progressive.optim.owners import homes
 
 @dataclass(frozen=True)
 class Parted:
-    """A flat tensor, as the ranks of a group hold it."""
+    """A flat tensor of which the ranks of a group hold parts."""
 
     numel: int
     ranges: Mapping[int, tuple[int, int]]
-    """Flat range [start, end) of each rank that holds some; disjoint, or of every rank the whole
-    where ``replicated``."""
+    """The flat range [start, end) that each rank holds, for the ranks that hold some. The ranges
+    are disjoint, or where ``replicated`` each is the whole tensor."""
     replicated: bool = False
 
     def length(self, rank: int) -> int:
-        """Elements that a rank holds."""
+        """The number of elements that a rank holds."""
         start, end = self.ranges.get(rank, (0, 0))
         return end - start
 
 
 class Exchange:
-    """Parted tensors to one home each and back, in two all-to-alls over a group.
+    """The exchange of parted tensors: to one home each and back, in two all-to-alls over a group.
 
-    Each rank derives the same homes from the same parts (:func:`.owners.homes`). What a home holds
-    already is not sent, and of a replicated tensor nothing is gathered.
+    Each rank derives the same homes from the same parts (:func:`.owners.homes`). What a home
+    already holds is not sent, and nothing of a replicated tensor is gathered.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Exchange:
         self._of = [[i for i, h in enumerate(self.homes) if h == r] for r in range(self.ranks)]
 
     def _gathered(self, i: int, rank: int) -> int:
-        """Elements of a tensor that a rank sends to its home."""
+        """The number of elements of a tensor that a rank sends to the tensor's home."""
         tensor = self.tensors[i]
         return 0 if rank == self.homes[i] or tensor.replicated else tensor.length(rank)
 
     def _scattered(self, i: int, rank: int) -> int:
-        """Elements of a tensor that a rank gets from its home."""
+        """The number of elements of a tensor that a rank gets from the tensor's home."""
         return 0 if rank == self.homes[i] else self.tensors[i].length(rank)
 
     def _all_to_all(
@@ -65,7 +65,8 @@ class Exchange:
         return received
 
     def gather(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's flat part of every tensor in; the whole tensors that it is home to out."""
+        """Take this rank's flat part of every tensor; return the whole tensors whose home is this
+        rank."""
         out = [sum(self._gathered(i, self.rank) for i in self._of[r]) for r in range(self.ranks)]
         arriving = [sum(self._gathered(i, r) for i in self.owned) for r in range(self.ranks)]
         sent = [parts[i] for homed in self._of for i in homed if self._gathered(i, self.rank)]
@@ -83,10 +84,10 @@ class Exchange:
         return list(whole.values())
 
     def scatter(self, whole: Sequence[torch.Tensor], like: torch.Tensor) -> list[torch.Tensor]:
-        """The whole tensors that this rank is home to in; its part of every tensor out.
+        """Take the whole tensors whose home is this rank; return this rank's part of every tensor.
 
         Args:
-            like: of the tensors' type and device, for a rank that is home to none.
+            like: a tensor of their type and on their device, for a rank that is no tensor's home.
         """
         out = [sum(self._scattered(i, r) for i in self.owned) for r in range(self.ranks)]
         arriving = [sum(self._scattered(i, self.rank) for i in homed) for homed in self._of]

@@ -1,12 +1,12 @@
 """AdamW and Muon-NSGD on flat partitions, as ZeRO cuts them.
 
 A partition is a flat fp32 tensor that holds, for each of several tensors, the part that this
-data-parallel rank owns. The mathematics is that of :mod:`.muon` and of torch's AdamW;
-state lies where the weights do. AdamW counts steps per tensor, so that layers that are new at τ
-start at step zero. What lies whole on one rank is updated there. What is cut is exchanged over
-the data-parallel group: of vectors the squared norms, of matrices the update itself, a bounded
-number of them at a time. Shards of tensor-parallel ranks are exchanged likewise. Each matrix is
-orthogonalised by one rank of all.
+data-parallel rank owns. The mathematics is that of :mod:`.muon` and of torch's AdamW; the state
+lies where the weights do. AdamW counts the steps of each tensor, so that layers that are new at τ
+start at step zero. A tensor that lies whole on one rank is updated there. For a tensor that is cut,
+the data-parallel group exchanges the squared norms of its parts (of a vector) or the update itself
+(of a matrix, a bounded number of elements at a time). Shards of tensor-parallel ranks are exchanged
+likewise. One rank of all orthogonalises each matrix.
 """
 
 from __future__ import annotations
@@ -29,26 +29,29 @@ from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STE
 from megatron_progressive.runtime.memory import zeros_like
 
 EXCHANGE_NUMEL = 1 << 24
-"""Elements of matrices that a rank gathers and orthogonalises at a time (or one matrix)."""
+"""How many elements of matrices a rank gathers and orthogonalises at a time; at least one
+matrix."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor, as the data-parallel ranks have cut it."""
+    """How the data-parallel ranks have cut one tensor."""
 
     name: str
     spec: TensorSpec
-    """Of the whole tensor."""
+    """The specification of the whole tensor."""
     ranges: Mapping[int, tuple[int, int]]
-    """Flat range [start, end) of the tensor that each rank holds, of those that hold some."""
+    """The flat range [start, end) of the tensor that each rank holds, for the ranks that hold
+    some."""
     offset: int = 0
-    """Where this rank's range starts in its partition."""
+    """The place in this rank's partition where its range starts."""
     tensor_ranks: int = 1
-    """Tensor-parallel ranks. Data-parallel ranks cut what each of these has of the tensor."""
+    """The number of tensor-parallel ranks. Data-parallel ranks cut what each of these has of the
+    tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor on one tensor-parallel rank."""
+        """The shape of the tensor on one tensor-parallel rank."""
         axis = self.spec.tp_axis
         return tuple(
             size // self.tensor_ranks if i == axis else size
@@ -57,7 +60,7 @@ class Cut:
 
     @cached_property
     def numel(self) -> int:
-        """Elements of the tensor on one tensor-parallel rank."""
+        """The number of elements of the tensor on one tensor-parallel rank."""
         return math.prod(self.shape)
 
     @property
@@ -66,27 +69,28 @@ class Cut:
         return len(self.ranges) > 1
 
     def range_of(self, rank: int) -> tuple[int, int]:
-        """What a data-parallel rank holds; (0, 0) where nothing."""
+        """The range that a data-parallel rank holds; (0, 0) where it holds nothing."""
         return self.ranges.get(rank, (0, 0))
 
 
 @dataclass
 class Fragment:
-    """This rank's part of a tensor: views of the partition, and the optimizer's slots."""
+    """This rank's part of a tensor, as views of the partition, with its optimizer state."""
 
     cut: Cut
     rule: str
     weight: torch.Tensor
-    """fp32 [end - start]; the weight that the optimizer updates."""
+    """The weight that the optimizer updates, fp32 [end - start]."""
     param: torch.Tensor
-    """What stands for the partition in the parameter groups."""
+    """The parameter that stands for the partition in the parameter groups."""
     lr_factor: float = 1.0
-    """Of the learning rate, not of the weight decay."""
+    """The factor of the learning rate; it does not change the weight decay."""
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
-    """``step`` is a number, the others are fp32 [end - start]; none where nothing is held."""
+    """The optimizer state: ``step`` is a number, the other slots are fp32 [end - start]. There are
+    none where the rank holds nothing."""
 
     def part(self, partition: torch.Tensor) -> torch.Tensor:
-        """The fragment of a tensor that is laid out as the partition is."""
+        """The fragment's part of a tensor that is laid out as the partition is."""
         return partition.view(-1)[self.cut.offset : self.cut.offset + self.weight.numel()]
 
 
@@ -94,9 +98,10 @@ class FlatOptimizer(torch.optim.Optimizer):
     """One optimizer for all tensors. ``attach`` says how ZeRO has laid them out.
 
     Args:
-        params: the model's parameters; whoever cuts them puts partitions in their place.
-        optim: hyperparameters; ``lr`` is the initial one, later set on the groups.
-        rank: of this process in the data-parallel group.
+        params: the parameters of the model, in whose place partitions are put when they are cut.
+        optim: the hyperparameters; ``lr`` is the first learning rate, which is later set on the
+            groups.
+        rank: the rank of this process in the data-parallel group.
         group: the data-parallel group; None where every rank holds whole tensors.
         tensor_group: the tensor-parallel group; None without tensor parallelism.
     """
@@ -121,12 +126,12 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Say which tensors lie in ``partition``, and allocate their state (zero).
 
         ``param`` is what stands for the partition in the parameter groups. Every rank names the
-        same tensors in the same order, also those of which it holds nothing.
+        same tensors in the same order, including those of which it holds nothing.
         """
         self._fragments[param] = [self.fragment(param, partition, cut) for cut in cuts]
 
     def fragment(self, param: torch.Tensor, partition: torch.Tensor, cut: Cut) -> Fragment:
-        """This rank's part of a tensor, with its state allocated (zero)."""
+        """This rank's part of a tensor, with its state allocated and zero."""
         start, end = cut.range_of(self.rank)
         weight = partition.detach().view(-1)[cut.offset : cut.offset + end - start]
         factor = lr_factor(cut.spec, self.optim)
@@ -138,12 +143,12 @@ class FlatOptimizer(torch.optim.Optimizer):
         return fragment
 
     def fragments(self) -> Iterator[Fragment]:
-        """Every tensor's fragment on this rank, empty ones included."""
+        """The fragments of all tensors on this rank, including the empty ones."""
         for fragments in self._fragments.values():
             yield from fragments
 
     def gradient(self, param: torch.Tensor) -> torch.Tensor:
-        """The gradient of a partition, laid out as it is."""
+        """The gradient of a partition, laid out as the partition is."""
         assert param.grad is not None
         return param.grad
 
@@ -155,7 +160,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 self.update(self._fragments[param], group["lr"])
 
     def update(self, fragments: list[Fragment], lr: float) -> None:
-        """Update the weights of fragments, of the same tensors in the same order on all ranks."""
+        """Update the weights of fragments, which are of the same tensors in the same order on all
+        ranks."""
         self._adamw([f for f in fragments if f.rule == ADAMW and f.slots], lr)
         self._normalise([f for f in fragments if f.rule == NSGD], lr)
         self._muon([f for f in fragments if f.rule == MUON], lr)
@@ -191,7 +197,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             )
 
     def _update(self, fragment: Fragment) -> torch.Tensor:
-        """The update before it is normalised: fp32, flat, empty where the rank holds nothing."""
+        """The update before it is normalised: fp32 and flat, empty where the rank holds nothing."""
         if not fragment.slots:
             return fragment.weight
         return with_momentum(self._gradient(fragment), fragment.slots["momentum"], self.optim)
@@ -217,7 +223,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             self._apply(fragment, normalised(update, norm, fragment.cut.spec.numel), lr)
 
     def _muon(self, fragments: list[Fragment], lr: float) -> None:
-        """Whole matrices where they are; the others are exchanged, the same ones on all ranks."""
+        """Update matrices: those that lie whole on a rank where they are, the others after an
+        exchange, the same ones on all ranks."""
         own = [f for f in fragments if f.slots and not f.cut.shared]
         for some in _batches(own, EXCHANGE_NUMEL):
             updates = self._orthogonalised([self._update(f) for f in some], [f.cut for f in some])
@@ -235,7 +242,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 self._apply(fragment, update, lr)
 
     def _orthogonalised(self, updates: list[torch.Tensor], cuts: list[Cut]) -> list[torch.Tensor]:
-        """Flat tensors in, as one tensor-parallel rank has them, their flat scaled updates out.
+        """The scaled updates of flat tensors, as one tensor-parallel rank has them.
 
         The tensor-parallel ranks, which come with the same tensors, share them out among
         themselves: each matrix is made whole, and orthogonalised, on one of them.
@@ -257,14 +264,15 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _whole_orthogonalised(
         self, updates: list[torch.Tensor], cuts: list[Cut]
     ) -> list[torch.Tensor]:
-        """Flat whole tensors in, their flat scaled updates out."""
+        """The scaled updates, flat, of whole flat tensors."""
         matrices = [u.view(cut.spec.shape) for u, cut in zip(updates, cuts, strict=True)]
         blocks = [cut.spec.row_blocks for cut in cuts]
         return [u.reshape(-1) for u in muon_updates(matrices, blocks, self.optim)]
 
 
 def _batches(fragments: list[Fragment], most: int) -> Iterator[list[Fragment]]:
-    """Consecutive fragments whose whole tensors have at most ``most`` elements, or one."""
+    """Batches of consecutive fragments whose whole tensors have at most ``most`` elements together,
+    or which are one fragment."""
     batch: list[Fragment] = []
     room = most
     for fragment in fragments:
@@ -279,7 +287,7 @@ def _batches(fragments: list[Fragment], most: int) -> Iterator[list[Fragment]]:
 
 
 def _over_tensor_ranks(cut: Cut) -> Parted:
-    """A tensor as tensor-parallel ranks hold it: their shards, flat, one after the other."""
+    """A tensor as tensor-parallel ranks hold it: their flat shards, one after the other."""
     ranks, numel = range(cut.tensor_ranks), cut.numel
     if cut.spec.tp_axis is None:
         return Parted(numel, dict.fromkeys(ranks, (0, numel)), replicated=True)
@@ -287,7 +295,7 @@ def _over_tensor_ranks(cut: Cut) -> Parted:
 
 
 def _joined(shards: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """The whole tensor, flat, of its shards, flat, one after the other."""
+    """The whole flat tensor, made of its flat shards, which come one after the other."""
     if cut.spec.tp_axis is None:
         return shards
     parts = shards.view(cut.tensor_ranks, *cut.shape).unbind()
@@ -295,7 +303,8 @@ def _joined(shards: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 def _parted(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """The inverse of :func:`_joined`."""
+    """The flat shards of a whole flat tensor, one after the other; the inverse of
+    :func:`_joined`."""
     if cut.spec.tp_axis is None:
         return whole
     parts = whole.view(cut.spec.shape).chunk(cut.tensor_ranks, dim=cut.spec.tp_axis)

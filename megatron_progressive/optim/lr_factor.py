@@ -1,4 +1,4 @@
-"""The factor of the learning rate of each tensor, where muP asks for one. Needs no torch."""
+"""The factor of each tensor's learning rate, where muP asks for one. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from megatron_progressive.models.base import MATRIX, ROWS, VECTOR, TensorSpec
 from megatron_progressive.optim.rules import MUON, NSGD, rule_of
 
 ADAMW_WIDTH = 64
-"""Width at which muP's AdamW has the plain learning rate for its matrices."""
+"""The width at which AdamW under muP has the plain learning rate for its matrices."""
 
 
 def lr_factor(spec: TensorSpec, optim: OptimSection) -> float:
-    """What the learning rate is multiplied with for one tensor; 1 where it has no scaling.
+    """The number by which the learning rate of one tensor is multiplied; 1 where it has no scaling.
 
-    Brings the update of the tensor's rule to ``spec.scaling``. What a rule's own update is:
+    The factor brings the update of the tensor's rule to ``spec.scaling``. The rules' own updates
+    are:
 
     - Muon with ``scale: out_in``: spectral norm sqrt(n_out / n_in), which is the ``matrix`` norm.
       Its entries' RMS is sqrt(n_out / n_in) / sqrt(max(n_out, n_in)): rows are multiplied up to 1.
     - NSGD: an RMS of 1.
     - AdamW: entries of about 1, in step where gradients are: a spectral norm up to
       sqrt(n_out n_in). The spectral condition then asks for 1 / n_in (:data:`ADAMW_WIDTH` / n_in,
-      so that learning rates keep their usual size; Yang et al. 2022, arXiv 2203.03466, table 8).
-      A tied table moves the logits by its update's RMS x h x the norm's gain, h^-1/2 in all: the
+      so that learning rates keep their usual size; Yang et al. 2022, arXiv 2203.03466, table 8). A
+      tied table moves the logits by its update's RMS x h x the norm's gain, h^-1/2 in all: the
       head's bound wins, and the lookup learns slower at greater widths.
     """
     scaling = spec.scaling

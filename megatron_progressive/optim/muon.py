@@ -38,7 +38,7 @@ from megatron_progressive.optim.newton_schulz import compute_dtype, newton_schul
 
 
 def with_momentum(grad: torch.Tensor, momentum: torch.Tensor, optim: OptimSection) -> torch.Tensor:
-    """The direction of an update, fp32 of the gradient's shape; ``momentum`` is updated."""
+    """The direction of an update, fp32 and of the gradient's shape; ``momentum`` is updated."""
     grad = grad.to(torch.float32)
     momentum.lerp_(grad, 1 - optim.momentum)
     return grad.lerp(momentum, optim.momentum) if optim.nesterov else momentum
@@ -62,7 +62,8 @@ def matrices_of(tensor: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch
 
 
 def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of :func:`matrices_of`; several matrices without blocks are stacked."""
+    """The tensor of these matrices, as the inverse of :func:`matrices_of`; without blocks, several
+    matrices are stacked."""
     if not row_blocks:
         return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
     parts = [m.view(-1, n, m.size(1)) for m, n in zip(matrices, row_blocks, strict=True)]
@@ -70,10 +71,10 @@ def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.T
 
 
 def update_scale(n_out: int, n_in: int, scale: str) -> float:
-    """Factor of an orthogonalised n_out x n_in update.
+    """The factor of an orthogonalised n_out x n_in update.
 
-    ``out_in``: sqrt(n_out / n_in), the spectral condition (arXiv 2310.17813).
-    ``moonlight``: 0.2 sqrt(max(n_out, n_in)), matched to AdamW's RMS (arXiv 2502.16982).
+    ``out_in``: sqrt(n_out / n_in), the spectral condition (arXiv 2310.17813). ``moonlight``: 0.2
+    sqrt(max(n_out, n_in)), matched to AdamW's RMS (arXiv 2502.16982).
     """
     if scale == "out_in":
         return math.sqrt(n_out / n_in)
@@ -83,9 +84,11 @@ def update_scale(n_out: int, n_in: int, scale: str) -> float:
 def muon_updates(
     tensors: list[torch.Tensor], row_blocks: list[tuple[int, ...]], optim: OptimSection
 ) -> list[torch.Tensor]:
-    """Muon's scaled update of each whole tensor (:func:`matrices_of` names its matrices).
+    """Muon's scaled update of each whole tensor; :func:`matrices_of` gives the matrices of a
+    tensor.
 
-    Newton-Schulz runs on one batch a shape: small matrices are bound by launches.
+    Newton-Schulz runs on one batch for each shape, since for small matrices the launches of kernels
+    take the time.
     """
     by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
     parts = [matrices_of(t, blocks) for t, blocks in zip(tensors, row_blocks, strict=True)]
@@ -107,12 +110,12 @@ def muon_updates(
 
 
 def normalised(update: torch.Tensor, norm: torch.Tensor, numel: int) -> torch.Tensor:
-    """NSGD's update of a tensor, of which ``update`` may be a part.
+    """NSGD's update of a tensor; ``update`` may be a part of it.
 
     Args:
-        update: with momentum, fp32 of any shape.
-        norm: of the whole tensor's update, a number, above zero.
-        numel: elements of the whole tensor.
+        update: the update with momentum, fp32 of any shape.
+        norm: the norm of the whole tensor's update, a number above zero.
+        numel: the number of elements of the whole tensor.
     """
     # divided first: a zero tensor has a zero update, not 0 x infinity
     return update.div(norm).mul_(math.sqrt(numel))

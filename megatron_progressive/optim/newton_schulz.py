@@ -8,14 +8,16 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.optim.coefficients import Coefficients, ns_coefficients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types to compute in, as ``optim.ns_dtype`` names them."""
+"""The types to compute in, by their names in ``optim.ns_dtype``."""
 
 
 def compute_dtype(optim: OptimSection, device: torch.device) -> torch.dtype:
-    """The type of a run's iteration: ``optim.ns_dtype``, or fp16 on CUDA and fp32 elsewhere.
+    """The type that a run's iteration computes in: ``optim.ns_dtype``, or fp16 on CUDA and fp32
+    elsewhere.
 
-    fp16 and not bf16: after the division by the Frobenius norm nothing is above about 25, so the
-    three more bits of the mantissa count and the range does not. Not yet run on a GPU.
+    The default is fp16 and not bf16: after the division by the Frobenius norm nothing is above
+    about 25, so the three additional bits of the mantissa count and the range does not. It has not
+    run on a GPU yet.
     """
     if optim.ns_dtype is not None:
         return DTYPES[optim.ns_dtype]
@@ -34,18 +36,19 @@ def newton_schulz(
     """The nearest (semi-)orthogonal matrices U V^T, approximately.
 
     Args:
-        matrices: [..., n_out, n_in], any leading batch axes, fp32.
-        steps: iterations of X <- a X + (b A + c A A) X with A = X X^T; None: the set's own.
+        matrices: fp32 [..., n_out, n_in], with any leading batch axes.
+        steps: the number of iterations of X <- a X + (b A + c A A) X with A = X X^T; None for the
+            set's own.
         eps: added to the Frobenius norm, so that a zero matrix stays zero.
-        coefficients: name of a set (:data:`.coefficients.SETS`).
-        dtype: type of the iteration. The norm is fp32.
-        kernel_from: least n of the n x n products that our symmetric kernel computes (CUDA);
-            None: none of them.
+        coefficients: the name of a set in :data:`.coefficients.SETS`.
+        dtype: the type of the iteration; the norm is fp32.
+        kernel_from: the least n of the n x n products that the symmetric kernel computes on CUDA;
+            None lets it compute none.
 
-    Returns: a new fp32 tensor of the same shape.
+    Returns: A new fp32 tensor of the same shape.
 
     Raises:
-        KeyError: no set of this name.
+        KeyError: there is no set of this name.
     """
     plan = ns_coefficients(coefficients, steps)
     shape = matrices.shape
@@ -65,7 +68,8 @@ def newton_schulz(
 
 
 def _with_symmetric_kernel(x: torch.Tensor, plan: tuple[Coefficients, ...]) -> torch.Tensor:
-    """The same iteration; its two symmetric products cost half."""
+    """The same iteration with the symmetric kernel, which halves the cost of two of its
+    products."""
     from megatron_progressive.optim.symmetric import symmetric_product
 
     x = x.contiguous()

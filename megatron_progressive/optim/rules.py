@@ -1,4 +1,4 @@
-"""Which rule updates which tensor, and the slots that the rule keeps. Needs no torch."""
+"""The rule that updates each tensor, and the slots of state that the rule keeps. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from megatron_progressive.models.base import TensorSpec
 MUON, NSGD, ADAMW = "muon", "nsgd", "adamw"
 
 STEP = "step"
-"""AdamW's count of a tensor's own steps, a number; the other slots have the tensor's shape."""
+"""AdamW's count of the steps of one tensor, a number; the other slots have the tensor's shape."""
 STATE_SLOTS = {MUON: ("momentum",), NSGD: ("momentum",), ADAMW: ("exp_avg", "exp_avg_sq")}
-"""Slots of the tensor's shape that each rule keeps, fp32 all."""
+"""The slots of the tensor's shape that each rule keeps, all in fp32."""
 
 
 def rule_of(spec: TensorSpec, optim: OptimSection) -> str:
-    """Which rule updates a tensor: ``muon``, ``nsgd`` or ``adamw``."""
+    """The rule that updates a tensor: ``muon``, ``nsgd`` or ``adamw``."""
     if optim.name == ADAMW:
         return ADAMW
     if spec.role in ("embedding", "position", "head"):

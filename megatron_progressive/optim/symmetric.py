@@ -1,8 +1,8 @@
 """alpha X X^T + beta C for symmetric C, in Triton: half of the tiles, mirrored.
 
-Used for Newton-Schulz on CUDA from a size on that is measured to pay (``optim.ns_kernel_from``;
-cuBLAS is faster up to 2048, pytorch issue 184886). Written against Triton's interpreter; not yet
-run on a GPU.
+It serves Newton-Schulz on CUDA from a size at which it is measured to pay
+(``optim.ns_kernel_from``; cuBLAS is faster up to 2048, pytorch issue 184886). It was written
+against Triton's interpreter and has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 TILE, DEPTH = 128, 64
-"""Rows and columns of a tile of the result, and columns of X that are multiplied at a time."""
+"""The number of rows and columns of a tile of the result, and of columns of X that are multiplied
+at a time."""
 
 
 # fmt: off
@@ -25,7 +26,8 @@ def _lower_triangle(  # type: ignore[no-untyped-def]
     ADDS: tl.constexpr, UPCASTS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):
     # fmt: on
-    """One tile of the lower triangle and its mirror image. Grid: (tiles of the triangle, batch).
+    """Compute one tile of the lower triangle and its mirror image. The grid is (tiles of the
+    triangle, batch). The result and the matrix that is added are contiguous [batch, rows, rows].
 
     The result and what is added are contiguous [batch, rows, rows].
     """
@@ -78,18 +80,18 @@ def symmetric_product(
     depth: int = DEPTH,
     upcasts: bool = False,
 ) -> torch.Tensor:
-    """``scale`` X X^T + ``added_scale`` C, exactly symmetric, sums in fp32.
+    """``scale`` X X^T + ``added_scale`` C, exactly symmetric, with sums in fp32.
 
     Args:
-        x: [batch, rows, columns], any strides; fp32, bf16 or fp16.
-        added: C, symmetric (only its lower triangle is read), contiguous [batch, rows, rows].
+        x: [batch, rows, columns] in fp32, bf16 or fp16, with any strides.
+        added: the symmetric C, contiguous [batch, rows, rows]; only its lower triangle is read.
         tile, depth: powers of two from 16.
-        upcasts: multiply in fp32 whatever the type (for Triton's interpreter).
+        upcasts: whether to multiply in fp32 whatever the type (for Triton's interpreter).
 
-    Returns: [batch, rows, rows] of x's type.
+    Returns: A tensor [batch, rows, rows] of the type of x.
 
     Raises:
-        ValueError: another shape.
+        ValueError: a tensor has another shape.
     """
     if x.dim() != 3:
         raise ValueError(f"x of shape {tuple(x.shape)}; accepted: [batch, rows, columns]")

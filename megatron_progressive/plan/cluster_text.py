@@ -19,7 +19,8 @@ _GIB = 2**30
 
 
 def cluster_parts(plan: Plan, on: ClusterPlan) -> list[list[str]]:
-    """Blocks of lines: memory at the peak, time, and the words of layouts that were searched."""
+    """Blocks of lines: the memory at the peak, the time, and the words of layouts that were
+    searched."""
     parts = [_memory(plan, on), _time(plan, on)]
     return [*parts, _words(on)] if on.found is not None else parts
 
@@ -74,8 +75,10 @@ def _time(plan: Plan, on: ClusterPlan) -> list[str]:
     lines += _note(f"total {total:,.1f} hours, {total * plan.world:,.0f} GPU-hours")
     for expansion in plan.expansions:
         pause = expansion.reshard.seconds(plan.link_gb_per_s)
+        drawing = expansion.reshard.drawing_seconds(plan.cores)
         lines += _note(
-            f"pause at step {expansion.step:,}: {pause:.3g} s of resharding, and building"
+            f"pause at step {expansion.step:,}: {pause:.3g} s of resharding, {drawing:.3g} s of "
+            f"drawing initial values, and building"
         )
     lines += _note(
         f"an estimate from data sheets, NOT measured: {gpu.peak_tflops:g} TFLOP/s dense bf16 x "

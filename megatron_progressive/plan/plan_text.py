@@ -158,12 +158,21 @@ def _reshard_table(plan: Plan) -> list[str]:
         "it lacks, once; time: of the busiest rank where each sends and receives "
         f"{plan.link_gb_per_s:g} GB/s at once; building the new model is NOT counted"
     )
-    wrapped = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
-    return ["Bytes between ranks at τ", *aligned(rows), *(f"  {line}" for line in wrapped)]
+    lines = textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
+    for expansion in plan.expansions:
+        moved, cores = expansion.reshard, plan.cores
+        lines += textwrap.wrap(
+            f"after step {expansion.step:,} the busiest rank draws "
+            f"{short_counts([int(moved.drawn.max())])[0]} initial values on its host: "
+            f"{moved.drawing_seconds(cores):.3g} s on {cores} core{'s' * (cores > 1)}",
+            _WIDTH - 2,
+            break_on_hyphens=False,
+        )
+    return ["Bytes between ranks at τ", *aligned(rows), *(f"  {line}" for line in lines)]
 
 
 def _bytes_text(size: float) -> str:
-    """Bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
+    """A number of bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
     factor, unit = next((f, u) for f, u in _UNITS if size >= f or f == 1.0)
     return f"{size / factor:.3g} {_BYTE_UNITS[unit]}"
 
@@ -187,8 +196,17 @@ def _compute(plan: Plan) -> list[str]:
     steps = f"{plan.short_steps:,} step{'s' * (plan.short_steps != 1)}"
     lines += _line(
         "short control",
-        f"{steps} of the target from scratch for as many FLOPs: growing pays only where it ends "
-        f"below that run, over several seeds",
+        f"{steps} of the target from scratch for as many FLOPs",
+    )
+    never = " and ".join(
+        f"{count:,} step{'s' * (count != 1)} of {layers} layer{'s' * (layers != 1)}"
+        for layers, count in plan.never_grown
+    )
+    lines += _line(
+        "never grown",
+        f"{never} alone, for as many FLOPs{' each' * (len(plan.never_grown) > 1)}: growing pays "
+        "only where it ends below the short control and below the source that is never grown, "
+        "over several seeds",
     )
     for expansion in plan.expansions:
         lines += _line(

@@ -1,7 +1,7 @@
-"""Checks of a whole run, every phase of it, before anything is created.
+"""Checks of a whole run, in every phase, before anything is created.
 
-Errors name the field; warnings name the failure signature (arXiv 2511.04981) that the
-configuration is likely to show.
+Errors name the field; warnings name the failure signature (arXiv 2511.04981) that the configuration
+is likely to show.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
+from megatron_progressive.engines.megatron.kernel_checks import check_possible
 from megatron_progressive.expansion.depth_map import check_depths, survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
-from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.runtime.layout import Layout, make_layout
 
 _LATEST_WSD = 0.8
-"""Fraction of the steps after which WSD runs no longer catch up (arXiv 2511.04981)."""
+"""The fraction of the steps after which an expansion under WSD no longer lets a run catch up (arXiv
+2511.04981)."""
 _DATA_PARALLEL = ("deepspeed", "torch")
-"""Engines that are data parallel only."""
+"""The engines that can only be data parallel."""
 _LATEST_OTHER = 0.5
-"""The same for GPT under cosine; linear has no stable phase either."""
+"""The same fraction for GPT under cosine; linear has no stable phase either."""
 
 
 def check_run(config: RunConfig, world: int) -> list[str]:
     """Check that each phase of ``config`` can run on ``world`` ranks.
 
-    Returns: warnings, one line each.
+    Returns: The warnings, one line each.
 
     Raises:
-        ConfigError: a phase cannot run; one line that names the field, its value and the fix.
+        ConfigError: a phase cannot run; one line names the field, its value and what is accepted.
     """
     if world < 1:
         raise ConfigError(f"--nproc: got {world}; accepted: from 1")
@@ -36,14 +38,14 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     _check_expansions(config)
     _check_stop(config)
     _check_mup(config)
-    _check_kernels(config)
     for index in range(len(config.expansion) + 1):
         check_phase(config, index, world)
+    _check_kernels(config, world)
     return _warnings(config)
 
 
 def smallest_world(config: RunConfig) -> int:
-    """Fewest ranks that every phase's tensor x pipeline divides, and that of its experts."""
+    """The fewest ranks that every phase's tensor x pipeline divides, and that of its experts."""
     sections = [config.parallel_after(i) for i in range(len(config.expansion) + 1)]
     return math.lcm(
         *(
@@ -73,8 +75,24 @@ def _check_mup(config: RunConfig) -> None:
         )
 
 
-def _check_kernels(config: RunConfig) -> None:
+def transformer_phases(config: RunConfig, world: int) -> list[tuple[TransformerShape, Layout]]:
+    """The model and the layout of each phase of a run; none of those that are no language models.
+
+    Raises:
+        ConfigError: a layout that the ranks do not divide into.
+    """
+    depths = [None, *(expansion.to_layers for expansion in config.expansion)]
+    shapes = [model_shape(config, depth) for depth in depths]
+    return [
+        (shape, make_layout(config.parallel_after(index), world))
+        for index, shape in enumerate(shapes)
+        if isinstance(shape, TransformerShape)
+    ]
+
+
+def _check_kernels(config: RunConfig, world: int) -> None:
     if isinstance(model_shape(config), TransformerShape):
+        check_possible(config, transformer_phases(config, world))
         return
     for name, value in vars(config.kernels).items():
         if value is not None:
@@ -108,7 +126,7 @@ def _check_stop(config: RunConfig) -> None:
 
 
 def _expansion_step(field: str, at: float, steps: int) -> int:
-    """``at`` as a step that at least one other step follows."""
+    """The expansion ``at`` as a step that at least one other step follows."""
     accepted = f"accepted: a fraction below 1, or a step from 1 to {steps - 1}"
     if not math.isfinite(at) or at > steps or (at > 1 and at != int(at)):
         raise ConfigError(f"{field}: got {at}; {accepted}")
@@ -119,7 +137,7 @@ def _expansion_step(field: str, at: float, steps: int) -> int:
 
 
 def check_phase(config: RunConfig, index: int, world: int) -> None:
-    """Phase ``index``: that many expansions have happened."""
+    """Check phase ``index``, before which that many expansions have happened."""
     parallel = config.parallel_after(index)
     prefix = f"expansion[{index - 1}]." if index else ""
     depth = config.expansion[index - 1].to_layers if index else None
@@ -192,7 +210,8 @@ def _check_pipeline(shape: ModelShape, parallel: ParallelSection, prefix: str) -
 
 
 def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, world: int) -> None:
-    """A phase whose model has no expert layers yet may have the layout of one that has them."""
+    """Check the experts of a phase. A phase whose model has no expert layers yet may have the
+    layout of one that has them."""
     moe = shape.moe if isinstance(shape, TransformerShape) else None
     if moe is None:
         for name, none in (("expert", 1), ("expert_tensor", None)):
@@ -210,7 +229,7 @@ def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, wo
 
 
 def _tensor_cuts(shape: TransformerShape) -> dict[str, int]:
-    """What tensor parallelism divides, by name."""
+    """The numbers that tensor parallelism divides, by name."""
     mla, moe, kinds = shape.mla, shape.moe, shape.layer_kinds()
     cuts = {"num_attention_heads": shape.num_attention_heads}
     if mla is None:
@@ -248,9 +267,9 @@ def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
 
 
 def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSection) -> bool:
-    """Whether layers that are no copies come to lie above trained ones of their stack: on insertion
-    at the top, and where the new ones are of a kind that stands above the trained ones' (experts,
-    blocks behind the first of a stage)."""
+    """Whether layers that are no copies come to lie above trained layers of their stack. That is so
+    on insertion at the top, and where the new layers are of a kind that stands above that of the
+    trained ones (experts, or blocks behind the first of a stage)."""
     before = source.stacks()
     for stack, kinds in target.stacks().items():
         trained = survivors(before[stack], kinds, expansion.order, expansion.insert, False)

@@ -1,9 +1,10 @@
-"""Boxes of global tensors: the one description of "who holds what" that all else is built on.
+"""Boxes of global tensors: the one description of "who holds what" on which everything else is
+built.
 
-A *piece* is this rank's view of one box of one slot of one global tensor. Slots are
-``param`` (the weight that the model computes with), ``master`` (its fp32 copy, where the
-precision keeps one) and the optimizer's own (``momentum``, ``exp_avg``, ``exp_avg_sq``,
-``step``). A ZeRO partition, which cuts a flattened tensor anywhere, is a few boxes.
+A *piece* is this rank's view of one box of one slot of one global tensor. Slots are ``param`` (the
+weight that the model computes with), ``master`` (its fp32 copy, where the precision keeps one) and
+the optimizer's own (``momentum``, ``exp_avg``, ``exp_avg_sq``, ``step``). A ZeRO partition, which
+cuts a flattened tensor anywhere, is a few boxes.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ if TYPE_CHECKING:  # planning describes pieces without loading torch
     import torch
 
 Key = tuple[str, str]
-"""(global name, slot)."""
+"""The global name of a tensor, and a slot."""
 
 PARAM = "param"
 MASTER = "master"
 WEIGHT_SLOTS = (PARAM, MASTER)
-"""Slots that hold the weight itself; every other slot is optimizer state."""
+"""The slots that hold the weight itself; every other slot is optimizer state."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a global tensor: first element and extent along each axis."""
+    """A rectangle of a global tensor: its first element and its extent along each axis."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -37,7 +38,7 @@ class Box:
         return math.prod(self.shape)
 
     def intersect(self, other: Box) -> Box | None:
-        """The common rectangle; None where there is none."""
+        """The rectangle that this box and another have in common; None where they have none."""
         offset, shape = [], []
         for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
             low, high = max(a, b), min(a + n, b + m)
@@ -48,8 +49,8 @@ class Box:
         return Box(tuple(offset), tuple(shape))
 
     def minus(self, other: Box) -> list[Box]:
-        """What of this box lies outside another, as boxes that share nothing: at most two an
-        axis."""
+        """What of this box lies outside of another one, as boxes that do not overlap, at most two
+        for each axis."""
         common = self.intersect(other)
         if common is None:
             return [self]
@@ -65,21 +66,21 @@ class Box:
         return parts
 
     def along(self, axis: int, offset: int, extent: int) -> Box:
-        """This box with another range on one axis."""
+        """This box with another range along one axis."""
         return Box(
             (*self.offset[:axis], offset, *self.offset[axis + 1 :]),
             (*self.shape[:axis], extent, *self.shape[axis + 1 :]),
         )
 
     def slices_within(self, outer: Box) -> tuple[slice, ...]:
-        """Index of this box in a tensor that holds ``outer``."""
+        """The index of this box in a tensor that holds ``outer``."""
         return tuple(
             slice(a - b, a - b + n)
             for a, n, b in zip(self.offset, self.shape, outer.offset, strict=True)
         )
 
     def split(self, most: int) -> Iterator[Box]:
-        """This box in parts of at most ``most`` elements, in row-major order."""
+        """This box in parts of at most ``most`` elements each, in row-major order."""
         if self.numel <= most:
             yield self
             return
@@ -92,7 +93,8 @@ class Box:
 
 
 def disjoint(boxes: Iterable[Box]) -> list[Box]:
-    """Boxes that cover the elements of some boxes, each once; the larger stay whole."""
+    """Boxes that cover the elements of some boxes once each; of two that overlap the larger stays
+    whole."""
     found: list[Box] = []
     for box in sorted(set(boxes), key=lambda b: (-b.numel, b.offset, b.shape)):
         rest = [box]
@@ -103,15 +105,15 @@ def disjoint(boxes: Iterable[Box]) -> list[Box]:
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is a whole tensor."""
+    """The box that covers a whole tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def flat_range_boxes(box: Box, start: int, end: int) -> list[tuple[Box, int, int]]:
     """The flat range [start, end) of a row-major tensor that holds ``box``, as boxes.
 
-    Returns: (box, first, last) with the flat range [first, last) that each box takes, in
-    order; at most 2 n - 1 boxes for n axes. Each box is contiguous in the flat tensor.
+    Returns: (box, first, last), in order, where [first, last) is the flat range that the box takes.
+    There are at most 2 n - 1 boxes for n axes, and each is contiguous in the flat tensor.
     """
     boxes: list[tuple[Box, int, int]] = []
 
@@ -156,10 +158,11 @@ class Piece:
     box: Box
     data: torch.Tensor = field(repr=False, compare=False)
     replica: int = 0
-    """0 on exactly one of the ranks that hold this box; it is the one that saves it."""
+    """0 on exactly one of the ranks that hold this box, which is the rank that saves it."""
     tied_copy: bool = False
-    """The LM head's copy of a tied embedding on the last pipeline stage: written like any
-    piece, never read, since its optimizer may cut it at other places than the embedding's."""
+    """Whether it is the LM head's copy of a tied embedding on the last pipeline stage. Such a piece
+    is written like any other and never read, since its optimizer may cut it at other places than
+    the embedding's."""
 
     def __post_init__(self) -> None:
         if tuple(self.data.shape) != self.box.shape:
@@ -171,7 +174,7 @@ class Piece:
 
     @property
     def meta(self) -> PieceMeta:
-        """What other ranks know of it."""
+        """What other ranks know of this piece."""
         dtype = str(self.data.dtype).removeprefix("torch.")
         return PieceMeta(self.key, self.box, dtype, not self.tied_copy)
 
@@ -182,19 +185,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class PieceMeta:
-    """What other ranks know of a piece."""
+    """What other ranks know of a piece of this rank."""
 
     key: Key
     box: Box
     dtype: str
-    """``float32``, ``bfloat16``, ..."""
+    """The name of its type: ``float32``, ``bfloat16``, ..."""
     readable: bool = True
-    """Whether others may copy from it (not from a tied head's copy)."""
+    """Whether other ranks may copy from it; they may not from a tied head's copy."""
 
 
 @dataclass(frozen=True)
 class ShardedState:
-    """All pieces of one rank."""
+    """All pieces of state that one rank holds."""
 
     pieces: list[Piece]
 
@@ -204,5 +207,5 @@ class ShardedState:
 
 
 def scalar_piece(name: str, slot: str, value: torch.Tensor, replica: int, tied: bool) -> Piece:
-    """A number that belongs to a tensor (Adam's step), as a global tensor of shape (1,)."""
+    """A number that belongs to a tensor, such as Adam's step, as a global tensor of shape (1,)."""
     return Piece(name, slot, (1,), whole((1,)), value.view(1), replica, tied)

@@ -1,6 +1,6 @@
-"""Everybody's metadata as arrays: which rank holds which box of which tensor.
+"""The metadata of all ranks as arrays: which rank holds which box of which tensor.
 
-Needs neither torch nor process groups, and stays small for thousands of ranks.
+This needs neither torch nor process groups, and stays small for thousands of ranks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _ROW = np.dtype(
 
 @dataclass(frozen=True)
 class PieceTable:
-    """Metadata of some pieces as arrays: what ranks exchange."""
+    """The metadata of some pieces as arrays, which ranks exchange."""
 
     keys: tuple[Key, ...]
     rows: np.ndarray = field(repr=False, compare=False)
-    """One row a piece, in the order of the pieces."""
+    """One row for each piece, in the order of the pieces."""
 
     @staticmethod
     def of(pieces: Iterable[PieceMeta]) -> PieceTable:
@@ -68,11 +68,11 @@ class PieceTable:
 
 
 Held = tuple[PieceTable, Sequence[int]]
-"""Pieces, and the ranks that hold exactly these (a rank may appear with several tables)."""
+"""Some pieces, and the ranks that hold exactly these; a rank may appear with several tables."""
 
 
 class Side:
-    """All pieces of all ranks, old or new, grouped by (key, box)."""
+    """All pieces of all ranks in the old layout, or in the new one, grouped by (key, box)."""
 
     def __init__(self, held: Sequence[Held], readable_only: bool) -> None:
         numbers: dict[Key, int] = {}
@@ -111,19 +111,19 @@ class Side:
         self._start = np.searchsorted(self.groups["key"], np.arange(len(numbers) + 1))
 
     def of_key(self, key: Key) -> range:
-        """Groups of one tensor's slot."""
+        """The groups of one tensor's slot."""
         number = self._numbers.get(key)
         return range(0) if number is None else range(*map(int, self._start[number : number + 2]))
 
     def of_rank(self, rank: int) -> list[int]:
-        """Groups that a rank holds."""
+        """The groups that a rank holds."""
         parts = [part for part, ranks in enumerate(self._part_ranks) if (ranks == rank).any()]
         rows = np.flatnonzero(np.isin(self._part_of, np.array(parts, np.int32)))
         found: np.ndarray = np.unique(np.searchsorted(self._first, rows, side="right") - 1)
         return [int(group) for group in found]
 
     def holders(self, group: int) -> np.ndarray:
-        """Ranks that hold a group, ascending."""
+        """The ranks that hold a group, in ascending order."""
         parts = self._part_of[self._first[group] : self._first[group + 1]]
         known = self._holders.get(parts.tobytes())
         if known is None:
@@ -132,7 +132,7 @@ class Side:
         return known
 
     def only_holder(self) -> np.ndarray:
-        """The one rank that holds each group, -1 where there are several: int64 [groups]."""
+        """The one rank that holds each group, or -1 where there are several, as int64 [groups]."""
         lone = np.array([r[0] if len(r) == 1 else -1 for r in self._part_ranks], np.int64)
         single = np.diff(self._first) == 1
         found = np.full(len(self.groups), -1, np.int64)
@@ -143,7 +143,7 @@ class Side:
         return _DTYPES[int(self.groups[group]["dtype"])]
 
     def itemsizes(self) -> np.ndarray:
-        """Bytes of an element of each group: int64 [groups]."""
+        """The number of bytes of an element of each group, as int64 [groups]."""
         sizes = np.array([DTYPE_BYTES[dtype] for dtype in _DTYPES], np.int64)
         found: np.ndarray = sizes[self.groups["dtype"]]
         return found
@@ -156,7 +156,8 @@ class Side:
         return self.keys[row["key"]], Box(offset, shape)
 
     def overlapping(self, others: range, group: np.void) -> list[tuple[int, Box]]:
-        """Groups among ``others`` that share elements with a row of either side; the shares."""
+        """The groups among ``others`` that share elements with a row of either side, and what they
+        share."""
         rows = self.groups[others.start : others.stop]
         low = np.maximum(rows["offset"], group["offset"])
         high = np.minimum(rows["offset"] + rows["extent"], group["offset"] + group["extent"])

@@ -1,13 +1,13 @@
 """Who sends what to whom: one rank's own part of a reshard, from everybody's metadata.
 
-Needs neither torch nor process groups. Every rank computes its own part only, in arrays, so
-that thousands of ranks are no problem: the two ends of each message come to the same
-conclusion because both follow the same rule on the same metadata.
+This needs neither torch nor process groups. Every rank computes only its own part, in arrays, so
+that thousands of ranks are no problem. The two ends of each message come to the same conclusion
+because both follow the same rule on the same metadata.
 
-The rule: a rank that holds a box of the source itself copies it; any other rank that needs
-elements of it gets each of them once, from one holder, however many of its target tensors they
-go to (a layer that is copied to twelve travels once). The ranks that need a box are dealt out
-over its holders in turn, and the turn starts with another holder for each box.
+The rule: a rank that holds a box of the source itself copies it; any other rank that needs elements
+of it gets each of them once, from one holder, however many of its target tensors they go to (a
+layer that is copied to twelve travels once). The ranks that need a box are dealt out over its
+holders in turn, and the turn starts with another holder for each box.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from megatron_progressive.reshard.metadata import AXES, DTYPE_BYTES, Held, Side
 _NEED = np.dtype(
     [("held", "<i8"), ("reader", "<i8"), ("offset", "<i8", (AXES,)), ("extent", "<i8", (AXES,))]
 )
-"""One rank's need of a share of a source group."""
+"""The need of one rank for a share of a source group."""
 _NOBODY = np.zeros(0, np.int64)
 
 
 class TransferError(RuntimeError):
-    """A target box that no source covers, or whose type differs."""
+    """No source covers a target box, or the source has another type."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """Part of a source piece that goes to one rank."""
+    """A part of a source piece that goes to one rank."""
 
     source: tuple[Key, Box]
     box: Box
     dtype: str
     targets: tuple[tuple[Key, Box], ...] = field(default=(), compare=False)
-    """Pieces of the receiving rank that take what they have in common with ``box``."""
+    """The pieces of the receiving rank that take what they have in common with ``box``."""
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +49,7 @@ class Move:
 
 @dataclass(frozen=True)
 class OwnPart:
-    """One rank's part of a reshard. Both ends list a pair's moves in the same order."""
+    """One rank's part of a reshard. Both ends of a pair list the pair's moves in the same order."""
 
     local: list[Move]
     sends: dict[int, list[Move]]
@@ -65,15 +65,15 @@ class OwnPart:
 
 
 Share = tuple[int, Box]
-"""A group of one side, and what it has in common with a group of the other."""
+"""A group of one side, and the box that it has in common with a group of the other side."""
 
 
 class Schedule:
     """A reshard from the pieces of ``sources`` to those of ``targets``.
 
     Args:
-        sources, targets: everybody's metadata.
-        source_of: the source tensor of a target tensor; None where it is not copied.
+        sources, targets: the metadata of all ranks in the old and in the new layout.
+        source_of: gives the source tensor of a target tensor, and None where it is not copied.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Schedule:
                 self._fed[source].append(key)
 
     def own_part(self, rank: int) -> OwnPart:
-        """What ``rank`` copies, sends and receives.
+        """What ``rank`` copies for itself, sends and receives.
 
         Raises:
-            TransferError: a target piece of this rank that the sources do not cover, or that
-                has another type.
+            TransferError: the sources do not cover a target piece of this rank, or have another
+                type.
         """
         local: list[Move] = []
         missing: dict[int, list[Share]] = defaultdict(list)
@@ -126,10 +126,11 @@ class Schedule:
         return OwnPart(local, dict(sends), dict(receives))
 
     def bytes_by_rank(self, world: int) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes that each rank sends and receives, int64 [world] each: all own parts at once.
+        """The bytes that each rank sends and receives, as int64 [world] each, computed for all
+        ranks at once.
 
         Raises:
-            TransferError: a target that the sources do not cover.
+            TransferError: the sources do not cover a target.
         """
         sent, received = np.zeros(world, np.int64), np.zeros(world, np.int64)
         needs = self._needs()
@@ -160,7 +161,8 @@ class Schedule:
         return sent, received
 
     def _needs(self) -> np.ndarray:
-        """All that ranks need and do not hold: source group, reader, and the share."""
+        """Everything that ranks need and do not hold, as source groups, reading ranks and
+        shares."""
         held, wanted, low, extent = self._pairs()
         owner_of = self.sources.only_holder()[held]
         reader_of = self.targets.only_holder()[wanted]
@@ -178,7 +180,8 @@ class Schedule:
         return needs
 
     def _pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(source group, target group, offset and extent of the share), of all that overlap."""
+        """All pairs of a source group and a target group that overlap, with the offset and the
+        extent of what they share."""
         found: list[tuple[np.ndarray, ...]] = []
         for key in self.targets.keys:
             source = self._source_of(key)
@@ -212,7 +215,7 @@ class Schedule:
         return held, wanted, begins, extent
 
     def _suppliers(self, wanted: int) -> list[Share]:
-        """Source groups of everything that fills one target piece."""
+        """The source groups of everything that fills one target piece."""
         key, box = self.targets.box(wanted)
         source = self._source_of(key)
         if source is None:
@@ -231,7 +234,7 @@ class Schedule:
         return found
 
     def _fed_by(self, held: int) -> list[Share]:
-        """Target groups that a source group fills in part."""
+        """The target groups that a source group fills in part."""
         key, _ = self.sources.box(held)
         row = self.sources.groups[held]
         return [
@@ -241,7 +244,8 @@ class Schedule:
         ]
 
     def _lacking_of(self, held: int, wanted: Sequence[int]) -> np.ndarray:
-        """Holders of any of some target groups that do not hold a source group, ascending."""
+        """The ranks that hold any of some target groups but not a source group, in ascending
+        order."""
         holders = self.sources.holders(held)
         wanting = {id(ranks): ranks for ranks in map(self.targets.holders, wanted)}
         key = id(holders), frozenset(wanting)  # the sides keep all of them
@@ -253,7 +257,7 @@ class Schedule:
         return lacking
 
     def _owner(self, held: int, rank: int) -> int:
-        """Who sends a source group's elements to a rank that needs some."""
+        """The rank that sends a source group's elements to a rank that needs some of them."""
         holders = self.sources.holders(held)
         if len(holders) == 1:  # nearly always, and quick: no need to know the other readers
             return int(holders[0])
@@ -261,12 +265,12 @@ class Schedule:
         return int(self._owners(held, len(readers))[np.searchsorted(readers, rank)])
 
     def _owners(self, held: int, readers: int) -> np.ndarray:
-        """Who sends a source group's elements to each of so many readers."""
+        """The rank that sends a source group's elements to each of so many readers."""
         holders = self.sources.holders(held)
         return holders[(held + np.arange(readers)) % len(holders)]
 
     def _moves(self, held: int, shares: Sequence[Share]) -> list[Move]:
-        """What one rank gets of a source group, each element once."""
+        """The parts of a source group that one rank gets, in which each element occurs once."""
         return [
             Move(
                 self.sources.box(held),

@@ -1,8 +1,8 @@
-"""Reshard in memory: move boxes of global tensors from one set of ranks' pieces to another.
+"""Resharding in memory: moving boxes of global tensors from one set of ranks' pieces to another.
 
-Every rank gathers the same metadata, derives its own part of the same schedule and exchanges
-it point to point. No rank sees whole tensors, nothing goes through disk, and the bytes that
-are staged at once are bounded.
+Every rank gathers the same metadata, derives its own part of the same schedule and exchanges it
+point to point. No rank sees whole tensors, nothing goes through disk, and the number of bytes that
+are staged at once is bounded.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _SMALL = 16 << 10  # tables up to this size travel in one all-gather, larger one
 
 @dataclass(frozen=True)
 class TransferStats:
-    """Over all ranks: bytes sent between ranks, the largest staging of one rank and the
-    largest target state of one rank."""
+    """The numbers of a transfer over all ranks: the bytes sent between ranks, the largest staging
+    of one rank, and the largest target state of one rank."""
 
     bytes_moved: int
     peak_staging_bytes: int
@@ -34,15 +34,16 @@ class TransferStats:
 
 
 def _device() -> torch.device:
-    """Where the backend sends from; also for numbers that live on the CPU."""
+    """The device that the backend sends from, which also counts for numbers that live on the
+    CPU."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def gather_metadata(states: Iterable[ShardedState]) -> list[list[Held]]:
-    """Everybody's metadata of each of some states. Collective over all ranks.
+    """The metadata of all ranks, of each of some states. Collective over all ranks.
 
-    A rank's weights and its other slots are separate tables: data-parallel ranks share the
-    first, often the second too, and a table that several ranks share travels once.
+    The weights and the other slots of a rank are separate tables. Data-parallel ranks share the
+    first table and often the second, too; a table that several ranks share travels once.
     """
     world, rank, device = dist.get_world_size(), dist.get_rank(), _device()
     mine: list[bytes] = []
@@ -77,7 +78,7 @@ def gather_metadata(states: Iterable[ShardedState]) -> list[list[Held]]:
 def _exchange_tables(
     mine: dict[bytes, bytes], owner: dict[bytes, int], rank: int, device: torch.device
 ) -> dict[bytes, bytes]:
-    """Each distinct table, by digest, from the first rank that has it."""
+    """Each different table, by its digest, from the first rank that has it."""
     world = dist.get_world_size()
     by_owner: list[list[bytes]] = [[] for _ in range(world)]
     for digest, first in owner.items():  # the same order on every rank
@@ -127,14 +128,14 @@ def transfer(
     """Fill the target's pieces from the sources of all ranks. Collective over all ranks.
 
     Args:
-        source: this rank's pieces in the old layout; only read.
+        source: this rank's pieces in the old layout, which are only read.
         target: this rank's pieces in the new layout.
-        source_of: the source of a target tensor; None where it is not copied.
-        staging_bytes: most bytes staged at once on a rank.
+        source_of: gives the source tensor of a target tensor, and None where it is not copied.
+        staging_bytes: the most bytes that are staged at once on a rank.
 
     Raises:
-        TransferError: on every rank, before anything is written: a piece that the sources do
-            not cover, or of another type.
+        TransferError: the sources do not cover a piece, or have another type. It is raised on every
+            rank, before anything is written.
     """
     rank, device = dist.get_rank(), _device()
     sources, targets = gather_metadata([source, target])
@@ -181,7 +182,7 @@ def _view(piece: Piece, box: Box) -> torch.Tensor:
 
 
 Message = list[tuple[Move, Box]]
-"""Parts of moves that travel together."""
+"""Parts of moves that travel together in one message."""
 Pieces = dict[tuple[Key, Box], Piece]
 
 
@@ -191,7 +192,7 @@ def _exchange(
     held: Pieces,
     wanted: Pieces,
 ) -> None:
-    """Send and receive one message of each peer: (peer, staging buffer, message)."""
+    """Send and receive one message of each peer, given as (peer, staging buffer, message)."""
     operations = []
     for peer, buffer, message in outgoing:
         slots, length = _slots(buffer, message)
@@ -210,7 +211,7 @@ def _exchange(
 
 
 def _spread(move: Move, part: Box, data: torch.Tensor, wanted: Pieces) -> None:
-    """Write part of a move, which ``data`` holds, to all pieces that take some of it."""
+    """Write a part of a move, which ``data`` holds, to all pieces that take some of it."""
     for target in move.targets:
         share = part.intersect(target[1])
         if share is not None:
@@ -218,7 +219,7 @@ def _spread(move: Move, part: Box, data: torch.Tensor, wanted: Pieces) -> None:
 
 
 def _messages(moves: Iterable[Move], most: int) -> list[Message]:
-    """Cut one pair's moves into messages of at most ``most`` bytes; both ends cut alike."""
+    """Cut the moves of one pair into messages of at most ``most`` bytes; both ends cut alike."""
     messages: list[Message] = []
     room = 0
     for move in moves:
@@ -233,19 +234,20 @@ def _messages(moves: Iterable[Move], most: int) -> list[Message]:
 
 
 def _aligned(part: Box, dtype: str) -> int:
-    """Bytes of a part's slot, in eights, so that every type can be viewed in the buffer."""
+    """The bytes of a part's slot, rounded up to eights so that every type can be viewed in the
+    buffer."""
     return math.ceil(part.numel * DTYPE_BYTES[dtype] / 8) * 8
 
 
 def _staging(messages: list[Message], device: torch.device) -> torch.Tensor:
-    """Room for the longest of one peer's messages, in bytes."""
+    """The bytes that the longest message of one peer needs."""
     longest = max(sum(_aligned(part, move.dtype) for move, part in m) for m in messages)
     return torch.empty(longest, dtype=torch.uint8, device=device)
 
 
 def _slots(buffer: torch.Tensor, message: Message) -> tuple[list[torch.Tensor], int]:
-    """The places of a message's parts in a byte buffer, of their types and shapes, and the
-    bytes that they take in all."""
+    """The places of a message's parts in a byte buffer, as views of their types and shapes, and the
+    number of bytes that they take together."""
     slots, start = [], 0
     for move, part in message:
         flat = buffer[start : start + part.numel * DTYPE_BYTES[move.dtype]]

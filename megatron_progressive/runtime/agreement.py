@@ -1,4 +1,5 @@
-"""All ranks or none: a section that fails on one rank fails on every rank, with its error."""
+"""All ranks succeed or all fail: a section that fails on one rank fails on every rank, with that
+rank's error."""
 
 from __future__ import annotations
 
@@ -19,19 +20,19 @@ from megatron_progressive.runtime.tied import starter_gone
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
-"""How long a rank that waits for a failed one may take to notice by itself."""
+"""How many seconds a rank that waits for a failed one has to notice the failure by itself."""
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed; the message is that rank's error."""
+    """Another rank failed; the message is the error of that rank."""
 
 
 class FailedElsewhere(RuntimeError):
-    """A collective operation failed on another rank and does not say why: that rank will."""
+    """A collective operation failed because another rank did; that rank will say why."""
 
 
 def cause_line(rank: int, error: BaseException) -> str:
-    """A rank's last line: which one, and what ended it."""
+    """The last line that a rank prints: which rank it is, and what ended it."""
     line = " ".join(str(error).split()) or "no message"
     kind = "" if isinstance(error, WriteFailed) else f"{type(error).__name__}: "
     return f"rank {rank}: {kind}{line}"
@@ -39,15 +40,15 @@ def cause_line(rank: int, error: BaseException) -> str:
 
 @contextmanager
 def all_succeed(section: str) -> Iterator[None]:
-    """Run a section that all ranks must finish; none leaves it before all have.
+    """Run a section that all ranks must finish; no rank leaves it before all have finished it.
 
-    The first rank to fail posts its error in the job's store. A rank that waits for it gets
-    out when its connection breaks (gloo), or is ended after :data:`GRACE_SECONDS` (NCCL would
-    wait on): nobody hangs, and every rank's last line is the cause. Where the store went with the
-    launcher, ranks still finish what needs no other's error.
+    The first rank to fail posts its error in the job's store. A rank that waits for it returns when
+    its connection breaks (gloo), or is ended after :data:`GRACE_SECONDS` (NCCL would go on
+    waiting): no rank hangs, and the last line of every rank is the cause. Where the store is gone
+    with the launcher, ranks still finish, without another rank's error.
 
     Args:
-        section: a name that is used once in a job, the same on every rank.
+        section: the name of the section, which is used once in a job and is the same on every rank.
 
     Raises:
         RankFailed: another rank failed first.
@@ -81,7 +82,7 @@ def all_succeed(section: str) -> Iterator[None]:
 
 
 def _post(store: Any, key: str, cause: str) -> str:
-    """Post an error unless one is there; returns the one that is there."""
+    """Post an error unless one is there already; returns the error that is there."""
     try:
         posted: bytes = store.compare_set(key, "", cause)
     except RuntimeError:  # the store went with its rank
@@ -90,7 +91,7 @@ def _post(store: Any, key: str, cause: str) -> str:
 
 
 def _posted(store: Any, key: str) -> str:
-    """The error that another rank is about to post; empty where none comes."""
+    """The error that another rank is about to post; empty where none is posted in time."""
     try:
         store.wait([key], timedelta(seconds=GRACE_SECONDS))
         cause: bytes = store.get(key)

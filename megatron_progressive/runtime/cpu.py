@@ -1,9 +1,9 @@
-"""All that makes Megatron-core 0.19.2 run without CUDA, over gloo.
+"""Everything that makes Megatron-core 0.19.2 run without CUDA, over gloo.
 
-Megatron-core names CUDA in some hundred places (``torch.cuda.current_device()``,
-``device="cuda"``, streams, ``"torch.cuda.FloatTensor"``). :func:`install` rebinds the name
-``torch`` inside ``megatron.core`` modules to a stand-in whose CUDA parts answer for the CPU;
-the global ``torch`` module keeps its meaning for everyone else. It does nothing where CUDA is.
+Megatron-core names CUDA in some hundred places (``torch.cuda.current_device()``, ``device="cuda"``,
+streams, ``"torch.cuda.FloatTensor"``). :func:`install` rebinds the name ``torch`` inside
+``megatron.core`` modules to a stand-in whose CUDA parts answer for the CPU; the global ``torch``
+module keeps its meaning for everyone else. It does nothing where CUDA is available.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _TYPE_NAMES = {
 
 
 class _Stream:
-    """A stream or event on a device without any: everything has already happened."""
+    """A stream or an event on a device that has none: everything has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __enter__(self) -> _Stream:
@@ -141,7 +141,7 @@ def _on_cpu(function: Any) -> Any:
 
 
 def _lazy_zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """``torch.zeros`` for Megatron-core's calls with one size: its buffers are large."""
+    """``torch.zeros`` for Megatron-core's calls with one size, whose buffers are large."""
     size = args[0] if args else kwargs.get("size")
     if len(args) > 1 or kwargs.keys() - {"size", "dtype", "device", "requires_grad"}:
         return _on_cpu(torch.zeros)(*args, **kwargs)  # type: ignore[no-any-return]
@@ -171,9 +171,9 @@ def _import_all() -> None:
 
 
 def install() -> None:
-    """Make Megatron-core run on the CPU. Call once, before building anything with it.
+    """Make Megatron-core run on the CPU; to be called once, before anything is built with it.
 
-    Has no effect where CUDA is available.
+    It has no effect where CUDA is available.
     """
     if torch.cuda.is_available():
         return
@@ -199,8 +199,8 @@ def install() -> None:
 
 
 def _patch_token_dispatcher() -> None:
-    """The all-to-all token dispatcher takes the sizes of what it sends as numpy arrays, which it
-    makes of CUDA tensors only (0.19.2: transformer/moe/moe_utils.py)."""
+    """Make the all-to-all token dispatcher work: it takes the sizes of what it sends as numpy
+    arrays, which it makes of CUDA tensors only (0.19.2: transformer/moe/moe_utils.py)."""
     from megatron.core.transformer.moe import token_dispatcher
 
     def maybe_move_tensor_to_cpu(
@@ -212,9 +212,9 @@ def _patch_token_dispatcher() -> None:
 
 
 def _patch_uneven_collectives() -> None:
-    """Experts that are cut over tensor-parallel ranks gather tokens, of which each rank has its own
-    number; gloo's all-gather takes equal sizes only, and it has no reduce-scatter of a list
-    (0.19.2: tensor_parallel/mappings.py)."""
+    """Make uneven collectives work: experts that are cut over tensor-parallel ranks gather tokens,
+    of which each rank has its own number, whereas gloo's all-gather takes equal sizes only and gloo
+    has no reduce-scatter of a list (0.19.2: tensor_parallel/mappings.py)."""
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
@@ -250,7 +250,7 @@ def _patch_uneven_collectives() -> None:
 
 
 def _patch_tensor_methods() -> None:
-    """``Tensor.type()`` and ``Tensor.cuda()`` answer for the CPU when Megatron-core asks.
+    """Make ``Tensor.type()`` and ``Tensor.cuda()`` answer for the CPU when Megatron-core asks.
 
     Its optimizers compare ``param.type()`` with ``"torch.cuda.FloatTensor"`` (0.19.2:
     optimizer/optimizer.py, optimizer/distrib_optimizer.py, optimizer/clip_grads.py).

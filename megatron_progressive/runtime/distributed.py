@@ -1,4 +1,4 @@
-"""Joining the job: ranks from torchrun or Slurm, the device, the world process group."""
+"""Joining a job: ranks from torchrun or Slurm, the device, and the world process group."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_progressive.config import ConfigError
+from megatron_progressive.runtime.numerics import exact_products
 from megatron_progressive.runtime.rendezvous import TIMEOUT, meet
 from megatron_progressive.runtime.tied import end_with_starter
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Slurm's own steps have numbers from here on: batch scripts, interactive shells."""
+"""Slurm numbers its own steps (batch scripts, interactive shells) from here on."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the job's."""
+    """The place of this process among those of the job."""
 
     rank: int
     local_rank: int
@@ -29,11 +30,11 @@ class Place:
 
 
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Rank and world as torchrun or Slurm set them; None outside a job.
+    """The rank and the world size that torchrun or Slurm have set; None outside of a job.
 
     Raises:
-        ConfigError: some of the variables are set and others not, not numbers, or not of one job;
-            a Slurm job of several tasks in which ``srun`` has not started this process.
+        ConfigError: some of the variables are missing, are not numbers, or do not belong to one
+            job; or this is a Slurm job of several tasks and ``srun`` has not started this process.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     if "RANK" not in environment:
@@ -78,12 +79,12 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def prepare_imports() -> None:
-    """Call before anything imports Megatron-core.
+    """Prepare this process for importing Megatron-core; to be called before anything imports it.
 
-    Leaves out notes of Megatron-core and torch that no user of this program can act on
-    (deprecations of names they call themselves, missing optional accelerators); errors stay.
-    Without CUDA it turns off the compiler, which would start for tens of seconds on a CPU, and
-    asks for huge pages.
+    Notes of Megatron-core and torch on which no user of this program can act are silenced
+    (deprecated names that they call themselves, optional accelerators that are missing); errors
+    stay. Without CUDA the compiler is turned off, which would take tens of seconds to start on a
+    CPU, and huge pages are asked for.
     """
     import torch
 
@@ -104,15 +105,16 @@ def prepare_imports() -> None:
 
 @contextmanager
 def world_group(place: Place, store: Any = None) -> Iterator[None]:
-    """The world process group (NCCL with CUDA, gloo without), destroyed at the end.
+    """The world process group (NCCL with CUDA, gloo without), which is destroyed at the end.
 
-    Alone (``world`` 1, outside a job) it needs no address.
+    A process alone (``world`` 1, outside of a job) needs no address.
 
     Args:
-        store: where all ranks have met already (:func:`.rendezvous.meet`); None: they meet now.
+        store: the store in which all ranks have already met (:func:`.rendezvous.meet`); None lets
+            them meet now.
 
     Raises:
-        TimeoutError: not all ranks came.
+        TimeoutError: not all ranks came in time.
     """
     end_with_starter()
     prepare_imports()
@@ -123,6 +125,7 @@ def world_group(place: Place, store: Any = None) -> Iterator[None]:
     from megatron_progressive.runtime import cpu
 
     cpu.install()
+    exact_products()
     # What imports have made stays: collections at an expansion need not look through it.
     gc.freeze()
     cuda = torch.cuda.is_available()

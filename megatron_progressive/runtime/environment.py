@@ -1,18 +1,21 @@
-"""``mprog env``: versions, devices, and what the fast path lacks, with how to get it."""
+"""What ``mprog env`` shows: versions, devices, and what the fast path lacks, with how to get it;
+and how many cores a rank has."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
 DISTRIBUTIONS = (
     "torch", "megatron-core", "deepspeed", "transformer-engine", "emerging-optimizers", "triton",
 )  # fmt: skip
-"""What is listed by its version; Python and apex are listed beside them."""
+"""The distributions whose versions are listed; Python and apex are listed beside them."""
 
 BUILT_FOR_THIS_TORCH = "install one that was built for this torch, or none"
 
@@ -22,11 +25,11 @@ class Environment:
     """What :func:`environment` finds."""
 
     versions: dict[str, str | None]
-    """By name; None: not installed."""
+    """The version of each distribution, by its name; None where it is not installed."""
     devices: list[str]
-    """CUDA devices, by name."""
+    """The names of the CUDA devices."""
     missing: list[str]
-    """One line each: what the fast path lacks, and how to get it."""
+    """What the fast path lacks and how to get it, one line for each."""
 
 
 def version_of(name: str) -> str | None:
@@ -38,15 +41,17 @@ def version_of(name: str) -> str | None:
 
 
 def apex_version(find: Callable[[str], object] = importlib.util.find_spec) -> str | None:
-    """NVIDIA's apex. PyPI's distribution of that name is something else: the kernels tell."""
+    """The version of NVIDIA's apex. PyPI has another distribution of that name; only NVIDIA's has
+    the kernels."""
     if find("fused_weight_gradient_mlp_cuda") is None:
         return None
     return version_of("apex") or "of NVIDIA's image"
 
 
 def unusable_transformer_engine() -> str | None:
-    """What an installed Transformer Engine says when it is imported and cannot be, as when it was
-    built for another torch; Megatron-core cannot be imported then either. None: all is well."""
+    """What an installed Transformer Engine says when it cannot be imported, for example because it
+    was built for another torch; Megatron-core cannot be imported then either. None where all is
+    well."""
     version = version_of("transformer-engine")
     if version is None:
         return None
@@ -59,7 +64,7 @@ def unusable_transformer_engine() -> str | None:
 
 
 def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[str]:
-    """What the fast path lacks, a line each; none where nothing is missing."""
+    """What the fast path lacks, one line for each thing; no lines where nothing is missing."""
     how = {
         "transformer-engine": "fused layers, attention and grouped GEMM: use NVIDIA's PyTorch "
         "image (nvcr.io/nvidia/pytorch), or `pip install transformer-engine[pytorch,core_cu13]` "
@@ -77,7 +82,7 @@ def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[s
 
 
 def cuda_memory_gib() -> list[float]:
-    """The memory of each CUDA device, GiB. Loads torch."""
+    """The memory of each CUDA device, in GiB. Loads torch."""
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -86,7 +91,7 @@ def cuda_memory_gib() -> list[float]:
 
 
 def environment() -> Environment:
-    """What this machine has. Loads torch, and Transformer Engine where it is installed."""
+    """What this machine has. Loads torch, and Transformer Engine where that is installed."""
     import torch
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -112,3 +117,19 @@ def render(found: Environment) -> str:
     if found.missing:
         lines += ["", "missing for the fast path:", *(f"- {line}" for line in found.missing)]
     return "\n".join(lines)
+
+
+def cores_of_this_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Processor cores that this process may compute on without taking those of other ranks.
+
+    A process that was bound to some of the machine's cores has these; else the machine's are
+    divided over its ranks, whose number is torchrun's ``LOCAL_WORLD_SIZE`` (which ``--nproc`` sets
+    as well) or Slurm's tasks on a node.
+    """
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if mine < (os.cpu_count() or 1):
+        return mine
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_NTASKS", "1"))
+    ranks = environment.get("LOCAL_WORLD_SIZE", tasks)
+    number = re.match(r"\d+", ranks)  # Slurm has "8(x2)" for 8 tasks on each of two nodes
+    return max(1, mine // max(1, int(number[0]) if number else 1))

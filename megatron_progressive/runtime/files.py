@@ -1,4 +1,4 @@
-"""Writes that matter: to a temporary name, flushed to disk, then renamed."""
+"""Writing files that matter: to a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""No space, over a quota or a limit, or a device that fails."""
+"""The errors of a disk that is full, of a quota or a limit that is reached, and of a device that
+fails."""
 
 
 class WriteFailed(OSError):
@@ -21,13 +22,13 @@ class WriteFailed(OSError):
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Give an error of the disk the words that it lacks: a failed write knows no path.
+    """Say what was being written when the disk fails: a failed write does not know its path.
 
     Args:
-        what: as in "while saving step 4 to runs/a".
+        what: what is being written, as "saving step 4 to runs/a".
 
     Raises:
-        WriteFailed: the disk is full or fails. Any other error is left as it is.
+        WriteFailed: the disk is full or fails. Any other error is passed on as it is.
     """
     try:
         yield
@@ -41,8 +42,8 @@ def writing(what: str) -> Iterator[None]:
 
 
 def error_of_the_disk(error: BaseException) -> str | None:
-    """What the disk said, where it is the cause of an error, also through a library that does not
-    pass it on as it was; None where it is not."""
+    """The disk's error that is the cause of another error, also through a library that does not
+    pass it on as it was; None where no error of the disk is the cause."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -56,12 +57,12 @@ def error_of_the_disk(error: BaseException) -> str | None:
 
 
 def said_by_the_disk(text: str) -> str | None:
-    """The disk's words in an error's text; None where there are none."""
+    """The disk's words in the text of an error; None where there are none."""
     return next((os.strerror(n) for n in _OF_THE_DISK if os.strerror(n) in text), None)
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,10 +71,11 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``; a reader sees the old or the new one, never a part.
+    """Replace the content of ``path`` by ``text``; a reader sees the old or the new content, never
+    a part.
 
     Raises:
-        WriteFailed: the disk is full or fails; the old one stays.
+        WriteFailed: the disk is full or fails; the old content stays.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(f"writing {path}"):
@@ -90,7 +92,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def finite_values(value: Any) -> Any:
-    """Nested values with null for numbers that JSON has none for: NaN and the infinities."""
+    """Nested values with null in place of the numbers that JSON does not have: NaN and the
+    infinities."""
     if isinstance(value, dict):
         return {key: finite_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -99,10 +102,10 @@ def finite_values(value: Any) -> Any:
 
 
 def json_text(values: dict[str, Any], indent: int | None = None) -> str:
-    """``values`` as JSON that any reader takes: a number that is not finite is null."""
+    """``values`` as JSON that any reader accepts: a number that is not finite becomes null."""
     return json.dumps(finite_values(values), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace ``path`` by an indented JSON object (:func:`json_text`)."""
+    """Replace the content of ``path`` by an indented JSON object (:func:`json_text`)."""
     write_atomically(path, json_text(values, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """One job at a time in a folder, on any file system that several hosts share.
 
-The lock is a small folder, ``.lock`` say, that holds one file, named by a random token and telling
-whose it is. Three operations, all of them atomic on local file systems and on NFS, make it safe
-without ``flock``:
+The lock is a small folder, for example ``.lock``, that holds one file. The file is named by a
+random token and tells who owns the lock. Three operations, all of them atomic on local file systems
+and on NFS, make it safe without ``flock``:
 
 - *Taking* it renames a prepared folder to the lock's name. That works where nothing or an empty
   folder is there, and fails where another's file is in it: one of many takers wins.
@@ -33,14 +33,15 @@ from types import TracebackType
 import psutil
 
 LOCK_NAME = ".lock"
-"""Of the lock of a run folder, in it."""
+"""The name of the lock of a run folder, in that folder."""
 
 HEARTBEAT_SECONDS = 10.0
-"""Between two signs of life of an owner."""
+"""The seconds between two signs of life of an owner."""
 
 STALE_SECONDS = 120.0
-"""An owner on another machine that has given no sign of life for so long is dead. Longer than file
-systems keep what they know of a file (NFS: 60 s), and than a busy server makes a job wait."""
+"""After how many seconds without a sign of life an owner on another machine counts as dead. This is
+longer than file systems keep what they know of a file (NFS: 60 s), and longer than a busy server
+makes a job wait."""
 
 _LEFTOVER = ".nfs"  # an unlinked file that a process of this host has still open
 _PATIENCE_SECONDS = 5.0  # for what is only for a moment in the way
@@ -48,18 +49,19 @@ _PATIENCE_SECONDS = 5.0  # for what is only for a moment in the way
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that has a lock."""
+    """The process that owns a lock."""
 
     host: str
-    """Name of its host; empty where the lock's file says nothing that can be read."""
+    """The name of its host; empty where the lock's file cannot be understood."""
     pid: int
     since: float
-    """When it took the lock: seconds since 1970 by its own clock."""
+    """When it took the lock, in seconds since 1970 by its own clock."""
     started: str = ""
-    """When the process began, in its machine's own count: tells processes of one number apart."""
+    """When the process began, as its machine counts it, which tells apart processes of one
+    number."""
     machine: str = ""
-    """Boot of the kernel, its space of process numbers and the user, who may not see others'
-    processes: where ``pid`` means something."""
+    """Where ``pid`` has a meaning: the boot of the kernel, its space of process numbers, and the
+    user, who may not see the processes of others."""
 
     def __str__(self) -> str:
         if not self.host:
@@ -72,7 +74,7 @@ UNREADABLE = Owner("", 0, 0.0)
 
 
 class FolderInUse(RuntimeError):
-    """Another process has the lock: ``owner``."""
+    """Another process, ``owner``, has the lock."""
 
     def __init__(self, path: Path, owner: Owner) -> None:
         super().__init__(f"{path}: taken by {owner}")
@@ -89,8 +91,8 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process with that number began; empty where there is none, or it has ended and
-    only waits to be reaped."""
+    """When the process of that number began; empty where there is none, or where it has ended and
+    waits to be reaped."""
     try:
         # Ticks since boot: unlike a time of day, a clock that is set does not move them.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -112,14 +114,14 @@ def _this_process() -> Owner:
 
 
 def _runs(owner: Owner) -> bool | None:
-    """Whether an owner of this machine still runs; None for one of another."""
+    """Whether an owner on this machine still runs; None for an owner on another machine."""
     if owner.machine != _machine() or not owner.started:
         return None
     return _started(owner.pid) == owner.started
 
 
 def _read(file: Path) -> tuple[Owner, float] | None:
-    """Who wrote the file, and when it was renewed; None where it is gone."""
+    """Who wrote the file and when it was last renewed; None where it is gone."""
     try:
         with open(file, "rb") as opened:  # opening makes NFS ask for the present time
             text, renewed = opened.read(), os.fstat(opened.fileno()).st_mtime
@@ -146,10 +148,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def owner_of(path: Path) -> Owner | None:
-    """Who has the lock at ``path``; None where it is free or its owner is dead.
+    """The owner of the lock at ``path``; None where the lock is free or its owner is dead.
 
-    Only reads: it keeps nobody from taking the lock, and needs no right to write. Having no file
-    to compare with, it goes by this host's clock where the owner is on another machine.
+    This only reads: it keeps nobody from taking the lock, and needs no right to write. It has no
+    file to compare with, so it goes by this host's clock where the owner is on another machine.
     """
     for file in _files(path):
         found = _read(file)
@@ -163,12 +165,12 @@ def owner_of(path: Path) -> Owner | None:
 
 
 class FolderLock:
-    """A lock that one process has at a time. It ends with :meth:`release`, or with the process,
+    """A lock that one process at a time has. It ends with :meth:`release`, or with the process,
     however that ends; a forked child does not have it."""
 
     def __init__(self, path: Path) -> None:
-        """``path``: of the lock itself, as ``RUN/.lock``; the folder that it is in is created
-        when it is taken."""
+        """Name the lock, without taking it. ``path`` is that of the lock itself, as ``RUN/.lock``;
+        the folder in which it lies is created when the lock is taken."""
         self.path = path
         self._token = ""
         self._pid = 0
@@ -177,12 +179,12 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process has it, as far as this process knows."""
+        """Whether this process has the lock, as far as it knows."""
         return bool(self._token) and self._pid == os.getpid()
 
     def lend(self, pid: int) -> None:
-        """Let the lock last as long as the process ``pid`` of this machine, too, should this one be
-        killed: a child that goes on alone. :meth:`release` ends both.
+        """Let the lock last as long as the process ``pid`` of this machine, too, in case this one
+        is killed and a child goes on alone. :meth:`release` ends both.
 
         Raises:
             OSError: the folder cannot be written.
@@ -193,15 +195,16 @@ class FolderLock:
         self._lent.append(lent)
 
     def still_there(self) -> bool:
-        """Whether it is held and, looked at on disk, nobody has broken it: the folder was removed,
-        or this process stood still for longer than others wait."""
+        """Whether this process has the lock and, as a look at the disk shows, nobody has broken it.
+        Somebody may have: the folder was removed, or this process stood still for longer than
+        others wait."""
         return self.held and (self.path / self._token).exists()
 
     def acquire(self) -> None:
         """Take the lock.
 
         Raises:
-            FolderInUse: another process has it. Nothing was changed.
+            FolderInUse: another process has the lock; nothing was changed.
             OSError: the folder cannot be written.
         """
         if self.held:
@@ -250,7 +253,7 @@ class FolderLock:
                 time.sleep(0.01)
 
     def _break_dead(self, own: Path) -> Owner | None:
-        """Remove the files of dead owners; what is left that is not removed yet, if anything.
+        """Remove the files of dead owners; returns what is left and not removed yet, if anything.
 
         Raises:
             FolderInUse: an owner is alive.
@@ -269,7 +272,7 @@ class FolderLock:
         return left
 
     def _clean_up(self) -> None:
-        """Remove what takers that were killed have prepared."""
+        """Remove what takers of the lock that were killed have prepared."""
         own = self.path / self._token
         for prepared in self.path.parent.glob(f"{self.path.name}.*"):
             files = _files(prepared)
@@ -284,7 +287,7 @@ class FolderLock:
                     continue
 
     def release(self) -> None:
-        """Give the lock back; does nothing where this process does not have it."""
+        """Give the lock back; this does nothing where this process does not have it."""
         if not self.held:
             return
         self._over.set()
@@ -308,8 +311,8 @@ class FolderLock:
 
 
 def _is_alive(file: Path, own: Path) -> bool:
-    """Whether the owner of a lock's file gives signs of life; ``own`` is a file of this process on
-    the same file system, whose clock tells how long ago the last one was."""
+    """Whether the owner of a lock's file gives signs of life. ``own`` is a file of this process on
+    the same file system, whose clock tells how long ago the last sign was."""
     found = _read(file)
     if found is None:
         return False

@@ -1,8 +1,8 @@
-"""Process groups: Megatron-core's ``parallel_state``, made switchable and fully released.
+"""Process groups: Megatron-core's ``parallel_state``, made switchable and completely released.
 
-Megatron-core keeps one set of groups in module globals. At an expansion two engines with
-different layouts are alive at once, so each keeps its own set here and puts it into place
-with :meth:`ProcessGroups.activate`.
+Megatron-core keeps one set of groups in module globals. At an expansion two engines with different
+layouts are alive at once, so each keeps its own set here and puts it into place with
+:meth:`ProcessGroups.activate`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def _parallel_state_globals() -> dict[str, Any]:
 
 @contextmanager
 def _one_group_for_the_same_ranks() -> Iterator[None]:
-    """Megatron-core makes some thirty groups, most with the ranks of another one.
+    """Let one process group serve wherever Megatron-core makes several with the same ranks. It
+    makes some thirty groups, most of them with the ranks of another one.
 
-    On gloo each costs connections and four threads in every member, so one serves for all.
-    NCCL's are left as they are: each is a stream of its own.
+    On gloo each group costs connections and four threads in every member. Groups of NCCL are left
+    as they are, since each is a stream of its own.
     """
     if dist.get_backend() != "gloo":
         yield
@@ -55,21 +56,21 @@ def _one_group_for_the_same_ranks() -> Iterator[None]:
 
 
 def _forget_metrics() -> None:
-    """Drop what Megatron-core sums up by layer for a log, in globals: sized by the first model's
-    depth, and with its groups."""
+    """Drop the sums by layer that Megatron-core keeps in globals for its log: their size is the
+    depth of the first model, and they belong to its groups."""
     moe_logging.destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}
 
 
 def _forget_angles() -> None:
-    """Empty the caches of rotary embeddings' angles, which keep those modules, and so the groups of
-    closed engines, alive. The next step of a living engine fills them again."""
+    """Empty the caches of the angles of rotary embeddings. They keep those modules alive, and with
+    them the groups of closed engines. The next step of a living engine fills them again."""
     RotaryEmbedding.forward.cache_clear()
     YarnRotaryEmbedding.forward.cache_clear()
 
 
 class ProcessGroups:
-    """The process groups of one layout. Making one is collective over all ranks."""
+    """The process groups of one layout. Making them is collective over all ranks."""
 
     def __init__(self, layout: Layout) -> None:
         _forget_metrics()
@@ -121,7 +122,7 @@ class ProcessGroups:
             setattr(parallel_state, name, value)
 
     def close(self) -> None:
-        """Destroy the groups (Megatron-core only forgets them). Collective over all ranks."""
+        """Destroy the groups, which Megatron-core would only forget. Collective over all ranks."""
         _forget_metrics()
         _forget_angles()
         current = _parallel_state_globals()

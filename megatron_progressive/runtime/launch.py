@@ -1,7 +1,7 @@
-"""Local workers for ``mprog train --nproc N``.
+"""The local workers of ``mprog train --nproc N``.
 
-Not torchrun's agent: the exit codes 2 and 75 must reach the caller, and a signal must reach
-each worker once and leave it the time to save. Workers end when this process is gone
+Torchrun's agent does not serve here: the exit codes 2 and 75 must reach the caller, and a signal
+must reach each worker once and leave it the time to save. Workers end when this process is gone
 (:mod:`.tied`).
 """
 
@@ -21,14 +21,14 @@ from megatron_progressive.runtime.signals import outlives_its_reader, stop_signa
 from megatron_progressive.runtime.tied import start_tied
 
 GRACE_SECONDS = 30.0
-"""How long the others get to end by themselves once one worker has failed."""
+"""How many seconds the other workers have to end by themselves once one has failed."""
 
 _PORTS = range(20000, 32000)
-"""Below those that the kernel gives to outgoing connections."""
+"""The ports below those that the kernel gives to outgoing connections."""
 
 
 def free_port() -> int:
-    """A TCP port of this host that nothing listens on now, at random."""
+    """A random TCP port of this host on which nothing listens now."""
     while True:
         port = random.SystemRandom().choice(_PORTS)  # not the run's own random numbers
         with socket.socket() as probe:
@@ -42,10 +42,10 @@ def free_port() -> int:
 def run_workers(command: Sequence[str], nproc: int) -> int:
     """Run ``command`` in ``nproc`` processes of one job; returns the job's exit code.
 
-    The ranks meet in a store that this process holds (no port is picked twice). The code is
-    that of the first worker that failed; 128 and the signal's number where a signal came before
-    the workers could save. :func:`.signals.stop_signals` are passed on as SIGTERM, which ends a
-    worker that cannot save yet without a word.
+    The ranks meet in a store that this process holds, so that no port is picked twice. The exit
+    code is that of the first worker that failed, or 128 plus the signal's number where a signal
+    came before the workers could save. The signals of :func:`.signals.stop_signals` are passed on
+    as SIGTERM, which silently ends a worker that cannot save yet.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -56,6 +56,7 @@ def run_workers(command: Sequence[str], nproc: int) -> int:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins our store, starts none
         "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     workers: list[subprocess.Popen[bytes]] = []

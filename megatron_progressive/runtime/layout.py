@@ -9,18 +9,19 @@ from megatron_progressive.config import ConfigError, ParallelSection
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups of one engine, over ``world`` ranks."""
+    """The sizes of the parallel groups of one engine over ``world`` ranks."""
 
     world: int
     engine: str = "megatron"
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
-    """Model chunks of each pipeline stage."""
+    """Number of model chunks in each pipeline stage."""
     expert: int = 1
-    """Ranks over which experts are divided; they divide the data-parallel ranks."""
+    """Number of ranks over which experts are divided; it divides that of the data-parallel
+    ranks."""
     expert_tensor: int = 0
-    """Tensor-parallel ranks of an expert; 0 stands for as many as ``tensor``."""
+    """Number of tensor-parallel ranks of an expert; 0 stands for as many as ``tensor``."""
     zero_stage: int = 1
 
     def __post_init__(self) -> None:
@@ -28,12 +29,12 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Data-parallel ranks."""
+        """The number of data-parallel ranks."""
         return self.world // (self.tensor * self.pipeline)
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same part of the same experts."""
+        """The number of ranks that hold the same part of the same experts."""
         return self.world // (self.expert_tensor * self.expert * self.pipeline)
 
     @property
@@ -43,8 +44,9 @@ class Layout:
 
     @property
     def distributed_optimizer(self) -> bool:
-        """Whether Megatron-core's distributed optimizer is in use, whatever its rule: it divides
-        the state, reduces gradients into shares and gathers weights from them."""
+        """Whether Megatron-core's distributed optimizer is in use, for whatever rule of updates: it
+        divides the optimizer state, reduces gradients into shares and gathers weights from
+        shares."""
         return self.engine == "megatron" and self.zero_stage >= 1
 
     def __str__(self) -> str:
@@ -59,16 +61,17 @@ class Layout:
 
     @property
     def virtual_stages(self) -> int:
-        """Model chunks of the whole pipeline."""
+        """The number of model chunks in the whole pipeline."""
         return self.pipeline * self.virtual_pipeline
 
     def chunk_layers(self, num_layers: int) -> list[list[range]]:
-        """Global layer numbers, [pipeline stage][model chunk].
+        """The global layer numbers of each model chunk, as [pipeline stage][model chunk].
 
-        Layers run through the virtual stages in order; chunk c of stage s is virtual stage
-        c * pipeline + s. Virtual stages differ by at most one layer, and so do stages: see
-        :meth:`_extra_layer_order`. With fewer layers than virtual stages the first ones get one
-        each and the others none: a zero- or one-layer source runs on any number of them.
+        Layers run through the virtual stages in order; chunk c of stage s is virtual stage c *
+        pipeline + s. Virtual stages differ by at most one layer, and so do stages: see
+        :meth:`_extra_layer_order`. With fewer layers than virtual stages the first stages get one
+        layer each and the others none: a source of zero layers or one layer runs on any number of
+        stages.
         """
         each, extra = divmod(num_layers, self.virtual_stages)
         # without a full round there is nothing to balance: the first virtual stages
@@ -83,12 +86,12 @@ class Layout:
         return chunks
 
     def _extra_layer_order(self) -> list[int]:
-        """Virtual stages in the order in which they take one layer more than the others.
+        """The virtual stages in the order in which they take one layer more than the others.
 
-        One a stage in turn, so that stages stay balanced: first those between the embedding's
-        and the head's, then the embedding's (a lookup, but its memory), the head's last (a
-        matrix of vocabulary size, and the cross-entropy). Those two stages take it in their
-        chunks farthest from the embedding and from the head.
+        Each stage takes one in turn, so that stages stay balanced: first the stages between that of
+        the embedding and that of the head, then the embedding's (a lookup, which costs memory), and
+        last the head's (a matrix of vocabulary size, and the cross-entropy). These two stages take
+        the layer in the chunk that is farthest from the embedding or the head.
         """
         stages = [*range(1, self.pipeline - 1), *sorted({0, self.pipeline - 1})]
         chunks = range(self.virtual_pipeline)
@@ -103,7 +106,8 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
     """The layout of ``parallel`` over ``world`` ranks.
 
     Raises:
-        ConfigError: tensor x pipeline, or that of the experts, does not divide the ranks.
+        ConfigError: tensor x pipeline, or the same product for the experts, does not divide the
+            number of ranks.
     """
     ranks = parallel.tensor * parallel.pipeline
     if world % ranks:

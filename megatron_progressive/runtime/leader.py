@@ -1,7 +1,8 @@
 """What rank 0 does alone before there is a process group, however long it takes.
 
-The ranks meet in the store that the process group uses later (:mod:`.rendezvous`). Those that wait
-there look now and then: no time limit ends them, but rank 0's failure or death does.
+The ranks meet in the store that the process group uses later (:mod:`.rendezvous`). The ranks that
+wait there look now and then: no time limit ends their wait, but the failure or the death of rank 0
+does.
 """
 
 from __future__ import annotations
@@ -17,32 +18,35 @@ from megatron_progressive.runtime.distributed import Place, prepare_imports
 from megatron_progressive.runtime.rendezvous import meet
 
 POLL_SECONDS = 1.0
-"""Between two looks of a rank that waits."""
+"""The seconds between two looks of a rank that waits."""
 
 SILENT_SECONDS = 5.0
-"""A rank that waits longer says so."""
+"""A rank that waits longer than so many seconds says so."""
 
 HEARD_SECONDS = 10.0
-"""How long rank 0 stays to be heard when it has failed, where it holds the store."""
+"""How many seconds a rank 0 that has failed and holds the store stays, so that the others hear of
+it."""
 
 
 class LeaderFailed(RuntimeError):
-    """Rank 0 could not do what the others waited for."""
+    """Rank 0 could not do what the other ranks waited for."""
 
 
 class Leader:
-    """The ranks of a job around rank 0. Keep it until the process group is there: rank 0 may hold
-    the store of both."""
+    """The ranks of a job around rank 0. Keep this object until the process group is there: rank 0
+    may hold the store of both."""
 
     def __init__(self, place: Place | None) -> None:
-        """Outside a job, and in one of a single rank, nobody is met.
+        """Meet the other ranks; outside of a job, and in a job of a single rank, there is nobody to
+        meet.
 
         Raises:
-            TimeoutError: not all ranks came.
+            TimeoutError: not all ranks came in time.
         """
         self._place = place
         self.store: Any = None
-        """Where the ranks meet, for the process group as well; None where nobody is met."""
+        """The store in which the ranks meet, which serves the process group as well; None where
+        there is nobody to meet."""
         if place is None or place.world == 1:
             return
         prepare_imports()
@@ -53,19 +57,19 @@ class Leader:
 
     @property
     def is_me(self) -> bool:
-        """Whether this rank is the one that acts."""
+        """Whether this rank is rank 0, the one that acts."""
         return self._place is None or self._place.rank == 0
 
     def does(self, act: Callable[[], Any], what: str) -> Any:
-        """What ``act`` returns on rank 0, on every rank. Call it on all of them, once.
+        """What ``act`` returns on rank 0, on every rank; to be called once on each of them.
 
         Args:
-            act: called on rank 0 alone; returns what JSON can hold.
-            what: it does, for those who wait: ``prepares the corpus``.
+            act: a function that is called on rank 0 alone and returns what JSON can hold.
+            what: what rank 0 does, to tell the ranks that wait, as ``prepares the corpus``.
 
         Raises:
-            ConfigError: rank 0 did, with the same line.
-            LeaderFailed: on the others, where rank 0 failed otherwise or is gone.
+            ConfigError: ``act`` raised it on rank 0; every rank has the same line.
+            LeaderFailed: on the other ranks, where rank 0 failed in another way or is gone.
         """
         if self.store is None:
             return act()

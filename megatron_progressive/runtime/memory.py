@@ -1,4 +1,5 @@
-"""Zero-filled tensors that cost nothing until they are written."""
+"""Zero-filled tensors that cost nothing until they are written, and the host memory through which
+values go to a device."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ _SMALL = 1 << 20  # bytes; below, the allocator's own memory is already there
 
 
 def zeros(size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU. Large ones are pages that the system zeroes at the first write, so
-    that state which an expansion fills at once is written once, not twice."""
+    """Zeros on the CPU. The pages of a large tensor are zeroed by the system when they are first
+    written, so that state which an expansion fills at once is written once, not twice."""
     nbytes = math.prod(size) * dtype.itemsize
     if nbytes < _SMALL:
         return torch.zeros(tuple(size), dtype=dtype)
@@ -21,7 +22,41 @@ def zeros(size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def zeros_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Zeros of a tensor's shape on its device."""
+    """Zeros of a tensor's shape, on its device."""
     if tensor.device.type != "cpu":
         return torch.zeros_like(tensor, dtype=dtype)
     return zeros(tensor.shape, dtype or tensor.dtype)
+
+
+class Staging:
+    """fp32 host memory that values are made in, on their way to where they belong.
+
+    On the way to a CUDA device it is page-locked: the copy then is one transfer that the host does
+    not wait for. There are two buffers, so that one is filled while the other is read.
+    """
+
+    def __init__(self, numel: int) -> None:
+        self.numel = numel
+        self._buffers: list[torch.Tensor] = []
+        self._read: list[torch.cuda.Event | None] = []
+        self._next = 0
+
+    def buffer(self, numel: int, device: torch.device) -> torch.Tensor:
+        """Memory of ``numel`` elements for values that go to ``device``, flat. It may be written at
+        once; what the last but one call gave is no longer of use."""
+        cuda = device.type == "cuda"
+        while len(self._buffers) < (2 if cuda else 1):
+            self._buffers.append(torch.empty(self.numel, pin_memory=cuda))
+            self._read.append(None)
+        self._next = (self._next + 1) % len(self._buffers)
+        if (read := self._read[self._next]) is not None:
+            read.synchronize()
+        return self._buffers[self._next][:numel]
+
+    def sent(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """What was written to the last buffer, on the device (itself where that is the CPU)."""
+        if device.type != "cuda":
+            return values
+        there = values.to(device, non_blocking=True)
+        self._read[self._next] = torch.cuda.current_stream().record_event()
+        return there

@@ -88,7 +88,7 @@ def show_stages(title: str) -> Iterator[Say]:
 
 @contextmanager
 def _drawn() -> Iterator[ShowBytes]:
-    """One bar a stage on a terminal."""
+    """Show one bar for each stage on a terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
@@ -138,7 +138,7 @@ class _Printed:
         if not (due or (begins if self._several else ends)):
             return
         self._last = now
-        text = f"{self._prefix}{stage}"
+        text = f"{self._prefix}{stage}" + ":" * (not self._several)
         if done and total:
             left = (now - self._started) * (total - done) / done
             text += f" {done / 1e6:.1f} of {total / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet: a store that rank 0, or their launcher, holds."""
+"""Where the ranks of a job meet: in a store that rank 0 or their launcher holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 TIMEOUT = timedelta(minutes=30)
 
 FIRST_NOTE_SECONDS = 5.0
-"""So long ranks wait without a word; from note to note it takes twice as long, up to:"""
+"""How many seconds ranks wait before they say so; the time from one note to the next doubles, up to
+the most below."""
 LONGEST_SILENCE_SECONDS = 300.0
 
 _POLL_SECONDS = 0.05
@@ -22,11 +23,11 @@ _POLL_SECONDS = 0.05
 def meet(rank: int, local_rank: int, world: int) -> Any:
     """The job's store, once all of its ranks have come to ``MASTER_ADDR:MASTER_PORT``.
 
-    Says while it waits how many are missing. Not torch's ``env://``, which waits in silence, and
+    While it waits it says how many ranks are missing. Torch's ``env://`` would wait in silence, and
     where Ctrl-C does not reach it.
 
     Raises:
-        TimeoutError: they did not come within :data:`TIMEOUT`.
+        TimeoutError: not all ranks came within :data:`TIMEOUT`.
     """
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -68,8 +69,8 @@ def meet(rank: int, local_rank: int, world: int) -> Any:
 
 
 def store_answers() -> bool:
-    """Whether the job's store is there; a new connection to one that is gone would take its
-    time-out to fail. True where it has no address."""
+    """Whether the job's store still answers, which a new connection would take its whole time limit
+    to find out. True where the store has no address."""
     if "MASTER_ADDR" not in os.environ:
         return True
     return _answers(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -94,7 +95,7 @@ def _answers(address: str, port: int) -> bool:
 
 
 class _Notes:
-    """Lines about a wait, ever more sparsely."""
+    """Notes about a wait, at growing intervals."""
 
     def __init__(self, shows: bool) -> None:
         self._shows, self._pause = shows, FIRST_NOTE_SECONDS

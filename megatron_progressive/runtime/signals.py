@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop: taken note of, acted on at the next step boundary."""
+"""Signals that ask a job to stop: they are noted, and acted on at the next step boundary."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a command that Ctrl-C ended before there was anything to save, as shells have it."""
+"""The exit code of a command that Ctrl-C ended before there was anything to save, as shells have
+it."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM, SIGUSR1, SIGINT and SIGHUP. Not SIGHUP where it is ignored: ``nohup`` asked for a
-    run that outlives its terminal."""
+    """SIGTERM, SIGUSR1, SIGINT and SIGHUP. SIGHUP is left out where it is ignored: ``nohup`` asked
+    for a run that outlives its terminal."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         return numbers
@@ -24,7 +25,8 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 class StopFlag:
-    """True once one of :func:`stop_signals` has arrived; restores the handlers on exit."""
+    """A flag that is true once one of :func:`stop_signals` has arrived; it restores the handlers on
+    exit."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -45,8 +47,9 @@ class StopFlag:
 
 @contextlib.contextmanager
 def outlives_its_reader() -> Iterator[None]:
-    """Print in it what a job can do without: where the terminal is closed, or the reader of a pipe
-    gone, output goes nowhere from then on, and the job on; where a log's disk is full, it waits."""
+    """A context for printing what a job can do without. Where the terminal is closed or the reader
+    of a pipe is gone, output goes nowhere from then on and the job continues; where the disk of a
+    log is full, it waits."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Output on terminals that have not all signs."""
+"""Output on terminals that do not have every sign."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def write_plainly() -> None:
-    """From now on, standard output and error write signs that their encoding lacks in ASCII (τ as
-    tau) instead of failing."""
+    """Let standard output and standard error write signs that their encoding lacks in ASCII from
+    now on (τ as tau) instead of failing."""
     codecs.register_error(_HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test's or an embedder's need not have it

@@ -12,7 +12,8 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"), (1.0, ""))
 
 
 def short_counts(counts: list[int]) -> list[str]:
-    """Counts in the unit of the largest one, two significant digits and up: 0.15B, 7.0B, 124M."""
+    """Counts in the unit of the largest one, with two significant digits or more: 0.15B, 7.0B,
+    124M."""
     factor, unit = next((f, u) for f, u in _UNITS if max(counts) >= f or f == 1.0)
     return [_digits(count / factor) + unit for count in counts]
 
@@ -30,7 +31,7 @@ def flops_text(flops: float) -> str:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Columns aligned to the right, but the first."""
+    """A table as text: the first column is aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

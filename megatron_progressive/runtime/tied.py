@@ -1,7 +1,8 @@
-"""Processes that end when the one that started them is gone, however it went: also by SIGKILL.
+"""Processes that end when the process that started them is gone, however that ended, also by
+SIGKILL.
 
-The starter keeps one end of a pipe and its children inherit the other, which is at its end once
-the starter is gone, also where that was before a child has looked.
+The starter keeps one end of a pipe and its children inherit the other. A child reads the end of the
+file once the starter is gone, even where that happened before the child first looked.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PATIENCE_SECONDS = 300.0
-"""How long a process whose starter is gone may take to save and end."""
+"""How many seconds a process whose starter is gone has to save and end."""
 
 _VARIABLE = "MPROG_STARTER_PIPE"
 _SET_PDEATHSIG = 1  # linux/prctl.h
 
 starter_gone = threading.Event()
-"""Set once this process knows that the one that started it is gone."""
+"""Set once this process knows that its starter is gone."""
 
 _pipe: tuple[int, int] | None = None
 _making = threading.Lock()
@@ -36,8 +37,8 @@ def start_tied(
     pass_fds: Sequence[int] = (),
     **options: Any,
 ) -> subprocess.Popen[bytes]:
-    """Start a process of this program, which calls :func:`end_with_starter`, in a session of its
-    own: what a terminal sends reaches it through its starter alone.
+    """Start a process of this program that calls :func:`end_with_starter`, in a session of its own:
+    what a terminal sends reaches it through its starter alone.
 
     Args:
         options: of :class:`subprocess.Popen`.
@@ -53,8 +54,9 @@ def start_tied(
 
 
 def end_with_starter() -> None:
-    """Have SIGTERM sent to this process once its starter is gone, if :func:`start_tied` was it: a
-    run saves and stops, anything else ends. Call it once, before anything that takes time."""
+    """Have SIGTERM sent to this process once its starter is gone, if :func:`start_tied` started it:
+    a run then saves and stops, anything else ends. It is to be called once, before anything that
+    takes time."""
     word = os.environ.pop(_VARIABLE, "")  # it is not for the processes that this one starts
     if word.isdecimal() and _is_pipe(int(word)):
         threading.Thread(target=_wait_for_the_end, args=(int(word),), daemon=True).start()
@@ -76,8 +78,9 @@ def _wait_for_the_end(descriptor: int) -> None:
 
 
 def tied_command(command: Sequence[str], number: int) -> list[str]:
-    """``command``, of another program (``srun``), as one that gets a signal when the process that
-    starts it is gone. On Linux alone; elsewhere it is left as it is."""
+    """The command of another program (``srun``), changed so that it gets the signal ``number`` when
+    the process that starts it is gone. This works on Linux alone; elsewhere the command stays as it
+    is."""
     if not sys.platform.startswith("linux"):
         return list(command)
     words = [str(int(number)), str(os.getpid()), *command]
@@ -85,7 +88,7 @@ def tied_command(command: Sequence[str], number: int) -> list[str]:
 
 
 def _become(number: int, starter: int, command: Sequence[str]) -> None:
-    """Replace this process by ``command``, which keeps the wish for a signal."""
+    """Replace this process by ``command``, which keeps the request for a signal."""
     ctypes.CDLL(None).prctl(_SET_PDEATHSIG, number)
     if os.getppid() != starter:  # it was gone before it could be asked
         sys.exit(128 + number)

@@ -112,6 +112,23 @@ def test_stdlib_is_there_and_stays_within_max_bytes() -> None:
     assert corpus.identity()[0] == "stdlib"
 
 
+def test_packages_are_the_sources_of_what_is_needed_here() -> None:
+    corpus = open_corpus(DataSection(corpus="packages", max_bytes=300_000))
+    names = [path.relative_to(corpus.root or "").as_posix() for path in corpus.files()]
+    assert names == sorted(names)
+    # direct, through others, and not what only tests or documentation need, nor this package
+    assert {"torch/nn/modules/linear.py", "megatron/core/parallel_state.py"} <= set(names)
+    assert "markupsafe/__init__.py" in names
+    assert not {"pytest", "mkdocs", "ruff", "megatron_progressive"} & {
+        n.split("/")[0] for n in names
+    }
+    assert sum(path.stat().st_size for path in corpus.files()) > 200e6
+    assert corpus.name == "packages"
+    read_some = list(corpus.documents())
+    assert sum(len(text.encode()) for text in read_some) == 300_000
+    assert corpus.identity() == open_corpus(DataSection(corpus="packages")).identity()
+
+
 BROKEN: dict[str, tuple[dict[str, bytes], dict[str, object], str, tuple[str, ...]]] = {
     "missing": ({}, {"corpus": "no/such"}, "data.corpus", ("no/such", "not exist", "stdlib")),
     "no name": ({}, {"corpus": "hf:"}, "data.corpus", ("hf:NAME",)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from scipy.special import ndtri
 
 from megatron_progressive import config as configuration
 from megatron_progressive.checkpoints import checkpoint
@@ -17,6 +20,7 @@ from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, tensor_table
+from megatron_progressive.reshard import initial_values
 from megatron_progressive.reshard.boxes import PieceMeta, ShardedState
 from megatron_progressive.reshard.initial_values import initialise_all
 from megatron_progressive.runtime.layout import make_layout
@@ -124,6 +128,22 @@ def _expand(engine: Engine, config: RunConfig, read: Any = tokens) -> tuple[Engi
     return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, 1 << 14)
 
 
+def drawn_in_expansion(config: RunConfig) -> int:
+    """Normal values that this rank draws at an expansion."""
+    engine = start(config)
+    step(engine, 0)
+    drawn: list[int] = []
+
+    def counted(values: Any, **given: Any) -> Any:
+        drawn.append(values.size)
+        return ndtri(values, **given)
+
+    with patch.object(initial_values, "ndtri", counted):
+        engine, _ = _expand(engine, config)
+    engine.close()
+    return sum(drawn)
+
+
 def trainable_after_expansion(config: RunConfig) -> list[str]:
     """Names of weights that the step after an expansion left unchanged."""
     engine = start(config)
@@ -186,6 +206,28 @@ def groups_after_expansions(config: RunConfig, cycles: int) -> list[tuple[int, i
         time.sleep(0.1)  # threads end a moment later
         counts.append((len(c10d._world.pg_map), psutil.Process().num_threads()))
     return counts
+
+
+def left_after_close(config: RunConfig) -> dict[str, int]:
+    """What an engine that has trained leaves when its ``close`` returns, while the caller still
+    has the engine: modules, parameters and bytes of floating-point tensors of a kibibyte and more
+    (the states of Megatron-core's generators, of which there is one set a process, are bytes)."""
+    known = {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Module | torch.Tensor)}
+    engine = start(config)
+    step(engine, 0)
+    engine.close()
+    alive = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module | torch.Tensor)]
+    alive = [o for o in alive if id(o) not in known]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in alive
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
+    return {
+        "modules": sum(isinstance(o, torch.nn.Module) for o in alive),
+        "parameters": sum(isinstance(o, torch.nn.Parameter) for o in alive),
+        "bytes": sum(size for size in storages.values() if size > 1 << 10),
+    }
 
 
 def held_pieces_of(configs: list[RunConfig]) -> list[list[PieceMeta]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,13 +15,18 @@ import torch.distributed as dist
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
 from megatron_progressive.engines.megatron import engine as megatron
-from megatron_progressive.engines.megatron import kernels
+from megatron_progressive.engines.megatron import kernel_checks, kernels, spec
+from megatron_progressive.engines.partitions import pieces_of_rank
 from megatron_progressive.models import model_shape
+from megatron_progressive.optim import owners
+from megatron_progressive.plan.preflight import check_run
 from megatron_progressive.runtime.layout import Layout, make_layout
 from tests.engines.on_ranks import Full, family_config, gather, start, step
 from tests.pool import Pool
 
-NAMES = [f.name for f in fields(KernelsSection)]
+NAMES = [
+    f.name for f in fields(KernelsSection) if f.name not in ("transformer_engine", "attention")
+]
 
 
 def on(
@@ -46,13 +55,56 @@ def test_defaults_on_cuda() -> None:
     }
 
 
-def test_each_can_be_turned_off_and_graphs_on() -> None:
+def test_fp32_is_fp32() -> None:
+    """No kernel that rounds to bf16 or asks for TF32: Transformer Engine's layers and what comes
+    with them, and Megatron-core's fused cross-entropy."""
+    dense = {"activation", "dropout", "overlap_gradients", "overlap_parameters"}
+    for family in ("gpt2", "llama3", "mixtral", "deepseek_v3"):
+        assert on(family, fp32=True) == dense
+    shape = model_shape(family_config("llama3", []), 2)
+    machine = {"cuda": True, "transformer_engine": True, "sharded": True}
+    assert not kernels.resolve(KernelsSection(), shape, **machine, fp32=True).transformer_engine
+    assert kernels.resolve(KernelsSection(), shape, **machine, fp32=False).transformer_engine
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_decides_which_layers_a_run_has(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As if this were CUDA with Transformer Engine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(spec, "transformer_engine_available", lambda: True)
+    config = family_config("llama3", [f"train.precision={precision}"])
+    shape, layout = model_shape(config, 2), Layout(1)
+    fused = kernels.kernels_here(config, shape, layout).transformer_engine
+    assert fused is (precision == "bf16")
+    line = kernels.kernels_line(config, shape, layout)
+    assert ("Transformer Engine layers" in line) is fused
+
+
+def test_the_layers_are_those_that_the_configuration_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Transformer Engine is there."""
+    monkeypatch.setattr(spec, "transformer_engine_available", lambda: True)
+    local = SimpleNamespace(
+        num_moe_experts=None, qk_layernorm=False, multi_latent_attention=False,
+        normalization="RMSNorm", transformer_impl="local", moe_grouped_gemm=False,
+    )  # fmt: skip
+    layers = spec.decoder_spec(local, ["dense"])  # type: ignore[arg-type]
+    attention = layers.layer_specs[0].submodules.self_attention.submodules
+    assert attention.core_attention is spec.CausalAttention
+    assert layers.layer_norm is spec.local_norm
+
+
+def test_each_can_be_turned_off() -> None:
     everything = on("mixtral")
     for name in everything:
         assert on("mixtral", section=replace(KernelsSection(), **{name: False})) == (
             everything - {name}
         )
-    assert "cuda_graphs" in on("llama3", section=KernelsSection(cuda_graphs=True))
+    assert "deterministic" in on("llama3", section=KernelsSection(deterministic=True))
+    # Transformer Engine's own fall with it
+    without = on("mixtral", section=KernelsSection(transformer_engine=False))
+    assert without == everything - {"rope", "grouped_gemm", "permute"}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "mixtral"])
@@ -71,12 +123,66 @@ def test_megatron_core_takes_the_activation(family: str) -> None:
 
 def test_asking_for_one_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kernels.check_kernels(family_config("gpt2", ["kernels.rope=false"]))
+    kernel_checks.check_kernels(family_config("gpt2", ["kernels.rope=false"]))
     for name in NAMES:
         with pytest.raises(ConfigError, match=rf"kernels\.{name}: got true without a CUDA device"):
-            kernels.check_kernels(family_config("gpt2", [f"kernels.{name}=true"]))
+            kernel_checks.check_kernels(family_config("gpt2", [f"kernels.{name}=true"]))
     with pytest.raises(ConfigError, match=r"optim\.ns_kernel_from: got 4096"):
-        kernels.check_kernels(family_config("gpt2", ["optim.ns_kernel_from=4096"]))
+        kernel_checks.check_kernels(family_config("gpt2", ["optim.ns_kernel_from=4096"]))
+
+
+BF16 = "train.precision=bf16"
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "said"),
+    [
+        ("llama3", ["kernels.cuda_graphs=true"],
+         "kernels.cuda_graphs: got true, which an expansion cannot replace: in Megatron-core"),
+        ("llama3", ["kernels.cross_entropy=true"],
+         "kernels.cross_entropy: got true, which is of bf16"),
+        ("llama3", ["kernels.transformer_engine=true"],
+         "kernels.transformer_engine: got true, which is of bf16"),
+        ("llama3", [BF16, "kernels.grouped_gemm=true"], "kernels.grouped_gemm: got true, which"),
+        ("gpt2", [BF16, "kernels.rope=true"], "kernels.rope: got true, which rotates"),
+        ("llama3", ["parallel.zero_stage=0", "kernels.overlap_gradients=true"],
+         "kernels.overlap_gradients: got true, which is of Megatron's distributed optimizer"),
+        ("llama3", ["kernels.attention=flash"], "kernels.attention: got flash, which is of"),
+        ("llama3", [BF16, "kernels.deterministic=true", "kernels.cross_entropy=true"],
+         "kernels.cross_entropy: got true, which is of bf16 alone, and not deterministic"),
+    ],
+)  # fmt: skip
+def test_what_no_phase_could_use_is_refused(family: str, words: list[str], said: str) -> None:
+    """Before anything begins, whatever this machine has; off, and nothing, are always accepted."""
+    config = family_config(family, ["model.num_layers=2", *words])
+    with pytest.raises(ConfigError) as refused:
+        check_run(config, 2)
+    assert str(refused.value).startswith(said)
+    assert "; accepted: " in str(refused.value)
+    check_run(family_config(family, ["model.num_layers=2"]), 2)
+    check_run(family_config(family, ["kernels.cuda_graphs=false"]), 2)
+
+
+def test_what_a_later_phase_can_use_is_accepted() -> None:
+    words = ["train.precision=bf16", "kernels.grouped_gemm=true", "kernels.attention=fused"]
+    config = family_config("mixtral", ["model.num_layers=0", *words], {"at": 2, "to_layers": 2})
+    check_run(config, 2)
+    assert not on("mixtral", 0, config.kernels) & {"grouped_gemm"}
+
+
+def test_attention_is_chosen_by_the_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-core fails an assertion where the environment says something else."""
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    with pytest.raises(ConfigError, match=r"environment: got NVTE_FUSED_ATTN=0; accepted: without"):
+        kernel_checks.check_kernels(family_config("llama3", []))
+    section = KernelsSection(attention="flash")
+    shape = model_shape(family_config("llama3", []), 2)
+    machine = {"cuda": True, "transformer_engine": True, "sharded": True}
+    chosen = kernels.resolve(section, shape, **machine)
+    assert kernels.transformer_kwargs(chosen, shape)["attention_backend"].name == "flash"
+    assert "Transformer Engine's flash attention" in kernels.summary(chosen, OptimSection(), "fp16")
+    kernels.forget_attention()
+    assert "NVTE_FUSED_ATTN" not in os.environ
 
 
 def test_the_line_names_what_is_in_use() -> None:
@@ -85,6 +191,9 @@ def test_the_line_names_what_is_in_use() -> None:
     for part in ("Transformer Engine layers", "fused cross-entropy", "grouped GEMM", "rope",
                  "Muon-NSGD (5 jordan steps in fp16)"):  # fmt: skip
         assert part in line
+    muon = OptimSection(embeddings="adamw", ns_kernel_from=4096)
+    line = kernels.summary(fast, muon, "fp16", cuda=True)
+    assert "(5 jordan steps in fp16, our symmetric kernel from 4096, AdamW for embeddings)" in line
     plain = kernels.summary(kernels.Kernels(False), OptimSection(name="adamw"), "fp32")
     assert "local layers" in plain
     assert "AdamW" in plain
@@ -155,3 +264,64 @@ def test_overlapped_communication_trains_the_same(pool: Pool) -> None:
     assert full.keys() == whole.keys()
     for key, tensor in full.items():
         assert torch.allclose(tensor, whole[key], rtol=1e-5, atol=1e-7), key
+
+
+def reductions(words: list[str], layers: int, bucket: int) -> tuple[list[str], int, float, bool]:
+    """With buckets of a few thousand elements and gradients reduced as on CUDA: what happens in a
+    step's backward pass and behind it, in order; buckets; a loss; and whether the pieces are those
+    that are planned."""
+    small = {"_BUCKET_NUMEL": bucket, "_BUCKET_NUMEL_A_RANK": 0}
+    forced = kernels.Kernels(False, overlap_gradients=True, overlap_parameters=True)
+    config = family_config("llama3", words)
+    layout = make_layout(config.parallel, dist.get_world_size())
+    events: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            events.append(name)
+            return function(*given, **named)
+
+        return call
+
+    with (
+        patch.multiple(owners, **small),
+        patch.object(megatron, "kernels_here", lambda *_, **__: forced),
+    ):
+        engine = start(config, layers)
+        planned = pieces_of_rank(
+            model_shape(config, layers), config.optim, "fp32", layout, dist.get_rank()
+        )
+        same = Counter(planned) == Counter(piece.meta for piece in engine.state().pieces)
+    step(engine, 0)  # in the first step Megatron-core learns how often each gradient comes
+    group = type(engine.chunks[0].bucket_groups[0])
+    finalize = "megatron_progressive.engines.megatron.engine.finalize_model_grads"
+    with (
+        patch.object(group, "start_grad_sync", noted("reduce", group.start_grad_sync)),
+        patch.object(group, "register_grad_ready", noted("ready", group.register_grad_ready)),
+        patch(finalize, noted("finalize", megatron.finalize_model_grads)),
+    ):
+        loss = step(engine, 1)
+    buckets = sum(len(chunk.bucket_groups) for chunk in engine.chunks)
+    engine.close()
+    return events, buckets, loss, same
+
+
+@pytest.mark.parametrize("optimizer", ["muon_nsgd", "adamw"])
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
+def test_gradients_are_reduced_during_the_backward_pass(
+    pool: Pool, optimizer: str, parallel: dict[str, int]
+) -> None:
+    words = [f"optim.name={optimizer}", "train.micro_batch=2"]
+    words += [f"parallel.{key}={value}" for key, value in parallel.items()]
+    world = 2 * (2 if parallel else 1)
+    expected = pool.run(world, reductions, words, 8, 10**9)
+    for (events, buckets, loss, planned), (_, one, same_loss, _) in zip(
+        pool.run(world, reductions, words, 8, 8_000), expected, strict=True
+    ):
+        assert planned
+        assert buckets > one
+        assert events.count("reduce") == buckets
+        before = events[: len(events) - 1 - events[::-1].index("ready")]
+        assert before.count("reduce") > 0  # and gradients came after it
+        assert events.index("finalize") > max(i for i, e in enumerate(events) if e == "ready")
+        assert loss == pytest.approx(same_loss, rel=1e-6)

@@ -146,3 +146,26 @@ def test_process_groups_are_released(pool: Pool, family: str, parallel: dict[str
     counts = pool.run(2, on_ranks.groups_after_expansions, config, 4)[0]
     assert [groups for groups, _ in counts] == [1] * 4  # the world's own
     assert len({threads for _, threads in counts[1:]}) == 1, counts
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("gpt2", {"tensor": 2}),
+        ("gpt2", {"pipeline": 2, "virtual_pipeline": 2}),
+        ("llama3", {"zero_stage": 0}),
+        ("mixtral", {"expert": 2}),
+        ("deepseek_v3", {}),
+        ("llama3", {"engine": "deepspeed", "zero_stage": 1}),
+        ("llama3", {"engine": "deepspeed", "zero_stage": 3}),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_of_a_closed_engine_stays(
+    pool: Pool, family: str, parallel: dict[str, Any], precision: str
+) -> None:
+    words = [f"parallel.{key}={value}" for key, value in parallel.items()]
+    words += ["model.num_layers=2", "train.micro_batch=1", f"train.precision={precision}"]
+    config = on_ranks.family_config(family, words)
+    for left in pool.run(2, on_ranks.left_after_close, config):
+        assert left == {"modules": 0, "parameters": 0, "bytes": 0}

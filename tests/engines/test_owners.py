@@ -16,7 +16,12 @@ from megatron_progressive.engines.partitions import chunk_tensors
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.coefficients import SETS
-from megatron_progressive.optim.owners import MOST_PADDING, BufferTensor, owner_places
+from megatron_progressive.optim.owners import (
+    MOST_PADDING,
+    BufferTensor,
+    bucket_numel,
+    owner_places,
+)
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, rule_of
 from megatron_progressive.runtime.layout import Layout
 from tests.engines import on_ranks, owners_on_ranks
@@ -247,3 +252,61 @@ def test_places_hold_every_tensor_once_in_any_order(ranks: int) -> None:
             shuffled = rng.sample(range(len(tensors)), len(tensors))
             again = owner_places([tensors[i] for i in shuffled], ranks)
             assert again == [places[i] for i in shuffled]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 64])
+def test_buckets_hold_every_tensor_once_and_cut_no_more(ranks: int) -> None:
+    """Consecutive tensors in reverse order, as Megatron-core takes them; whole ones stay whole."""
+    rng, most = random.Random(ranks), 0
+    for case in range(40):
+        sizes = rng.choices([300, 5_000, 20_000, 90_000], k=rng.randint(1, 60))
+        rules = rng.choice([[MUON], [ADAMW], [MUON, MUON, ADAMW]])
+        tensors = [
+            BufferTensor(
+                f"t{i}", rng.randint(size // 2, size), rng.choice(rules), rng.random() < 0.03
+            )
+            for i, size in enumerate(sizes)
+        ]  # fmt: skip
+        bucket = rng.choice([50_000, 400_000])
+        places, one = owner_places(tensors, ranks, bucket), owner_places(tensors, ranks)
+        numbers = [place.bucket for place in reversed(places)]
+        assert numbers == sorted(numbers)
+        assert set(numbers) == set(range(max(numbers) + 1))
+        for number in set(numbers):
+            members = sorted((p for p in places if p.bucket == number), key=lambda p: p.start)
+            assert all(a.start + a.numel <= b.start for a, b in pairwise(members))
+            assert members[-1].start + members[-1].numel <= members[0].share * ranks
+            assert {m.share for m in members} == {members[0].share}
+        cut = [
+            sum(p.numel for p, t in zip(found, tensors, strict=True)
+                if t.rule == MUON and not t.alone and len(p.ranks()) > 1)
+            for found in (places, one)
+        ]  # fmt: skip
+        assert cut[0] <= cut[1], case
+        most = max(most, len(set(numbers)) - len({place.bucket for place in one}))
+    assert most > 1
+
+
+@pytest.mark.parametrize(("family", "preset"), PRESETS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+def test_presets_on_eight_ranks_have_several_buckets(
+    family: str, preset: str, optimizer: str
+) -> None:
+    """So that reduce-scatters start during the backward pass."""
+    config = from_dict(
+        {"model": {"family": family, "preset": preset}, "optim": {"name": optimizer}}
+    )
+    tensors = [
+        BufferTensor(t.name, t.spec.numel, rule_of(t.spec, config.optim))
+        for t in chunk_tensors(model_shape(config), Layout(1))[0][0]
+        if t.spec.trainable
+    ]
+    places = owner_places(tensors, 8, bucket_numel(8))
+    shares = {place.bucket: place.share for place in places}
+    assert len(shares) > 1
+    if optimizer == "muon_nsgd":
+        total = sum(place.numel for place in places)
+        cut = [place.numel for place in places if len(place.ranks()) > 1]
+        one = [place.numel for place in owner_places(tensors, 8) if len(place.ranks()) > 1]
+        assert sum(cut) <= sum(one)
+        assert sum(shares.values()) * 8 <= (1 + MOST_PADDING) * total + 128 * 8 * len(shares)

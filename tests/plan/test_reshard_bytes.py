@@ -14,7 +14,7 @@ from megatron_progressive.expansion.depth_map import COPY, depth_map
 from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.plan.plan import make_plan
 from megatron_progressive.plan.plan_text import render
-from megatron_progressive.plan.reshard_bytes import reshard_bytes
+from megatron_progressive.plan.reshard_bytes import NORMALS_PER_SECOND, reshard_bytes
 from megatron_progressive.reshard.boxes import Box, Key, PieceMeta
 from megatron_progressive.runtime.layout import make_layout
 from tests.engines import on_ranks
@@ -151,6 +151,28 @@ def test_a_real_expansion_of_experts_moves_the_planned_bytes(
     assert event.bytes_moved == reshard_bytes(config, 0, 4).total > 0
 
 
+@pytest.mark.parametrize(
+    ("family", "words", "after"),
+    [
+        ("gpt2", ["train.precision=bf16", "optim.name=adamw"], {"tensor": 2, "pipeline": 2}),
+        ("deepseek_v3", ["parallel.tensor=2"], {"tensor": 1, "expert": 2, "pipeline": 2}),
+        ("llama3", ["train.precision=bf16"], {"engine": "deepspeed", "zero_stage": 3}),
+        ("llama3", ["train.precision=bf16"], {"engine": "deepspeed", "zero_stage": 1}),
+    ],
+)
+def test_a_real_expansion_draws_the_planned_values(
+    pool: Pool, family: str, words: list[str], after: dict[str, int]
+) -> None:
+    """Each rank those that it keeps, once: not for the weight and the master weight each, and not
+    the columns of other ranks."""
+    expansion = {"at": 2, "to_layers": 4, "init": "random", "parallel": after}
+    words = ["model.num_layers=1", "train.micro_batch=1", *words]
+    config = on_ranks.family_config(family, words, expansion)
+    drawn = pool.run(4, on_ranks.drawn_in_expansion, config)
+    assert drawn == reshard_bytes(config, 0, 4).drawn.tolist()
+    assert min(drawn) > 0
+
+
 def test_plan_says_bytes_and_time() -> None:
     expansion = {"at": 2, "to_layers": 4, "parallel": {"tensor": 2}}
     config = on_ranks.small_config(["optim.name=adamw", "model.num_layers=1"], expansion)
@@ -162,5 +184,8 @@ def test_plan_says_bytes_and_time() -> None:
     assert f"{busiest / 1e6:.3g} s" in text
     assert f"{moved.total / 1e3:.3g} kB" in text
     assert "0.001 GB/s" in text
+    drawn = int(moved.drawn.max())
+    assert drawn > 0
+    assert f"{drawn / NORMALS_PER_SECOND:.3g} s on 1 core" in text
     with pytest.raises(ConfigError, match=r"--link-gb-per-s: got 0; accepted: a number above 0"):
         make_plan(config, 2, link_gb_per_s=0.0)

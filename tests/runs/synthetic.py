@@ -17,7 +17,7 @@ from megatron_progressive.grid.cell_runs import one_a_run
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import learning_rate
-from megatron_progressive.plan.controls import fixed_size, short_control
+from megatron_progressive.plan.controls import fixed_size, never_grown, short_control
 from megatron_progressive.runtime.files import write_json
 
 
@@ -33,12 +33,14 @@ def progressive_config(folder: Path, **expansion: Any) -> RunConfig:
     )
 
 
-def three_arms(folder: Path, final: dict[str, float] | None = None, **more: Any) -> dict[str, Path]:
-    """Progressive, fixed-size and short control, each ending at its ``final`` loss."""
+def four_arms(folder: Path, final: dict[str, float] | None = None, **more: Any) -> dict[str, Path]:
+    """Progressive, fixed-size, short control and never grown, each ending at its ``final`` loss."""
     config = progressive_config(folder)
-    ends = {"progressive": 2.56, "fixed": 2.50, "short": 2.62, **(final or {})}
+    ends = {"progressive": 2.56, "fixed": 2.50, "short": 2.62, "never": 2.7, **(final or {})}
+    (never,) = never_grown(config)
     configs = {
         "progressive": config, "fixed": fixed_size(config), "short": short_control(config),
+        "never": never,
     }  # fmt: skip
     return {arm: write_run(c, ends[arm], **more) for arm, c in configs.items()}
 
@@ -131,7 +133,7 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 
 
 PLANTED = {"fixed": (1.8, 0.10), "zero_layer": (1.8, 0.115), "one_layer": (1.8, 0.11),
-           "short_control": (1.8, 0.107)}  # fmt: skip
+           "short_control": (1.8, 0.107), "never_grown": (1.8, 0.095)}  # fmt: skip
 """E and the exponent alpha of each arm's law, and A so that all meet at ``MEETING`` FLOPs."""
 MEETING, MEETING_LOSS = 1e11, 4.0
 

@@ -79,7 +79,7 @@ def test_a_log_has_a_line_when_all_bytes_are_done(
         for second in range(1, 4):
             clock.now = float(second)
             advance(1_000_000)
-    assert capsys.readouterr().err.splitlines() == ["export 3.0 of 3.0 MB, 3s"]
+    assert capsys.readouterr().err.splitlines() == ["export: 3.0 of 3.0 MB, 3s"]
 
 
 def test_a_terminal_shows_the_time_left_where_the_total_is_known(

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3, data parallel, on Megatron-core's model.
 
 Stages 1 to 3 are DeepSpeed's own, with our optimizer on their partitions. At stage 0 DeepSpeed
-averages the gradients and our optimizer does the rest (in bf16 DeepSpeed would accumulate
-gradients in bf16 there, so the fp32 sums and the master weights are ours too).
+averages the gradients and our optimizer does the rest. DeepSpeed would accumulate gradients in bf16
+there, so the fp32 sums and the master weights are ours, too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
 
 _BUCKET_NUMEL = 50_000_000
-"""Most gradient elements that DeepSpeed collects before it reduces them."""
+"""The most gradient elements that DeepSpeed collects before it reduces them."""
 
 
 class DeepSpeedEngine:
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
     moment, also at stage 3.
 
     Raises:
-        RuntimeError: another version of DeepSpeed, or tensors that differ from the family's.
+        RuntimeError: DeepSpeed has another version, or the tensors differ from the family's table.
     """
 
     _alive = 0  # engines that share DeepSpeed's globals
@@ -133,7 +133,7 @@ class DeepSpeedEngine:
         return mean_over(batches, means)
 
     def _mean_of(self, batch: GlobalBatch) -> float:
-        """The mean loss of a batch of any count. Collective."""
+        """The mean loss of a batch of any number of samples. Collective over all ranks."""
         micro, ranks = self.config.train.micro_batch, self.layout.data
         samples = batch.filled(micro, self.groups.data_rank, ranks)
         losses = [self._loss(sample, counted) for sample, counted in samples]
@@ -181,7 +181,8 @@ class DeepSpeedEngine:
         }
 
     def _loss(self, sample: torch.Tensor, counted: int) -> torch.Tensor:
-        """Mean cross-entropy of the first ``counted`` samples of one micro-batch; 0 of none."""
+        """The mean cross-entropy of the first ``counted`` samples of one micro-batch; 0 where none
+        counts."""
         sample = sample.to(self._device, non_blocking=True)
         positions = self._positions.expand(sample.size(0), -1)
         losses: torch.Tensor = self.engine(
@@ -191,7 +192,8 @@ class DeepSpeedEngine:
 
 
 class ReplicatedOptimizer(FlatOptimizer):
-    """Stage 0: every rank updates every tensor, from gradients that DeepSpeed has averaged.
+    """The optimizer of stage 0: every rank updates every tensor, from gradients that DeepSpeed has
+    averaged.
 
     Weights in bf16 have an fp32 master copy and fp32 gradient sums here.
     """
@@ -205,7 +207,7 @@ class ReplicatedOptimizer(FlatOptimizer):
     def attach_replicated(
         self, parameters: dict[str, torch.nn.Parameter], table: dict[str, TensorSpec]
     ) -> None:
-        """Allocate the state (zero) and the fp32 copies of weights that need them."""
+        """Allocate the state, which is zero, and the fp32 copies of the weights that need one."""
         for name, parameter in parameters.items():
             weight = parameter.data
             if weight.dtype != torch.float32:
@@ -228,7 +230,8 @@ class ReplicatedOptimizer(FlatOptimizer):
         return self._sums[param] if param in self._sums else super().gradient(param)
 
     def get_grads_for_reduction(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
-        """DeepSpeed asks an optimizer that has this what to average: (dense, of experts)."""
+        """The gradients that DeepSpeed is to average, as (dense, of experts); it asks every
+        optimizer that has this method."""
         return [self.gradient(p) for p in self._fragments], {}
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
-"""What is private of DeepSpeed 0.19.8: starting and ending an engine, and this rank's boxes.
+"""Everything that reads private parts of DeepSpeed 0.19.8: starting and ending an engine, and this
+rank's boxes.
 
-Read from that release: ``runtime/zero/stage_1_and_2.py``, ``runtime/zero/stage3.py``,
-``runtime/bf16_optimizer.py`` (which takes the place of ZeRO stage 1 in bf16), ``comm/comm.py``
-and ``utils/groups.py``. Nothing else in this package touches DeepSpeed's inside.
+The files of that release are ``runtime/zero/stage_1_and_2.py``, ``runtime/zero/stage3.py``,
+``runtime/bf16_optimizer.py`` (which takes the place of ZeRO stage 1 in bf16), ``comm/comm.py`` and
+``utils/groups.py``. Nothing else in this package touches private parts of DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ VERSION = "0.19.8"
 
 
 def check_version() -> None:
-    """Raises: RuntimeError: another DeepSpeed than the one whose private parts are used."""
+    """Check the version of DeepSpeed. Raises RuntimeError where it is not the one whose private
+    parts are used here."""
     found = importlib.metadata.version("deepspeed")
     if found.split("+")[0] != VERSION:
         raise RuntimeError(f"deepspeed: got version {found}; accepted: {VERSION}")
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and kept from compiling anything."""
+    """DeepSpeed, kept quiet and from compiling anything."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # it calls collectives by names that torch is about to drop
@@ -51,7 +53,8 @@ def import_deepspeed() -> Any:
 
 
 def start(model: torch.nn.Module, optimizer: FlatOptimizer, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine on the world process group, which it neither makes nor copies.
+    """A DeepSpeed engine on the world process group, which is neither made nor copied. Collective
+    over all ranks.
 
     Collective over all ranks.
     """
@@ -76,10 +79,11 @@ def start(model: torch.nn.Module, optimizer: FlatOptimizer, config: dict[str, An
 
 
 def close(engine: Any, model: torch.nn.Module, last: bool) -> None:
-    """Undo :func:`start`: hooks, and what DeepSpeed keeps in globals. The model is of no more use.
+    """Undo :func:`start`: remove hooks, and what DeepSpeed keeps in globals. The model is of no use
+    afterwards.
 
     Args:
-        last: whether no other engine is alive (what engines share is dropped then).
+        last: whether no other engine is alive; then what engines share is dropped, too.
     """
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload
@@ -101,6 +105,8 @@ def close(engine: Any, model: torch.nn.Module, last: bool) -> None:
     for module in modules:  # each holds classes that hold it
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(name, None)
+    for parameter in model.parameters():  # each holds methods that are bound to it, and fragments
+        parameter.__dict__.clear()
     if last:
         comm.cdb = None
         groups._WORLD_GROUP = None
@@ -139,8 +145,8 @@ def attach(
 
 
 def _partitions(engine: Any, stage: int) -> Iterator[tuple[list[Any], torch.Tensor, torch.Tensor]]:
-    """Of each group: its parameters in order, this rank's fp32 partition, and the part of the
-    model's weights that the partition stands for."""
+    """For each group: its parameters in order, this rank's fp32 partition, and the part of the
+    model's weights for which the partition stands."""
     zero, rank = engine.optimizer, dist.get_rank()
     if stage == 3:
         yield from zip(
@@ -164,8 +170,9 @@ def _partitions(engine: Any, stage: int) -> Iterator[tuple[list[Any], torch.Tens
 
 @torch.no_grad()
 def follow_weights(engine: Any, stage: int, bf16: bool) -> None:
-    """After the weights were written: the fp32 copies that are no master weights follow them,
-    and whole weights that stage 3 still has from an earlier pass are dropped. Not collective."""
+    """Let copies follow the weights that were written: fp32 copies that are no master weights take
+    their values, and whole weights that stage 3 still has from an earlier pass are dropped. Not
+    collective."""
     if stage == 3:
         release(engine)
     if stage and not bf16:
@@ -174,7 +181,7 @@ def follow_weights(engine: Any, stage: int, bf16: bool) -> None:
 
 
 def release(engine: Any) -> None:
-    """Drop whole weights that stage 3 keeps for the next use of them."""
+    """Drop the whole weights that stage 3 keeps for their next use."""
     engine.optimizer.parameter_offload.partition_all_parameters()
 
 
@@ -189,9 +196,10 @@ def sharded_state(
     """Views of every weight and optimizer slot that this rank holds; padding is never exposed.
 
     Args:
-        parameters: by canonical name.
-        buffers: tensors that the optimizer does not have, by canonical name.
-        bf16: whether the optimizer's fp32 weights are master weights, or follow the model's.
+        parameters: the parameters by canonical name.
+        buffers: the tensors that the optimizer does not have, by canonical name.
+        bf16: whether the optimizer's fp32 weights are master weights; otherwise they follow the
+            model's.
     """
     rank = dist.get_rank()
     pieces: list[Piece] = []

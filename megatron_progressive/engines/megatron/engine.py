@@ -46,6 +46,7 @@ from megatron_progressive.engines.megatron.state import sharded_state, table_wit
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.optim.owners import bucket_numel
 from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
@@ -76,7 +77,7 @@ class MegatronEngine:
         ]
         named = [canonical_names(chunk, self.groups) for chunk in chunks]
         self._names = {name: weight for names in named for name, weight in names.items()}
-        table = engine_table(tensor_table(shape))
+        table = engine_table(tensor_table(shape), kernels.transformer_engine)
         self._table = table_with_tied_head(table) if shape.tie_embeddings else table
         buffers = DistributedDataParallelConfig(
             use_distributed_optimizer=sharded,
@@ -116,14 +117,15 @@ class MegatronEngine:
     def _buffer_layout(
         self, names: dict[str, torch.nn.Parameter], buffers: DistributedDataParallelConfig
     ) -> FullParamLayout:
-        """Where the parameters of a model chunk lie in buffers that data-parallel ranks divide."""
+        """The places of a model chunk's parameters in the buffers that data-parallel ranks
+        divide."""
         if self.config.optim.name != ADAMW:
             optim = self.config.optim
             embedding = shared_embedding_is_whole(self.shape, self.layout, optim)
             return owner_layout(names, self._table, optim, self.groups, buffers, embedding)
         data, experts = self.layout.data, self.layout.expert_data
         return DistributedOptimizer.compute_full_param_layout(
-            list(names.values()), None, data, buffers, experts
+            list(names.values()), bucket_numel(data), data, buffers, experts
         )
 
     def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
@@ -157,7 +159,7 @@ class MegatronEngine:
         return mean_over(batches, means)
 
     def _mean_of(self, batch: GlobalBatch) -> float:
-        """The mean loss of a batch of any count. Collective."""
+        """The mean loss of a batch of any number of samples. Collective over all ranks."""
         micro, ranks, layout = self.config.train.micro_batch, self.layout.data, self.layout
         # the interleaved schedule takes micro-batches in groups of one a stage
         group = layout.pipeline if layout.virtual_pipeline > 1 else 1
@@ -180,8 +182,8 @@ class MegatronEngine:
         self.groups.activate()
 
     def close(self) -> None:
-        for chunk in self.chunks:
-            forget_graph(chunk)
+        while self.chunks:  # a loop's variable would keep the last one past the collection below
+            forget_graph(self.chunks.pop())
         del self.chunks, self.optimizer, self._names, self._buffers, self._forward_backward
         del self._load
         self.groups.close()
@@ -192,8 +194,8 @@ class MegatronEngine:
     def _run(
         self, samples: list[tuple[torch.Tensor, int]], forward_only: bool
     ) -> list[torch.Tensor]:
-        """The mean loss of the samples that count in each of this rank's micro-batches (none but
-        on the last stage)."""
+        """The mean loss of the samples that count in each of this rank's micro-batches; only the
+        last stage has any."""
         results = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(samples) for _ in self.chunks],
@@ -226,7 +228,8 @@ class MegatronEngine:
 
 
 def _mean_loss(losses: torch.Tensor, counted: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of the first ``counted`` samples of losses [samples, tokens]; 0 of none."""
+    """The mean loss of the first ``counted`` samples of losses [samples, tokens]; 0 where none
+    counts."""
     mean = losses[:counted].float().mean() if counted else losses.new_zeros((), dtype=torch.float32)
     # a clone: the schedule divides the loss in place by the number of micro-batches
     return mean, {"loss": mean.detach().clone()}

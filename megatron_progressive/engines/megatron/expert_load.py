@@ -1,4 +1,4 @@
-"""How evenly tokens spread over experts, from the counts that routers with an expert bias keep."""
+"""How evenly tokens spread over experts, by the counts that routers with an expert bias keep."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_progressive.models.base import MOE, TransformerShape
 class ExpertLoad:
     """The counts of this rank's routers, by global layer.
 
-    Routers count only where they have an expert bias, which follows the counts; they start anew
-    when it has been updated, so :meth:`read` comes before that.
+    Routers count only where they have an expert bias, which follows the counts. The counts start
+    anew when the bias has been updated, so :meth:`read` has to be called before that.
     """
 
     def __init__(self, shape: TransformerShape, chunks: Sequence[GPTModel]) -> None:
@@ -39,11 +39,12 @@ class ExpertLoad:
 
     @property
     def counts(self) -> torch.Tensor:
-        """Tokens by expert of every layer with experts, flat; to be summed over all ranks."""
+        """The tokens of each expert in every layer with experts, flat; to be summed over all
+        ranks."""
         return self._counts.view(-1)
 
     def busiest(self, counts: torch.Tensor) -> float | None:
-        """Tokens of the busiest expert over the mean, of the least balanced layer, from counts
+        """The tokens of the busiest expert over the mean, in the least balanced layer, from counts
         that were summed over all ranks; None where nothing is counted."""
         if not self.layers:
             return None

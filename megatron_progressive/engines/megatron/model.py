@@ -14,11 +14,15 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
-from megatron_progressive.engines.megatron.kernels import Kernels, transformer_kwargs
+from megatron_progressive.engines.megatron.kernels import (
+    Kernels,
+    forget_attention,
+    transformer_kwargs,
+)
 from megatron_progressive.engines.megatron.spec import (
+    TRANSFORMER_ENGINE,
     decoder_spec,
     mtp_spec,
-    transformer_engine_available,
 )
 from megatron_progressive.engines.megatron.transformer_kwargs import transformer_config_kwargs
 from megatron_progressive.models import TRANSFORMERS
@@ -44,7 +48,7 @@ logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 def _untouched(tensor: torch.Tensor) -> torch.Tensor:
-    """An init method that leaves the tensor alone: weights come by global name."""
+    """Leave a tensor as it is, as an init method: weights are set by global name."""
     return tensor
 
 
@@ -52,6 +56,7 @@ def transformer_config(
     shape: TransformerShape, groups: ProcessGroups, dtype: torch.dtype, kernels: Kernels
 ) -> TransformerConfig:
     """Megatron-core's configuration of one rank's part of the model."""
+    forget_attention()
     layout, cuda = groups.layout, torch.cuda.is_available()
     chunks = layout.chunk_layers(shape.num_layers)
     virtual_stages: list[list[str]] = [
@@ -81,7 +86,7 @@ def transformer_config(
         deallocate_pipeline_outputs=cuda,
         use_cpu_initialization=not cuda,
         perform_initialization=False,
-        transformer_impl="transformer_engine" if kernels.transformer_engine else "local",
+        transformer_impl=TRANSFORMER_ENGINE if kernels.transformer_engine else "local",
         init_method=_untouched,
         output_layer_init_method=_untouched,  # the default divides by the number of layers
         hidden_dropout=0.0,
@@ -99,11 +104,11 @@ def transformer_config(
 def check_gloo_pipeline(config: TransformerConfig) -> None:
     """Refuse the pipeline settings that train wrongly over gloo without an error.
 
-    gloo mismatches batched point-to-point calls (under the interleaved schedule a gradient norm
-    of 2.06 became 97), and overlapped ones race with the release of a stage's outputs.
+    gloo mismatches batched point-to-point calls (under the interleaved schedule a gradient norm of
+    2.06 became 97), and overlapped calls race with the release of a stage's outputs.
 
     Raises:
-        RuntimeError: naming the setting.
+        RuntimeError: such a setting is on; the error names it.
     """
     for name in ("batch_p2p_comm", "overlap_p2p_comm"):
         if getattr(config, name):
@@ -113,7 +118,7 @@ def check_gloo_pipeline(config: TransformerConfig) -> None:
 def build_chunk(
     shape: TransformerShape, groups: ProcessGroups, config: TransformerConfig, chunk: int
 ) -> GPTModel:
-    """One model chunk of this rank, with uninitialised weights."""
+    """One model chunk of this rank, whose weights are uninitialised."""
     layout, family = groups.layout, TRANSFORMERS[shape.family]
     first = chunk == 0 and groups.first_stage
     last = chunk == layout.virtual_pipeline - 1 and groups.last_stage
@@ -153,8 +158,8 @@ def build_chunk(
 def _mask_padding(
     output_layer: torch.nn.Module, shape: TransformerShape, tensor_rank: int, tensor_ranks: int
 ) -> None:
-    """Give the vocabulary's padding logits of -infinity: it takes no part in the softmax, and its
-    rows get no gradient."""
+    """Give the padding of the vocabulary logits of -infinity: it takes no part in the softmax, and
+    its rows get no gradient."""
     columns = shape.padded_vocab_size // tensor_ranks
     live = max(0, shape.vocab_size - columns * tensor_rank)
 
@@ -166,13 +171,13 @@ def _mask_padding(
         output_layer.register_forward_hook(mask)
 
 
-def engine_table(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The family's table as the layer spec in use has it.
+def engine_table(table: dict[str, TensorSpec], transformer_engine: bool) -> dict[str, TensorSpec]:
+    """The family's table as it holds for the layer spec in use.
 
     Transformer Engine's spec keeps latent attention's down-projections whole on every
     tensor-parallel rank.
     """
-    if not transformer_engine_available():
+    if not transformer_engine:
         return table
     down = {name for name, spec in table.items() if spec.role in ("q_down", "kv_down")}
     whole = {name: dataclasses.replace(table[name], tp_axis=None) for name in down}
@@ -182,8 +187,8 @@ def engine_table(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
 def canonical_names(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.nn.Parameter]:
     """The parameters of one model chunk by canonical name.
 
-    The LM head of a tied model on a later stage than the embedding is named
-    ``output_layer.weight``: the caller knows that it is a copy.
+    The LM head of a tied model that lies on a later stage than the embedding is named
+    ``output_layer.weight``; the caller knows that it is a copy.
     """
     return {
         _canonical_name(name, model, groups): parameter
@@ -192,11 +197,12 @@ def canonical_names(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.n
 
 
 def canonical_buffers(model: GPTModel, groups: ProcessGroups) -> dict[str, torch.Tensor]:
-    """Tensors of one model chunk that training changes and the optimizer does not have: the
-    routers' expert biases. They become fp32, as the router makes them at its first use.
+    """The tensors of one model chunk that training changes and the optimizer does not have, which
+    are the routers' expert biases.
 
-    So do the counts of tokens that they follow: Megatron-core leaves those in the weights' type,
-    and bf16 counts to 256.
+    The biases become fp32 here, as the router makes them at its first use. So do the counts of
+    tokens that they follow: Megatron-core leaves these in the type of the weights, and bf16 counts
+    no further than 256.
     """
     named = {}
     for name, buffer in model.named_buffers():
@@ -226,7 +232,8 @@ def _canonical_name(name: str, model: GPTModel, groups: ProcessGroups) -> str:
 
 
 def _global_expert(name: str, config: TransformerConfig, groups: ProcessGroups) -> str:
-    """Experts are numbered on each rank; the canonical number is the global one."""
+    """A parameter's name with the global number of its expert; Megatron-core numbers the experts of
+    each rank on their own."""
 
     def number(local: str) -> int:
         assert config.num_moe_experts is not None
@@ -239,8 +246,9 @@ def _global_expert(name: str, config: TransformerConfig, groups: ProcessGroups) 
 
 
 def forget_graph(model: torch.nn.Module) -> None:
-    """Drop what token dispatchers keep of the last forward pass. Its autograd graph holds the
-    parameters, and these, by their hooks, the model: a cycle that Python cannot see."""
+    """Drop what token dispatchers keep of the last forward pass. The autograd graph of that pass
+    holds the parameters, and these hold the model by their hooks, which is a cycle that Python
+    cannot see."""
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)
         for name, value in vars(dispatcher).items() if dispatcher is not None else ():

@@ -1,10 +1,10 @@
 """Optimizers of the Megatron engine: Megatron-core's wrappers around torch's and our own.
 
-Three wrappers, all Megatron-core's: the distributed optimizer (ZeRO stage 1), and where state is
-on every data-parallel rank the one with fp32 master weights (bf16) and the fp32 one. They are
-built directly, not through ``get_megatron_optimizer``: that takes Transformer Engine's FusedAdam
-where it finds it, whose step count is one for a whole group, while layers that are new at τ start
-at step zero.
+There are three wrappers, all of them Megatron-core's: the distributed optimizer (ZeRO stage 1) and,
+where the state is on every data-parallel rank, the optimizer with fp32 master weights (bf16) and
+the fp32 optimizer. They are built directly and not through ``get_megatron_optimizer``, which takes
+Transformer Engine's FusedAdam where it finds it: that has one step count for a whole group, while
+layers that are new at τ start at step zero.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def adamw_groups(
     table: dict[str, TensorSpec],
     optim: OptimSection,
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: tensors of one weight decay and learning rate. Vectors have no
-    weight decay."""
+    """The parameter groups of AdamW, each of tensors with one weight decay and learning rate.
+    Vectors have no weight decay."""
     members: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         decay = optim.weight_decay if len(table[name].shape) > 1 else 0.0
@@ -62,11 +62,11 @@ def build_optimizer(
 ) -> ChainedOptimizer:
     """The optimizer of one rank, with its state allocated and zero.
 
-    One wrapper for the experts, where they have data-parallel groups of their own, and one for
-    all else.
+    There is one wrapper for the experts, where they have data-parallel groups of their own, and one
+    for everything else.
 
-    ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between
-    the first and the last has no tensors while the model has no layers.
+    ``parameters`` are those of all model chunks. They may be empty: a pipeline stage between the
+    first and the last has no tensors while the model has no layers.
     """
     separate = {name for name in parameters if table[name].expert is not None}
     if not groups.layout.separate_experts:
@@ -170,8 +170,8 @@ def _wrapper(
 
 
 def clip_gradients(optimizer: ChainedOptimizer, most: float) -> float:
-    """Scale the gradients so that the norm of all is at most ``most`` (0: leave them); returns the
-    norm before."""
+    """Scale the gradients so that their common norm is at most ``most`` (0 leaves them as they
+    are); returns the norm before."""
     norm = float(optimizer.get_grad_norm())
     if most > 0:
         for wrapper in optimizer.chained_optimizers:

@@ -1,13 +1,13 @@
 """Muon-NSGD in Megatron-core's distributed optimizer, with one owner of each matrix.
 
-DDP's buffers are laid out so that nearly every tensor lies whole in one data-parallel rank's
-share (:func:`.owners.owner_places`). The distributed optimizer reduce-scatters gradients and
-all-gathers weights as it does for AdamW, and its inner optimizer is
+DDP's buffers are laid out so that nearly every tensor lies whole in one data-parallel rank's share
+(:func:`.owners.owner_places`). The distributed optimizer reduce-scatters gradients and all-gathers
+weights as it does for AdamW, and its inner optimizer is
 :class:`~megatron_progressive.optim.flat.FlatOptimizer` on the shares.
 
-Reads private parts of ``DistributedOptimizer`` (megatron-core 0.19.2): the shard that stands for a
-parameter in the inner optimizer's groups, and the places of parameters in its buffers. That it
-takes an optimizer that is no Adam rests on the ``init_state_fn`` that it is given.
+This module reads private parts of ``DistributedOptimizer`` (megatron-core 0.19.2): the shard that
+stands for a parameter in the groups of the inner optimizer, and the places of parameters in its
+buffers. It accepts an optimizer that is not Adam because of the ``init_state_fn`` that it is given.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParam
 from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.flat import Cut, FlatOptimizer, Fragment
-from megatron_progressive.optim.owners import BufferTensor, Place, owner_places
+from megatron_progressive.optim.owners import BufferTensor, Place, bucket_numel, owner_places
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.runtime.groups import ProcessGroups
 
 
 def _shared_by_stages(parameter: torch.nn.Parameter) -> bool:
-    """Whether it is an embedding that two pipeline stages have copies of."""
+    """Whether a parameter is an embedding of which two pipeline stages have copies."""
     return getattr(parameter, "shared_embedding", False)
 
 
@@ -42,11 +42,11 @@ def owner_layout(
     buffers: DistributedDataParallelConfig,
     whole_embedding: bool,
 ) -> FullParamLayout:
-    """How DDP lays out the buffers of one model chunk, tensors whole in the ranks' shares.
+    """The layout of one model chunk's buffers for DDP, with tensors whole in the shares of ranks.
 
     Args:
-        parameters: of the chunk by canonical name, in the order of registration.
-        whole_embedding: :func:`.partitions.shared_embedding_is_whole`.
+        parameters: the parameters of the chunk by canonical name, in the order of registration.
+        whole_embedding: the answer of :func:`.partitions.shared_embedding_is_whole`.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     grouped = group_params_for_buffers(list(names), buffers.grad_reduce_in_fp32)
@@ -63,7 +63,7 @@ def owner_layout(
             )
             for p in members
         ]
-        places = owner_places(tensors, ranks)
+        places = owner_places(tensors, ranks, bucket_numel(groups.layout.data))
         layouts[key] = _buffer_layout(members, places, indices, ranks)
     return FullParamLayout(layouts=layouts)
 
@@ -71,7 +71,7 @@ def owner_layout(
 def _buffer_layout(
     members: list[torch.nn.Parameter], places: list[Place], indices: list[int], ranks: int
 ) -> PerBufferParamLayout:
-    """Places as Megatron-core writes them down: from the start of the buffer."""
+    """Places as Megatron-core writes them down, from the start of the buffer."""
     shares = dict(sorted((place.bucket, place.share) for place in places))
     buckets, end = [], 0
     for share in shares.values():
@@ -93,11 +93,11 @@ def _buffer_layout(
 
 
 class OwnerOptimizer(FlatOptimizer):
-    """The distributed optimizer's inner one: its groups hold a shard of each tensor that this
-    rank owns (some of). Collective over the data- and the tensor-parallel group.
+    """The inner optimizer of the distributed optimizer, whose groups hold a shard of each tensor of
+    which this rank owns some. Collective over the data- and the tensor-parallel group.
 
-    Of an embedding that the first and the last stage have copies of, the first stage has the
-    update and sends it: each rank its part to the one that owns the same part of the other copy.
+    Where the first and the last stage have copies of an embedding, the first stage has the update
+    and sends it: each rank sends its part to the rank that owns the same part of the other copy.
     """
 
     def attach_shards(
@@ -108,12 +108,12 @@ class OwnerOptimizer(FlatOptimizer):
         tensor_ranks: int,
         groups: ProcessGroups,
     ) -> None:
-        """Allocate the state (zero) of what this rank owns of the buffers of ``wrapper``.
+        """Allocate the state, which is zero, of what this rank owns of the buffers of ``wrapper``.
 
         Args:
-            parameters: by canonical name.
-            tensor_ranks: that cut them.
-            groups: of the engine, for the stages that share an embedding.
+            parameters: the parameters by canonical name.
+            tensor_ranks: the number of tensor-parallel ranks that cut them.
+            groups: the process groups of the engine, for the stages that share an embedding.
         """
         names = {parameter: name for name, parameter in parameters.items()}
         self._stages = groups.embedding_group
@@ -162,8 +162,8 @@ class OwnerOptimizer(FlatOptimizer):
 
 
 class WholeOptimizer(FlatOptimizer):
-    """ZeRO stage 0: every data-parallel rank updates every tensor, as far as its tensor-parallel
-    shard goes. Collective over the tensor-parallel group."""
+    """The optimizer of ZeRO stage 0: every data-parallel rank updates every tensor, as far as its
+    tensor-parallel shard goes. Collective over the tensor-parallel group."""
 
     def attach_whole(
         self,
@@ -171,11 +171,12 @@ class WholeOptimizer(FlatOptimizer):
         table: dict[str, TensorSpec],
         tensor_ranks: int,
     ) -> None:
-        """Allocate the state (zero), once the wrapper has put fp32 copies in place of bf16 weights.
+        """Allocate the state, which is zero, once the wrapper has put fp32 copies in place of bf16
+        weights.
 
         Args:
-            parameters: of the model, by canonical name.
-            tensor_ranks: that cut them.
+            parameters: the parameters of the model by canonical name.
+            tensor_ranks: the number of tensor-parallel ranks that cut them.
         """
         self._all: list[Fragment] = []
         for name, parameter in parameters.items():

@@ -1,7 +1,7 @@
-"""Layer specs: Transformer Engine's on CUDA, Megatron-core's local one elsewhere.
+"""Layer specs: Transformer Engine's on CUDA (in bf16), Megatron-core's local one elsewhere.
 
-The local spec of 0.19.2 lacks what latent attention and experts need: a core attention that
-takes heads of two widths, and norms that know of sequence parallelism.
+The local spec of 0.19.2 lacks what latent attention and experts need: a core attention that takes
+heads of two widths, and norms that support sequence parallelism.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_progressive.models.base import MOE
 
+TRANSFORMER_ENGINE = "transformer_engine"
+"""``TransformerConfig.transformer_impl`` of models with Transformer Engine's layers."""
+
 
 class CausalAttention(MegatronModule):  # type: ignore[misc]
     """Causal core attention on torch's ``scaled_dot_product_attention``.
 
-    Used with the local spec, in place of Megatron-core's unfused attention (its causal mask
-    is S x S per layer and its softmax is written out). Shapes: query [S, B, heads, d], key
+    It is used with the local spec, in place of Megatron-core's unfused attention, whose causal mask
+    is S x S for each layer and whose softmax is written out. Shapes: query [S, B, heads, d], key
     [S, B, groups, d], value [S, B, groups, v]; output [S, B, heads * v].
     """
 
@@ -60,19 +63,19 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Latent attention, with three things of Megatron-core 0.19.2 set right.
+    """Latent attention in which three things of Megatron-core 0.19.2 are set right.
 
-    Under tensor parallelism the rotated key part gets its whole gradient. All heads share it; with
-    the local spec it is gathered from the ranks that each project a part, and the gradient that
-    goes back is that of each rank's own heads alone (``multi_latent_attention.py``: the gather's
-    backward pass only splits).
+    Under tensor parallelism the rotated part of the keys gets its whole gradient. All heads share
+    that part; with the local spec it is gathered from the ranks that each project some of it, and
+    the gradient that goes back is that of each rank's own heads alone
+    (``multi_latent_attention.py``: the gather's backward pass only splits).
 
     Norms are where the spec has them. Where queries are not compressed, ``mla_qk_norm_config.py``
-    asks for one more, of the queries' input, which DeepSeek-V3 does not have.
+    asks for one more norm, of the queries' input, which DeepSeek-V3 does not have.
 
     The norm of compressed queries is whole on every tensor-parallel rank, and so is its gradient
-    without sequence parallelism: it must not be summed as that of norms per head is, which
-    ``finalize_model_grads.py`` knows by the same name.
+    without sequence parallelism: it must not be summed, unlike the gradient of norms per head,
+    which ``finalize_model_grads.py`` knows by the same name.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -103,8 +106,8 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
 def local_norm(
     config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
 ) -> torch.nn.Module:
-    """torch's LayerNorm or RMSNorm, with the mark by which Megatron-core adds up the gradients of
-    a norm that each tensor-parallel rank applies to its part of the sequence."""
+    """Torch's LayerNorm or RMSNorm, with the mark by which Megatron-core adds up the gradients of a
+    norm that each tensor-parallel rank applies to its part of the sequence."""
     kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
     norm = kind(hidden_size, eps=eps)
     for parameter in norm.parameters():
@@ -122,13 +125,13 @@ def transformer_engine_available() -> bool:
 
 
 def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
-    """The spec of one layer, ``dense`` or ``moe``."""
+    """The spec of one layer, which is ``dense`` or ``moe``."""
     common: dict[str, Any] = dict(
         num_experts=config.num_moe_experts if kind == MOE else None,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
-    fused = transformer_engine_available()
+    fused = config.transformer_impl == TRANSFORMER_ENGINE
     if fused:
         grouped = config.moe_grouped_gemm and kind == MOE
         spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=grouped, **common)
@@ -153,8 +156,8 @@ def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
 
 
 def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> TransformerBlockSubmodules:
-    """The spec of layers of these kinds and the norm behind them."""
-    if transformer_engine_available():
+    """The spec of layers of these kinds and of the norm behind them."""
+    if config.transformer_impl == TRANSFORMER_ENGINE:
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm: Any = TENorm
@@ -167,15 +170,16 @@ def decoder_spec(config: TransformerConfig, kinds: Sequence[str]) -> Transformer
 def mtp_spec(
     config: TransformerConfig, kind: str, depth: int
 ) -> MultiTokenPredictionBlockSubmodules:
-    """The spec of ``depth`` multi-token prediction modules, whose layers are of this kind."""
-    if transformer_engine_available():
+    """The spec of ``depth`` multi-token prediction modules whose layers are of this kind."""
+    fused = config.transformer_impl == TRANSFORMER_ENGINE
+    if fused:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         backend: Any = TESpecProvider()
     else:
         backend = LocalSpecProvider()
     spec = get_mtp_layer_spec_for_backend(layer_spec(config, kind), backend)
-    if not transformer_engine_available():
+    if not fused:
         for name in ("enorm", "hnorm", "layer_norm"):
             setattr(spec.submodules, name, local_norm)
     return MultiTokenPredictionBlockSubmodules(layer_specs=[spec] * depth)

@@ -1,7 +1,7 @@
-"""This rank's boxes of a Megatron-core model and optimizer.
+"""The boxes that this rank holds of a Megatron-core model and its optimizer.
 
-Reads private parts of ``DistributedOptimizer`` (megatron-core 0.19.2): the flat range of each
-parameter that this data-parallel rank owns, and the fp32 shard that stands for it.
+This module reads private parts of ``DistributedOptimizer`` (megatron-core 0.19.2): the flat range
+of each parameter that this data-parallel rank owns, and the fp32 shard that stands for it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from megatron_progressive.runtime.groups import ProcessGroups
 
 
 def table_with_tied_head(table: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensor table, with the name that a tied head has on the last virtual stage."""
+    """The table of tensors, with the name that a tied head has on the last virtual stage."""
     return {TIED_HEAD: table[EMBEDDING], **table}
 
 
 def local_box(name: str, spec: TensorSpec, parameter: torch.Tensor, groups: ProcessGroups) -> Box:
-    """The box of a global tensor that this rank's parameter is.
+    """The box of a global tensor that is this rank's parameter.
 
-    The parameter may have fewer axes: it is the box, flattened along its first ones.
+    The parameter may have fewer axes: it is the box, flattened along its first axes.
 
     Raises:
-        RuntimeError: Megatron-core built another shape than the family's table says.
+        RuntimeError: Megatron-core built another shape than the family's table has.
     """
     ranks, rank = groups.layout.tensor, groups.tensor_rank
     if spec.expert is not None:
@@ -56,11 +56,11 @@ def local_box(name: str, spec: TensorSpec, parameter: torch.Tensor, groups: Proc
 
 
 def _replicas(spec: TensorSpec, groups: ProcessGroups) -> tuple[int, int]:
-    """This rank's number (among all that hold the same box of a tensor, among those of them that
-    hold the same shard of it under a distributed optimizer).
+    """Two numbers of this rank: among all ranks that hold the same box of a tensor, and among those
+    of them that hold the same shard of it under a distributed optimizer.
 
-    The same box are on all tensor-parallel ranks of an uncut tensor, and on all data-parallel
-    ranks.
+    All data-parallel ranks hold the same box, and so do all tensor-parallel ranks of a tensor that
+    is not cut.
     """
     if spec.expert is not None:
         across = groups.expert_tensor_rank if spec.tp_axis is None else 0
@@ -79,10 +79,10 @@ def sharded_state(
     """Views of every weight and optimizer slot that this rank holds.
 
     Args:
-        parameters: of all model chunks, by canonical name (:func:`canonical_names`).
-        buffers: tensors that no optimizer has, by canonical name.
-        table: of the global model, the tied head included.
-        optimizers: each parameter is in one of them.
+        parameters: the parameters of all model chunks by canonical name (:func:`canonical_names`).
+        buffers: the tensors that no optimizer has, by canonical name.
+        table: the table of the global model, including the tied head.
+        optimizers: the optimizers, one of which has each parameter.
     """
     pieces: list[Piece] = []
     owners = {
@@ -114,8 +114,8 @@ def sharded_state(
 
 
 def model_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
-    """The model's parameters that an optimizer updates, also those of which another rank has the
-    shard."""
+    """The model's parameters that an optimizer updates, including those whose shard is on another
+    rank."""
     if getattr(optimizer, "is_stub_optimizer", False):
         return []
     if isinstance(optimizer, DistributedOptimizer):

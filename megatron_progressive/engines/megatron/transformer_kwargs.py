@@ -10,9 +10,9 @@ from megatron_progressive.models.base import MOE, TransformerShape
 
 
 def transformer_config_kwargs(shape: TransformerShape) -> dict[str, Any]:
-    """Fields of ``TransformerConfig``, or with latent attention of ``MLATransformerConfig``.
+    """The fields of ``TransformerConfig``, or with latent attention of ``MLATransformerConfig``.
 
-    Sizes and mathematics only: nothing of layouts, precision or kernels.
+    They are sizes and mathematics only, without layouts, precision or kernels.
     """
     import torch.nn.functional as F
 

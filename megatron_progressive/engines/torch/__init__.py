@@ -1,1 +1,1 @@
-"""Plain torch, data parallel: for families that Megatron-core does not have."""
+"""The plain torch engine, data parallel only, for families that Megatron-core does not have."""

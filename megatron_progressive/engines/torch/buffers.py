@@ -23,12 +23,12 @@ from megatron_progressive.runtime.memory import zeros
 
 
 class Bucket:
-    """One buffer of each kind.
+    """One bucket: a buffer of weights, one of gradients, and this rank's share of both.
 
     Args:
-        share: elements that one rank updates.
-        shares: ranks that divide the bucket; 1 where each updates all of it.
-        own: number of this rank's share.
+        share: the number of elements that one rank updates.
+        shares: the number of ranks that divide the bucket; 1 where each rank updates all of it.
+        own: the number of this rank's share.
     """
 
     def __init__(self, share: int, shares: int, own: int, dtype: torch.dtype, device: torch.device):
@@ -39,11 +39,12 @@ class Bucket:
         self.own_weights, self.own_gradients = self.weights[mine], self.gradients[mine]
         fp32 = dtype == torch.float32
         self.partition = self.own_weights if fp32 else zeros([share], torch.float32).to(device)
-        """fp32 weights that the optimizer updates."""
+        """The fp32 weights that the optimizer updates."""
         self.partition.grad = self.own_gradients
 
     def reduce(self) -> None:
-        """Average the gradients over all ranks, of the own share at least. Collective."""
+        """Average the gradients over all ranks, at least those of this rank's share. Collective
+        over all ranks."""
         if self.shares == 1:
             dist.all_reduce(self.gradients)
         else:
@@ -51,7 +52,8 @@ class Bucket:
         self.own_gradients /= dist.get_world_size()
 
     def gather(self) -> None:
-        """After an update: the model's weights follow, from all shares. Collective."""
+        """Let the model's weights follow the shares of all ranks after an update. Collective over
+        all ranks."""
         if self.partition is not self.own_weights:
             self.own_weights.copy_(self.partition)
         if self.shares > 1:
@@ -64,7 +66,7 @@ class FlatModel:
     Making one moves the parameters' data into the buckets, uninitialised to the caller.
 
     Args:
-        parameters: the model's, by canonical name, in the order of ``table``.
+        parameters: the parameters of the model by canonical name, in the order of ``table``.
         divided: whether the ranks divide the optimizer's work and state.
     """
 
@@ -107,8 +109,8 @@ class FlatModel:
             bucket.gradients.zero_()
 
     def step(self, lr: float, most: float) -> float:
-        """Average the gradients, clip their norm to ``most`` (0: do not) and update the weights;
-        returns the norm before. Collective."""
+        """Average the gradients, clip their norm to ``most`` (0 does not clip) and update the
+        weights; returns the norm before. Collective over all ranks."""
         for bucket in self.buckets:
             bucket.reduce()
         squares = torch.stack([bucket.own_gradients.square().sum() for bucket in self.buckets])
@@ -140,7 +142,7 @@ class FlatModel:
 
 
 def _accumulate(parameter: torch.nn.Parameter, total: torch.Tensor) -> None:
-    """Have the gradients of backward passes added to ``total``, in fp32."""
+    """Have the gradients of backward passes added to ``total`` in fp32."""
 
     def add(_: torch.Tensor) -> None:
         if parameter.grad is not None:

@@ -1,7 +1,7 @@
-"""The plain torch engine: data parallel only, for models that Megatron-core does not have.
+"""The plain torch engine, data parallel only, for models that Megatron-core does not have.
 
-Every rank has the whole model. At ZeRO stage 0 each updates all of it, at stage 1 ranks divide the
-optimizer's work and state (:mod:`.torch_buffers`).
+Every rank has the whole model. At ZeRO stage 0 each rank updates all of it; at stage 1 ranks divide
+the work and the state of the optimizer (:mod:`.buffers`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TorchEngine:
     :meth:`state`.
 
     Raises:
-        RuntimeError: tensors that differ from the family's.
+        RuntimeError: the tensors differ from the family's table.
     """
 
     def __init__(self, config: RunConfig, shape: ResNetShape, layout: Layout) -> None:
@@ -68,7 +68,7 @@ class TorchEngine:
         return mean_over(batches, [self._mean_of(batch) for batch in batches])
 
     def _mean_of(self, batch: GlobalBatch) -> float:
-        """The mean loss of a batch of any count. Collective."""
+        """The mean loss of a batch of any number of samples. Collective over all ranks."""
         micro, ranks = self.config.train.micro_batch, self.layout.data
         samples = batch.filled(micro, dist.get_rank(), ranks)
         losses = [self._loss(sample, counted) for sample, counted in samples]
@@ -89,8 +89,8 @@ class TorchEngine:
         gc.collect()  # parameters and the hooks on them refer to each other
 
     def _loss(self, sample: tuple[torch.Tensor, torch.Tensor], counted: int) -> torch.Tensor:
-        """Mean cross-entropy of the first ``counted`` samples of one micro-batch, (pixels,
-        labels); 0 of none."""
+        """The mean cross-entropy of the first ``counted`` samples of one micro-batch (pixels,
+        labels); 0 where none counts."""
         pixels, labels = sample
         logits: torch.Tensor = self._model(pixels.to(self._device, self._dtype, non_blocking=True))
         logits = logits.float()

@@ -1,4 +1,4 @@
-"""What a residual network computes, in plain torch. Parameters have the names of the table."""
+"""What a residual network computes, in plain torch. The parameters have the names of the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_progressive.models.families.resnet import IMAGENET, Conv, ResNetSh
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its norm, as the stem and the transitions have."""
+    """A convolution and its norm, as in the stem and the transitions."""
 
     def __init__(self, one: Conv, parts: ResNetParts, epsilon: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class ConvNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """The branch of a residual block: convolutions, each with its norm, and ReLUs between."""
+    """The branch of a residual block: convolutions, each with its norm, and ReLUs between them."""
 
     def __init__(self, convolutions: list[Conv], parts: ResNetParts, epsilon: float) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class ResidualStage(nn.Module):
-    """A stage; its transition is the shortcut of its first block, or stands alone."""
+    """A stage, whose transition is the shortcut of its first block, or stands alone."""
 
     def __init__(self, stage: Stage, parts: ResNetParts, epsilon: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
     """A residual network.
 
     Args:
-        shape: its sizes. Weights are torch's own initial values.
+        shape: the sizes of the network. Its weights have torch's own initial values.
     """
 
     def __init__(self, shape: ResNetShape) -> None:
@@ -73,7 +73,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(stages[-1].width, shape.num_classes)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [n, 3, height, width] in, logits [n, classes] out."""
+        """The logits [n, classes] of pixels [n, 3, height, width]."""
         x = F.relu(self.stem(pixels))
         if self.pooled:
             x = F.max_pool2d(x, 3, stride=2, padding=1)

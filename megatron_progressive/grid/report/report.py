@@ -1,4 +1,4 @@
-"""The report of a study: ``report.html``, pictures and ``report.json`` in its folder."""
+"""Making the report of a study: ``report.html``, pictures and ``report.json`` in its folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
     study.collect()
     grid = study.grid
     results = gather(study)
-    compared = comparisons(results, str(grid.file))
+    compared = comparisons(results, grid)
     found = findings(results, compared, say)
     laws = compute_laws(results, say)
     report = GridReport(
@@ -56,6 +56,7 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
         grid=grid,
         results=results,
         findings=found,
+        missing=[one for comparison in compared.values() for one in comparison.missing],
         laws=laws,
         size_token_laws=size_token_laws(results, say),
         savings=savings(results, laws),
@@ -180,7 +181,7 @@ def _pilot_picture(grid: Grid, path: Path) -> bool:
 
 def as_json(report: GridReport) -> dict[str, Any]:
     """The report as plain values; null where a number is not finite. Bootstrap samples are left
-    out: a law's seed and its cells give them again."""
+    out, since a law's seed and its cells give them again."""
     values = {
         "title": report.title,
         "complete": report.complete,
@@ -188,6 +189,7 @@ def as_json(report: GridReport) -> dict[str, Any]:
         "versions": report.versions,
         "pilot": report.pilot,
         "findings": [asdict(one) for one in report.findings],
+        "missing": [asdict(one) for one in report.missing],
         "laws": [_law(law) for law in report.laws],
         "size_token_laws": [_law(law) for law in report.size_token_laws],
         "savings": [asdict(one) for one in report.savings],

@@ -1,1 +1,1 @@
-"""One file a family: its parts and presets."""
+"""The model families: one file has the parts and the presets of one family."""

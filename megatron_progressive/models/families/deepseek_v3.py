@@ -2,8 +2,8 @@
 load, shared experts, dense layers at the bottom, multi-token prediction (arXiv 2412.19437).
 
 ``671b`` is the report's shape; its count of 671B leaves out the multi-token prediction module,
-which ``model.mtp_layers=1`` adds. The paper of progressive training (arXiv 2511.04981) names
-models of 0.2B to 0.5B active parameters without their shapes: those here keep the report's
+which ``model.mtp_layers=1`` adds. The paper on progressive training (arXiv 2511.04981) names models
+of 0.2B to 0.5B active parameters without giving their shapes; the presets here keep the report's
 proportions at a smaller scale.
 """
 

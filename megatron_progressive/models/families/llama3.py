@@ -1,9 +1,9 @@
 """LLaMA 3: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
 
-``8b`` is Llama 3's (Grattafiori et al. 2024, arXiv 2407.21783, table 3). The paper of progressive
-training (arXiv 2511.04981) names sizes of about 0.25B to 2B without their shapes: those here have
-heads of width 64, one key-value head for four query heads or so, and a tied embedding, as Llama
-3.2's small models do.
+``8b`` is Llama 3's (Grattafiori et al. 2024, arXiv 2407.21783, table 3). The paper on progressive
+training (arXiv 2511.04981) names sizes of about 0.25B to 2B without giving their shapes; the
+presets here have heads of width 64, about one key-value head for four query heads, and a tied
+embedding, as the small models of Llama 3.2 have.
 """
 
 from __future__ import annotations

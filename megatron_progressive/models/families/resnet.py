@@ -36,39 +36,42 @@ from megatron_progressive.models.family import Family
 BASIC, BOTTLENECK = "basic", "bottleneck"
 CIFAR, IMAGENET = "cifar", "imagenet"
 FIRST, PLAIN = "first", "plain"
-"""Kinds of blocks: with a transition beside it, or with a shortcut that changes nothing."""
+"""The kinds of blocks: ``FIRST`` has a transition beside it, ``PLAIN`` has a shortcut that changes
+nothing."""
 CHANNELS = 3
 EXPANSION = 4
-"""Of bottlenecks: outputs over the width inside."""
+"""How many times as many outputs a bottleneck has as it is wide inside."""
 HEAD_STD = 0.01
-"""Goyal et al. 2017, arXiv 1706.02677, section 5.1."""
+"""Standard deviation of the head's initial weights (Goyal et al. 2017, arXiv 1706.02677, section
+5.1)."""
 
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution, padded so that stride 1 keeps the size."""
+    """One convolution, padded so that with stride 1 its output has the size of its input."""
 
     n_in: int
     n_out: int
     kernel: int
     stride: int
     size: int
-    """Of its output, pixels a side."""
+    """The side of its output, in pixels."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its blocks, each a list of convolutions, and the transition into it."""
+    """One stage: its blocks, each of which is a list of convolutions, and the transition into
+    it."""
 
     transition: Conv | None
     blocks: list[list[Conv]]
     width: int
-    """Channels that leave it."""
+    """The number of channels that leave the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetShape(ModelShape):
-    """Sizes of one residual network.
+    """The sizes of one residual network.
 
     ``num_layers`` is the number of residual blocks of its longest stage; the others have theirs in
     the proportion of ``resnet.stages``, rounded up: 1 is one block in every stage, and ResNet-50
@@ -76,7 +79,7 @@ class ResNetShape(ModelShape):
     """
 
     image_size: int
-    """Pixels a side."""
+    """The side of a picture, in pixels."""
     num_classes: int
     norm_epsilon: float
     resnet: ResNetParts
@@ -85,20 +88,20 @@ class ResNetShape(ModelShape):
 
     @property
     def stage_blocks(self) -> list[int]:
-        """Blocks of each stage."""
+        """The number of blocks in each stage."""
         proportion = stages_of(self.resnet.stages)
         return [-(-n * self.num_layers // max(proportion)) for n in proportion]
 
     @property
     def stem(self) -> Conv:
-        """The first convolution; the ``imagenet`` stem has a pooling of stride 2 behind it."""
+        """The first convolution; in the ``imagenet`` stem a pooling of stride 2 follows it."""
         if self.resnet.stem == CIFAR:
             return Conv(CHANNELS, self.hidden_size, 3, 1, self.image_size)
         return Conv(CHANNELS, self.hidden_size, 7, 2, _halved(self.image_size))
 
     @property
     def halvings(self) -> int:
-        """How often the network halves a picture."""
+        """How many times the network halves a picture's side."""
         stages = len(stages_of(self.resnet.stages))
         return stages - 1 + (0 if self.resnet.stem == CIFAR else 2)
 
@@ -146,13 +149,13 @@ def _halved(size: int) -> int:
 
 
 def stages_of(text: str) -> list[int]:
-    """``3-4-6-3`` as numbers; empty where it is something else."""
+    """The numbers in a text like ``3-4-6-3``; empty where the text is anything else."""
     return [int(n) for n in text.split("-")] if re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", text) else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetFamily(Family):
-    """Residual networks."""
+    """The family of residual networks."""
 
     shape_type = ResNetShape
     engines = ("torch",)
@@ -226,7 +229,8 @@ class ResNetFamily(Family):
 
 
 def _cifar(blocks: int) -> dict[str, object]:
-    """ResNets of section 4.2 there: three stages of as many basic blocks, 6 n + 2 layers."""
+    """The ResNets of section 4.2 of He et al.: three stages of equally many basic blocks, 6 n + 2
+    layers."""
     return dict(
         num_layers=blocks, hidden_size=16, image_size=32, num_classes=10, norm_epsilon=1e-5,
         resnet=dict(block=BASIC, stages=f"{blocks}-{blocks}-{blocks}", stem=CIFAR, groups=4),
@@ -234,7 +238,7 @@ def _cifar(blocks: int) -> dict[str, object]:
 
 
 def _imagenet(block: str, stages: str) -> dict[str, object]:
-    """ResNets of table 1 there."""
+    """The ResNets of table 1 of He et al."""
     return dict(
         num_layers=max(stages_of(stages)), hidden_size=64, image_size=224, num_classes=1000,
         norm_epsilon=1e-5, resnet=dict(block=block, stages=stages, stem=IMAGENET, groups=32),

@@ -1,9 +1,9 @@
 """Keys of ``config.json`` that do not change the logits of a model's language model.
 
-Three kinds: what made the file, which an export writes anew; what other programs and people go
-by (training, generation, other heads), which an export gives back; and options that some
-programs write down where they are off. Collected from the configurations of transformers 4 and 5
-and of models on the Hugging Face hub.
+There are three kinds: keys that tell what made the file, which an export writes anew; keys for
+other programs and people (training, generation, other heads), which an export gives back; and
+options that some programs write down although they are off. Collected from the configurations of
+transformers 4 and 5 and of models on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -45,21 +45,22 @@ _OFF: dict[str, Any] = {
     "add_cross_attention": False,
     "pruned_heads": {},
 }
-"""Harmless with this value only."""
+"""Keys that are harmless with this one value only."""
 
 
 def describes_file(key: str) -> bool:
-    """Whether a key tells of the file and its making: an export writes it anew or does without."""
+    """Whether a key tells of the file and of how it was made: an export writes such a key anew or
+    leaves it out."""
     return _OF_THE_FILE.fullmatch(key) is not None
 
 
 def is_kept(key: str, value: Any) -> bool:
-    """Whether a key is for those who use or train the model: an export gives it back."""
+    """Whether a key is for those who use or train the model: an export gives such a key back."""
     if key in _OFF:
         return same(value, _OFF[key])
     return key in _KEPT or re.fullmatch(r"\w+_token_id", key) is not None
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are equal; ``true`` is not 1."""
+    """Whether two JSON values are equal; ``true`` does not equal 1."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

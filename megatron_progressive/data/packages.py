@@ -1,0 +1,47 @@
+"""The Python sources of the installed packages that this one depends on: text that is there after
+installing, without a network."""
+
+from __future__ import annotations
+
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+_OWN = "megatron_progressive"
+
+
+def packages_root() -> Path:
+    """The folder that packages are installed into."""
+    return Path(sysconfig.get_paths()["purelib"])
+
+
+def package_sources(root: Path) -> list[Path]:
+    """Source files below ``root`` of every package that this one needs, directly or through
+    another, sorted by path. Other packages that happen to be installed there are left out: two
+    environments of the same versions have the same corpus."""
+    found: set[Path] = set()
+    for name in _needed():
+        for file in metadata.distribution(name).files or ():
+            path = Path(str(file))
+            if path.suffix == ".py" and ".." not in path.parts and (root / path).is_file():
+                found.add(root / path)
+    return sorted(found)
+
+
+def _needed() -> set[str]:
+    """Names of the installed distributions that this package needs here, without extras."""
+    waiting = [_OWN]
+    seen: set[str] = set()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in metadata.distribution(name).requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return seen - {canonicalize_name(_OWN)}

@@ -1,0 +1,54 @@
+"""The honest test of a law: fit it without the largest size and predict that size.
+
+As OLMo-core's model ladder does. A law that cannot predict the next size on a ladder says nothing
+of sizes beyond it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_progressive.laws.fits import DRAWS, Interval, fit_compute, predict
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a law of all sizes but the largest predicts of it."""
+
+    compute: float
+    """FLOPs of the largest size's cells, their mean."""
+    measured: float
+    """Mean of their losses, nats per token."""
+    predicted: Interval
+    """Of the law, nats per token."""
+    cells: int
+    """That the law was fitted to."""
+
+    @property
+    def error_percent(self) -> float | None:
+        """Predicted less measured, in percent of the measured loss."""
+        if self.predicted.value is None:
+            return None
+        return 100 * (self.predicted.value / self.measured - 1)
+
+
+def rollout(compute: ArrayLike, loss: ArrayLike, size: ArrayLike, *, draws: int = DRAWS) -> Rollout:
+    """Fit ``L = E + A / C^alpha`` to all sizes but the largest and predict its loss.
+
+    Args:
+        compute: training FLOPs of each cell.
+        loss: its final validation loss, nats per token.
+        size: its parameters.
+
+    Raises:
+        ConfigError: the cells that are left are too few for a law (:func:`.fits.fit_compute`).
+    """
+    computes, losses, sizes = (np.asarray(v, dtype=float) for v in (compute, loss, size))
+    largest = sizes == sizes.max()
+    rest = np.logical_not(largest)
+    fit = fit_compute(computes[rest], losses[rest], draws=draws)
+    at = float(computes[largest].mean())
+    return Rollout(at, float(losses[largest].mean()), predict(fit, at), int(rest.sum()))
