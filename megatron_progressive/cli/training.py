@@ -49,6 +49,7 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.cost.cluster import make_cluster
+    from megatron_progressive.plan import dry_run
     from megatron_progressive.plan.plan import make_plan
     from megatron_progressive.plan.plan_text import render
 
@@ -58,7 +59,13 @@ def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
         for name in ("gpu_memory_gib", "peak_tflops", "mfu", "link_gb_per_s")
     }
     cluster = make_cluster(args.gpu, numbers)
-    print(render(make_plan(config, args.nproc, args.link_gb_per_s, cluster, args.search)))
+    if args.dry_run:
+        dry_run.check_available()
+    plan = make_plan(config, args.nproc, args.link_gb_per_s, cluster, args.search)
+    print(render(plan), flush=True)
+    if args.dry_run:
+        gib = cluster.memory_gib if cluster else dry_run.H100_GIB
+        print("\n" + dry_run.render(dry_run.dry_run(plan.config, plan.world, gib=gib), gib))
     return 0
 
 
@@ -124,6 +131,10 @@ def add(commands: Commands) -> None:
     plan.add_argument(
         "--gpu", metavar="NAME", help="plan memory and time for it: a100, h100 or h200"
     )
+    plan.add_argument(
+        "--dry-run", action="store_true",
+        help="run the first, a middle and the last rank without a GPU: memory by torch's allocator",
+    )  # fmt: skip
     plan.add_argument(
         "--search", action="store_true", help="look for the quickest layouts that fit"
     )
