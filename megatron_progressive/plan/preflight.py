@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
-from megatron_progressive.expansion.depth_map import check_depths, survivors
+from megatron_progressive.expansion.depth_map import check_growth
+from megatron_progressive.expansion.placing import survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
 from megatron_progressive.runtime.layout import make_layout
@@ -95,7 +96,8 @@ def _check_expansions(config: RunConfig) -> None:
                 f"{field}.at: got {expansion.at} (step {step}) after one at step {before}; "
                 f"accepted: expansions in increasing order of step"
             )
-        check_depths(expansion, depth, field, "before it")
+        shapes = model_shape(config, depth), model_shape(config, expansion.to_layers)
+        check_growth(expansion, *shapes, field, "before it")
         before, depth = step, expansion.to_layers
 
 
@@ -257,7 +259,9 @@ def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSec
     for stack, kinds in target.stacks().items():
         trained = survivors(before[stack], kinds, expansion.order, expansion.insert, False)
         new = set(range(len(kinds))) - set(trained)
-        if trained and new and max(new) > min(trained):
+        # in the middle some trained layers lie below on purpose: those at the head are what counts
+        above = max(trained, default=0) if expansion.insert == "middle" else min(trained, default=0)
+        if trained and new and max(new) > above:
             return True
     return False
 
