@@ -25,7 +25,7 @@ from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cell_runs import one_a_run
 from megatron_progressive.grid.cells import Cell
 from megatron_progressive.grid.crossing import waited_for
-from megatron_progressive.grid.state import Study
+from megatron_progressive.grid.state import NOT_YET, Study
 from megatron_progressive.runtime.files import write_atomically, write_json
 
 CLONE = Path(__file__).resolve().parents[2]
@@ -162,7 +162,9 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
 
 
 def _ended(study: Study, cell: Cell) -> bool:
-    return not cell.unknown and (study.finished(cell) or study.exhausted(cell))
+    if cell.unknown:
+        return cell.unknown not in NOT_YET
+    return study.finished(cell) or study.exhausted(cell)
 
 
 def as_script(study: Study, jobs: Sequence[Job]) -> list[str]:
