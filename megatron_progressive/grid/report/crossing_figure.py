@@ -125,7 +125,7 @@ def _differences(axes: Axes, study: Study) -> None:
         fitted = 100 * study.crossing.difference(line) / below
         axes.plot(line, fitted, color=_SHALLOW, linewidth=2)
         labels.append((line[-1], fitted[-1], f"{study.source} layers alone", _SHALLOW))
-    axes.axhline(0, color=_DEEP, linewidth=2)
+    axes.plot(x, 0 * x, color=_DEEP, linewidth=2)
     labels.append((x[-1], 0, f"{study.target} layers alone", _DEEP))
     for family, colour, marker, points in _grown(study):
         known = [(one.flops, one.controls[0]) for one in points if one.controls[0].mean is not None]
@@ -141,8 +141,8 @@ def _differences(axes: Axes, study: Study) -> None:
     title = f"{study.size}: loss above {study.target} layers of equal FLOPs, %"
     dress(axes, title, "training FLOPs")
     axes.text(
-        0.01, 0.015, "growing pays below both lines\nbars: 95 % of the paired difference",
-        transform=axes.transAxes, va="bottom", fontsize=9.5, color="#666666",
+        0.99, 0.015, "growing pays below both lines\nbars: 95 % of the paired difference",
+        transform=axes.transAxes, ha="right", va="bottom", fontsize=9.5, color="#666666",
     )  # fmt: skip
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.18 * (high - low), high + 0.1 * (high - low))

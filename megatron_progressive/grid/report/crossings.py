@@ -67,6 +67,9 @@ class Study:
     title: str
     """What was found, in one line."""
     sentences: list[str]
+    """The same in full, with what reserves it."""
+    growth: list[str]
+    """What growing did at each multiple, one sentence for each family."""
     pairs: list[Pair]
     around: list[Around]
 
@@ -85,7 +88,7 @@ def studies(grid: Grid, results: Sequence[Result], findings: Sequence[Finding]) 
         found.append(
             Study(
                 one.size, one.schedule, one.source, one.target, crossing, title,
-                _sentences(one, crossing, around), pairs, around,
+                _sentences(one, crossing), _growth(around), pairs, around,
             )
         )  # fmt: skip
     return found
@@ -129,7 +132,7 @@ def _around(
     return sorted(found, key=lambda around: float(around.factor))
 
 
-def _sentences(one: GridCrossing, crossing: Crossing | None, around: Sequence[Around]) -> list[str]:
+def _sentences(one: GridCrossing, crossing: Crossing | None) -> list[str]:
     if crossing is None:
         return [f"{one.finding(crossing)}; what grows waits until all of them are."]
     notes = [f"{note[:1].upper()}{note[1:]}." for note in crossing.notes]
@@ -137,22 +140,23 @@ def _sentences(one: GridCrossing, crossing: Crossing | None, around: Sequence[Ar
     if at is None:
         why = one.why_none(crossing)
         return [f"{why[:1].upper()}{why[1:]}. So nothing is grown around a crossing here.", *notes]
-    found = [
+    found = (
         f"With fewer than {flops_text(at)} FLOPs {one.source} layers from scratch end lower, with "
         f"more {one.target} layers do ({interval_text(crossing)}; {crossing.pairs} pairs of one "
         f"budget and seed, whose differences have a standard deviation of {crossing.spread:.4f} "
         f"around the fit)."
-    ]
-    found += [
-        f"At {around_one.factor} times the crossing ({flops_text(around_one.flops)} FLOPs), "
-        f"{around_one.family}: {_lowered(sentence(around_one.controls))}"
-        for around_one in around
-    ]
-    return [*found, *notes]
+    )
+    return [found, *notes]
 
 
-def _lowered(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _growth(around: Sequence[Around]) -> list[str]:
+    found = []
+    for one in around:
+        where = "At the crossing" if one.factor == "1" else f"At {one.factor} times the crossing"
+        said = sentence(one.controls)
+        said = said[:1].lower() + said[1:]
+        found.append(f"{where} ({flops_text(one.flops)} FLOPs), {one.line}: {said}")
+    return found
 
 
 def as_values(study: Study) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def section(found: Sequence[Study], path: Path | None) -> str:
     if path is not None:
         parts.append(picture(path))
     for study in found:
-        parts.append(f"<h3>{escape(study.title)}</h3>{items(study.sentences)}")
+        parts.append(f"<h3>{escape(study.title)}</h3>{items(study.sentences + study.growth)}")
         parts += [_alone_table(study), _around_table(study)]
     parts.append(
         "<p>Both depths are trained from scratch with each budget, each run with a complete "
