@@ -24,7 +24,8 @@ _POINTS = 4001  # of the budgets' range, for roots and for the set
 _CURVED_FROM = 4
 """The number of distinct budgets from which the difference may bend: it is a parabola then, and a
 line with fewer."""
-_LEAST_BUDGETS = 3
+LEAST_BUDGETS = 3
+"""The least number of distinct budgets."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Cr
         if not (np.isfinite(values) & (values > 0)).all():
             raise ConfigError(f"cells: got a {name} that is none; accepted: numbers above 0")
     logs = np.log(budgets)
-    distinct = len(np.unique(np.round(logs, 2)))  # equal within a step of the run
-    if distinct < _LEAST_BUDGETS:
+    different = distinct(budgets)
+    if different < LEAST_BUDGETS:
         raise ConfigError(
-            f"cells: got {distinct} distinct budgets; accepted: at least {_LEAST_BUDGETS} for a "
+            f"cells: got {different} distinct budgets; accepted: at least {LEAST_BUDGETS} for a "
             "crossing"
         )
-    degree = 2 if distinct >= _CURVED_FROM else 1
+    degree = 2 if different >= _CURVED_FROM else 1
     spare = len(logs) - degree - 1  # at least one, of so many distinct budgets
     centre = float(logs.mean())
     design = np.vander(logs - centre, degree + 1, increasing=True)
@@ -116,6 +117,12 @@ def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Cr
         centre=float(np.exp(centre)),
         notes=notes,
     )
+
+
+def distinct(compute: ArrayLike) -> int:
+    """The number of different budgets in FLOPs; a percent makes none, since budgets are equal
+    within a step of the run."""
+    return len(np.unique(np.round(np.log(np.asarray(compute, dtype=float)), 2)))
 
 
 def _falling_root(line: Array, fitted: Array) -> float | None:
