@@ -47,14 +47,9 @@ def _key(result: Result) -> _Key:
     taus = "+".join(f"{step / config.train.steps:.3g}" for step in config.expansion_steps())
     copied = last.init != "random"
     return (
-<<<<<<< HEAD
-        arm_words(result.cell.arm), result.cell.tau or taus, last.init,
+        _arm(result.cell), result.cell.tau or taus, last.init,
         last.order if copied else "–", last.insert + f" {last.block}" * (last.block is not None),
         last.optimizer_state, config.schedule.name,
-=======
-        _arm(result.cell), result.cell.tau or taus, last.init,
-        last.order if copied else "–", last.insert, last.optimizer_state, config.schedule.name,
->>>>>>> part-a
     )  # fmt: skip
 
 
