@@ -161,8 +161,8 @@ class Contestant:
 
 
 def newton_schulz(args: argparse.Namespace) -> Any:
-    """Time Newton-Schulz batched by shape against one matrix at a time, for this rank's model, on its
-    device and in the type that the run computes in."""
+    """Time Newton-Schulz batched by shape against one matrix at a time, for this rank's model, on
+    its device and in the type that the run computes in."""
     import torch
     from rich.table import Table
 
