@@ -1,11 +1,11 @@
 """Checkpoints: boxes of global tensors through Megatron-core's distributed checkpoint.
 
-Each slot of each global tensor is one entry, ``name/slot``, of ``torch_dist`` format, saved
-as the boxes that ranks hold and read back as the boxes that they will hold: loading on
-another layout is the same operation. ``progress.json`` is written last and lists size and
+Each slot of each global tensor is one entry, ``name/slot``, in the ``torch_dist`` format. It is
+saved as the boxes that ranks hold and read back as the boxes that they will hold, so that loading
+on another layout is the same operation. ``progress.json`` is written last and lists size and
 checksum of every file, so that a checkpoint without it, or whose files disagree, is not one
-(:mod:`.contents`); it also describes the model (:class:`.record.ModelRecord`). Reading it needs
-no torch.
+(:mod:`.contents`); it also describes the model (:class:`.record.ModelRecord`). Reading that file
+needs no torch.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ class TrainingPosition:
     """How far a run has come: what a checkpoint keeps of it beside the model."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     expansions: int
-    """Expansions done."""
+    """Number of expansions done."""
     num_layers: int
     samples: int
-    """Training samples consumed: the position in the order of samples."""
+    """Number of training samples consumed, which is the position in the order of samples."""
     flops: float
     """Cumulative training FLOPs."""
     train_wall_s: float
     """Seconds spent in training steps."""
     wall_s: float
-    """Seconds since the start of the run, evaluations, saves and expansions included."""
+    """Seconds since the start of the run, including evaluations, saves and expansions."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """``checkpoints/step_0001200``."""
+    """The folder of a checkpoint in a run folder, as ``checkpoints/step_0001200``."""
     return folder / "checkpoints" / f"step_{step:07d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of one of :func:`checkpoints`."""
+    """The step in the name of one of the :func:`checkpoints`."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run folder, oldest first."""
+    """The finished checkpoints of a run folder, oldest first."""
     found = [
         (int(match.group(1)), path)
         for path in (folder / "checkpoints").glob("step_*")
@@ -85,11 +85,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path stands for: of a run folder, or its folder of checkpoints, the
-    newest one, and standard error says which; anything else is left to the reader.
+    """The checkpoint that a path stands for. For a run folder, or its folder of checkpoints, it is
+    the newest one, and standard error says which; any other path is left to the reader.
 
     Raises:
-        ConfigError: a run folder that has none yet, or a folder of several runs.
+        ConfigError: the path is a run folder without checkpoints, or a folder of several runs.
     """
     if (path / PROGRESS_FILE).exists() or not path.is_dir():
         return path
@@ -124,17 +124,18 @@ def read_position(checkpoint: Path) -> TrainingPosition:
 
 
 def read_description(checkpoint: Path) -> tuple[TrainingPosition, ModelRecord]:
-    """Position and model of a checkpoint, after a look at its files' sizes.
+    """The position and the model in a checkpoint, once the sizes of its files have been checked.
 
     Raises:
-        ConfigError: no such folder.
-        DamagedCheckpoint: a file is missing or of another size.
+        ConfigError: there is no such folder.
+        DamagedCheckpoint: a file is missing or has another size.
     """
     return _described(checkpoint)[:2]
 
 
 def read_whole(checkpoint: Path) -> tuple[TrainingPosition, ModelRecord]:
-    """As :func:`read_description`, after reading all files: their content is what was saved."""
+    """The same as :func:`read_description`, once all files have been read and found to have the
+    content that was saved."""
     position, model, files = _described(checkpoint)
     if damage := content_damage(checkpoint, files):
         raise DamagedCheckpoint(checkpoint, damage)
@@ -161,8 +162,8 @@ def _described(checkpoint: Path) -> tuple[TrainingPosition, ModelRecord, dict[st
 
 
 def files_of(checkpoint: Path) -> dict[str, SavedFile]:
-    """The files of a checkpoint, by name, after a look at their sizes; raises as
-    :func:`read_description`."""
+    """The files of a checkpoint by name, once their sizes have been checked; raises what
+    :func:`read_description` raises."""
     return _described(checkpoint)[2]
 
 
@@ -175,7 +176,7 @@ def seal(
     """Make the files in ``folder`` a checkpoint: flush them to disk, then describe them.
 
     Args:
-        sha256: of files whose hash is known.
+        sha256: the hashes of files for which they are known.
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in paths:
@@ -215,16 +216,16 @@ def save(
     protected: Collection[int] = (),
     tokenizer: Path | None = None,
 ) -> Path:
-    """Write a checkpoint of a run folder. Collective over all ranks.
+    """Write a checkpoint into a run folder. Collective over all ranks.
 
-    The files go to a hidden folder that is renamed when all is on disk, so an interrupted
-    save leaves the previous checkpoint untouched; one that fails is removed. Keeps the newest
-    ``keep`` (0: all), and those of ``protected`` steps. ``tokenizer`` is the folder of the
-    model's, which goes along.
+    The files go to a hidden folder that is renamed when everything is on disk, so an interrupted
+    save leaves the previous checkpoint untouched; a save that fails is removed. The newest ``keep``
+    checkpoints stay (0: all of them), and those of the ``protected`` steps. ``tokenizer`` is the
+    folder of the model's tokenizer, which is copied into the checkpoint.
 
     Raises:
         WriteFailed: the disk is full or fails.
-        RankFailed: it failed on another rank.
+        RankFailed: the save failed on another rank.
     """
     import torch.distributed as dist
 
@@ -263,7 +264,7 @@ def save(
 
 def _write(state: ShardedState, folder: Path) -> dict[str, str]:
     """Write the pieces of all ranks; returns the hashes of their files, each from the rank that
-    wrote it. Collective over all ranks."""
+    wrote the file. Collective over all ranks."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -300,8 +301,8 @@ def _write(state: ShardedState, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _errors_of(writer: Any) -> Iterator[list[Exception]]:
-    """What fails in the threads of Megatron-core's writer, which logs its text and drops it
-    (0.19.2: dist_checkpointing/strategies/filesystem_async.py)."""
+    """Collect what fails in the threads of Megatron-core's writer, which logs the text and drops
+    the error (0.19.2: dist_checkpointing/strategies/filesystem_async.py)."""
     errors: list[Exception] = []
     owner, write = writer.FileSystemWriterAsync, writer.FileSystemWriterAsync.write_preloaded_data
 
@@ -358,11 +359,11 @@ def load(state: ShardedState, checkpoint: Path) -> None:
 
 
 def load_weights(state: ShardedState, checkpoint: Path) -> None:
-    """Fill the weights from a checkpoint of any layout and precision; optimizer state is left as
-    it is. Collective over all ranks.
+    """Fill the weights from a checkpoint of any layout and precision; optimizer state stays as it
+    is. Collective over all ranks.
 
-    A weight in fp32 (a master weight, or a run in fp32) takes the master weight where there is
-    one; any other is rounded to the run's type.
+    A weight in fp32 (a master weight, or any weight of a run in fp32) takes the master weight where
+    there is one; any other weight is rounded to the run's type.
 
     Raises:
         KeyError: the checkpoint lacks a tensor, or holds it in another shape.
@@ -372,7 +373,7 @@ def load_weights(state: ShardedState, checkpoint: Path) -> None:
     stored = stored_tensors(checkpoint)
 
     def source(piece: Piece) -> Piece:
-        """The piece with the slot to read, in memory of that slot's type."""
+        """The piece with the slot to read, in memory of the type of that slot."""
         slots = stored.get(piece.name, {})
         exact = piece.data.dtype == torch.float32 and MASTER in slots
         slot = MASTER if exact else PARAM

@@ -1,7 +1,7 @@
 """Whether a checkpoint's files have the content that was saved; needs no torch.
 
 ``progress.json`` lists each file's size and SHA-256, and has a checksum of itself. Checkpoints of
-before that have sizes alone.
+earlier versions have sizes alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron_progressive.config import ConfigError
 PROGRESS_FILE = "progress.json"
 
 _OWN = "checksum"
-"""Of ``progress.json``: the SHA-256 of its other values."""
+"""The entry of ``progress.json`` with the SHA-256 of its other values."""
 _THREADS = min(4, os.cpu_count() or 1)
-"""Files that are read at once; hashing leaves the interpreter to others."""
+"""The number of files that are read at once; hashing lets other threads run."""
 
 
 class DamagedCheckpoint(ConfigError):
@@ -37,16 +37,16 @@ class DamagedCheckpoint(ConfigError):
 
 @dataclass(frozen=True)
 class SavedFile:
-    """One file, as it was saved."""
+    """One file as it was saved."""
 
     size: int
-    """Bytes."""
+    """Its size in bytes."""
     sha256: str | None
-    """None: not known, saved before checksums were."""
+    """Its hash (64 hex digits); None where it was saved before there were checksums."""
 
 
 def sha256_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hashes (64 hex digits) of files, by their names in ``folder``."""
+    """The hashes (64 hex digits) of files, by their names in ``folder``."""
 
     def one(name: str) -> tuple[str, str]:
         with open(folder / name, "rb") as file:
@@ -77,7 +77,7 @@ def read_listed(checkpoint: Path) -> tuple[dict[str, Any], dict[str, SavedFile]]
     """The other values of a checkpoint's ``progress.json``, and the files that it lists.
 
     Raises:
-        DamagedCheckpoint: it is missing, unreadable or not what was written.
+        DamagedCheckpoint: ``progress.json`` is missing, cannot be read or is not what was written.
     """
     try:
         values: dict[str, Any] = json.loads((checkpoint / PROGRESS_FILE).read_text("utf-8"))
@@ -95,8 +95,8 @@ def read_listed(checkpoint: Path) -> tuple[dict[str, Any], dict[str, SavedFile]]
 
 
 def size_damage(checkpoint: Path, files: Mapping[str, SavedFile]) -> str | None:
-    """What sizes say is damaged: a file is missing, truncated, too long or of another checkpoint;
-    None: nothing."""
+    """The damage that sizes show: a file is missing, truncated, too long or of another checkpoint.
+    None where there is none."""
     for name, file in files.items():
         path = checkpoint / name
         actual = path.stat().st_size if path.is_file() else None
@@ -113,7 +113,8 @@ def size_damage(checkpoint: Path, files: Mapping[str, SavedFile]) -> str | None:
 def content_damage(
     checkpoint: Path, files: Mapping[str, SavedFile], names: Collection[str] | None = None
 ) -> str | None:
-    """What checksums say is damaged (``names``: of these files alone); None: nothing."""
+    """The damage that checksums show, of the files ``names`` alone where these are given; None
+    where there is none."""
     known = {
         name: file.sha256
         for name, file in files.items()

@@ -1,7 +1,7 @@
 """Which tensors a checkpoint holds, from its index alone; needs no torch.
 
-The index is a pickle of torch's own classes. Plain stand-ins take their place, so that reading
-is fast and runs no code that a file names.
+The index is a pickle of torch's own classes. Plain stand-ins take the place of these classes, so
+that reading is fast and runs no code that a file names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    """``float32``, ``bfloat16``, ..."""
+    """The name of its type: ``float32``, ``bfloat16``, ..."""
 
     @property
     def numel(self) -> int:
@@ -39,7 +39,7 @@ Slots = dict[str, StoredTensor]
 
 
 class _StandIn:
-    """An object of any class: keeps its state and does nothing."""
+    """An object in place of any class, which keeps its state and does nothing."""
 
     state: Any = None
 
@@ -58,7 +58,7 @@ class _Index(pickle.Unpickler):
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, Slots]:
-    """Every global tensor of a checkpoint by name, and its slots; in the order of saving.
+    """The global tensors of a checkpoint and their slots, by name and in the order of saving.
 
     Raises:
         ConfigError: the index cannot be read.

@@ -1,7 +1,7 @@
-"""A run that starts from a checkpoint's weights: which model that makes it.
+"""A run that starts from the weights of a checkpoint: what its model then is.
 
-:func:`with_initial_model` comes right after a configuration is read, so that everything later
-sees a configuration whose model is complete.
+:func:`with_initial_model` comes right after a configuration is read, so that everything later sees
+a configuration whose model is complete.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from megatron_progressive.models.base import ModelShape, TransformerShape
 from megatron_progressive.models.family import PARTS
 
 _TRAINING = {"mup", "mtp_loss_coeff", "moe.bias_update_rate", "moe.aux_loss_coeff"}
-"""Fields of the model that say how it is trained: a run may set others than the checkpoint's."""
+"""Fields of the model that say how it is trained, in which a run may differ from the checkpoint."""
 
 _DATA_FIELDS = {field.name for field in fields(DataSection)}
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
     """The configuration with the sizes of ``run.init_from``'s model where it sets none, and with
-    that checkpoint's own path where it names a run's folder.
+    the path of that very checkpoint where it names a run's folder.
 
-    A run that has checkpoints of its own goes on from those: its folder's configuration then
+    A run that has checkpoints of its own goes on from those: the configuration in its folder then
     gives the sizes, and ``run.init_from`` may be gone.
 
     Raises:
-        ConfigError: no whole checkpoint, another family, or a size that is set and differs.
+        ConfigError: there is no whole checkpoint, its family is another one, or a size is set that
+            differs from the checkpoint's.
     """
     start = config.run.init_from
     if start is None:
@@ -63,7 +64,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
 
 
 def with_initial_tokenizer(config: RunConfig) -> RunConfig:
-    """The configuration with the tokenizer that ``run.init_from`` keeps instead of ``bpe``."""
+    """The configuration with the tokenizer that ``run.init_from`` keeps in place of ``bpe``."""
     if config.run.init_from is None or config.data.prepared is not None:
         return config
     checkpoint = Path(config.run.init_from).expanduser()
@@ -73,20 +74,20 @@ def with_initial_tokenizer(config: RunConfig) -> RunConfig:
 
 
 def _keeps_tokenizer(checkpoint: Path) -> bool:
-    """Whether there is a tokenizer in a checkpoint, one that is read here."""
+    """Whether a checkpoint has a tokenizer that can be read here."""
     return is_tokenizer(checkpoint / FOLDER)
 
 
 def _with_tokenizer(config: RunConfig, tokenizer: str) -> RunConfig:
-    """The configuration with a tokenizer instead of ``bpe``: what that would train on the corpus
-    is not that of weights that are there."""
+    """The configuration with a tokenizer in place of ``bpe``, which would train another one on the
+    corpus than the one to which the weights belong."""
     if config.data.tokenizer != "bpe":
         return config
     return replace(config, data=replace(config.data, tokenizer=tokenizer))
 
 
 def unknown_tokenizer(config: RunConfig) -> list[str]:
-    """The warning that a run earns whose weights come without their tokenizer."""
+    """The warning for a run whose weights come without their tokenizer."""
     start = config.run.init_from
     if start is None or config.data.tokenizer != "bpe" or config.data.prepared is not None:
         return []
@@ -99,11 +100,11 @@ def unknown_tokenizer(config: RunConfig) -> list[str]:
 
 
 def check_tokenizer(config: RunConfig) -> None:
-    """Whether a run that starts from a checkpoint reads text by that checkpoint's tokenizer, where
-    the checkpoint keeps one.
+    """Check that a run which starts from a checkpoint reads text by the checkpoint's tokenizer,
+    where that keeps one.
 
     Raises:
-        ConfigError: it would have another one, or one cannot be read.
+        ConfigError: the run would have another tokenizer, or one of the two cannot be read.
     """
     if config.run.init_from is None:
         return
@@ -144,7 +145,8 @@ def _own_configuration(config: RunConfig) -> RunConfig | None:
 
 
 def _means(given: str | None, checkpoint: str | None) -> bool:
-    """Whether ``given`` is the checkpoint, or the folder of its run, which may have newer ones."""
+    """Whether ``given`` is the checkpoint, or the folder of its run, which may have newer
+    checkpoints."""
     if given is None or checkpoint is None:
         return given == checkpoint
     places = Path(checkpoint), *list(Path(checkpoint).parents)[:2]
@@ -156,8 +158,8 @@ def _from(config: RunConfig, checkpoint: str | None) -> RunConfig:
 
 
 def sizes_of_model(shape: ModelShape) -> dict[str, Any]:
-    """Fields of ``model`` and ``data`` (:attr:`.Family.data_sizes`) that make this shape, by their
-    name in those sections; those of parts are ``part.field``."""
+    """The fields of ``model`` and ``data`` (:attr:`.Family.data_sizes`) that make this shape, by
+    their names in those sections; a field of a part is named ``part.field``."""
     sizes: dict[str, Any] = {}
     sections = FAMILIES[shape.family].sections
     for field, value in asdict(shape).items():
@@ -183,7 +185,7 @@ def _sizes_of_configuration(config: RunConfig) -> dict[str, Any]:
 
 
 def _given(config: RunConfig, name: str) -> tuple[str, Any]:
-    """A field's full name and its value in the configuration."""
+    """The full name of a field, and its value in the configuration."""
     section = "data" if name in _DATA_FIELDS else "model"
     value: Any = getattr(config, section)
     for part in name.split("."):
@@ -213,7 +215,7 @@ def _check_given(
 
 
 def _filled(config: RunConfig, sizes: dict[str, Any]) -> RunConfig:
-    """The configuration with ``sizes`` where it has none."""
+    """The configuration with ``sizes`` where it sets none."""
 
     def fill(section: Any, prefix: str) -> Any:
         values = {}

@@ -1,4 +1,5 @@
-"""What ``mprog checkpoint inspect`` says: a checkpoint's run, tensors and slots; no torch."""
+"""What ``mprog checkpoint inspect`` says of a checkpoint: its run, tensors and slots. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def inspect_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Everything about a checkpoint as JSON takes it.
+    """Everything about a checkpoint, as values that JSON can hold.
 
-    Returns: ``checkpoint``, ``progress``, ``model``, ``tensors`` (name, shape of its weight and
-    each slot's shape, dtype and bytes) and ``totals`` (parameters, tensors, bytes by slot, bytes,
-    files and their bytes on disk).
+    Returns: ``checkpoint``, ``progress``, ``model``, ``tensors`` (the name, the shape of the
+    weight, and the shape, type and bytes of each slot) and ``totals`` (parameters, tensors, bytes
+    by slot, bytes, files and their bytes on disk).
 
     Raises:
-        ConfigError: no whole checkpoint.
+        ConfigError: there is no whole checkpoint.
     """
     progress, model = read_whole(checkpoint)
     tensors, by_slot = [], dict[str, int]()
@@ -60,7 +61,7 @@ def inspect_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """:func:`inspect_checkpoint`'s answer as text, without a last newline."""
+    """The answer of :func:`inspect_checkpoint` as text, without a last newline."""
     progress, model, totals = found["progress"], found["model"], found["totals"]
     depths = ", ".join(
         f"{layers} {f'after step {step:,}' if step else 'at the start'}"

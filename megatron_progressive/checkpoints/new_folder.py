@@ -1,4 +1,4 @@
-"""A folder that appears under its name when all of it is on disk, or not at all."""
+"""A folder that appears under its name once all of it is on disk, or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from megatron_progressive.runtime.files import fsync_path, writing
 
 
 def check_new_folder(out: Path, nbytes: int) -> None:
-    """Raise ConfigError where ``out`` is there, has no folder to be in, or ``nbytes`` no room."""
+    """Raise :class:`ConfigError` where ``out`` exists, has no folder to be in, or lacks room for
+    ``nbytes``."""
     if os.path.lexists(out):
         raise ConfigError(f"out: {out} is there; accepted: a folder that is not there yet")
     if not out.parent.is_dir():
@@ -38,7 +39,7 @@ def _hidden(out: Path) -> Path:
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` to write to, which becomes ``out`` at the end.
 
-    An error removes it. The writer flushes its files.
+    An error removes the hidden folder. Whoever writes to it flushes the files.
 
     Raises:
         WriteFailed: the disk is full or fails.

@@ -13,37 +13,40 @@ from megatron_progressive.models.base import ModelShape
 from megatron_progressive.runtime.layout import Layout
 
 DepthHistory = tuple[tuple[int, int], ...]
-"""(step after which, layers from then on) of each depth of a run, oldest first."""
+"""The depths of a run, oldest first: (the step after which it begins, the number of layers) for
+each."""
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The ``model`` of ``progress.json``: which tensors and slots there are, and from where."""
+    """The ``model`` of ``progress.json``: which tensors and slots there are, and where they come
+    from."""
 
     shape: ModelShape
     precision: str
-    """``fp32`` or ``bf16`` (then there are fp32 master weights)."""
+    """``fp32``, or ``bf16``, which has fp32 master weights."""
     optimizer: str
     embeddings: str
-    """Muon-NSGD's rule of embeddings and LM head: with ``adamw`` they have AdamW's slots."""
+    """The rule of embeddings and LM head under Muon-NSGD: with ``adamw`` they have AdamW's
+    slots."""
     seed: int
     layout: str
-    """Layout of the job that saved it, for people: any layout can load it."""
+    """The layout of the job that saved it, to tell people; any layout can load it."""
     depth_history: DepthHistory
     data: DataIdentity | None = None
-    """What it was trained on; None where that is unknown, or it was not trained here."""
+    """What it was trained on; None where that is not known, or where it was not trained here."""
 
     def to_values(self) -> dict[str, Any]:
-        """As JSON has it: the shape's fields beside the others."""
+        """The record as JSON has it, with the fields of the shape beside the others."""
         values = asdict(self)
         return {**values.pop("shape"), **values}
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> ModelRecord:
-        """The inverse of :meth:`to_values`.
+        """The record that :meth:`to_values` gave these values of.
 
         Raises:
-            KeyError, TypeError, ValueError: something is missing, or of another kind.
+            KeyError, TypeError, ValueError: a value is missing or of the wrong type.
         """
         rest = dict(values)
         data = DataIdentity.from_values(rest.pop("data", None))
@@ -59,7 +62,7 @@ def record_of_run(
     config: RunConfig, shape: ModelShape, layout: Layout, history: DepthHistory,
     trained_on: DataIdentity | None = None,
 ) -> ModelRecord:  # fmt: skip
-    """What a run writes into its checkpoints."""
+    """The record that a run writes into its checkpoints."""
     return ModelRecord(
         shape=shape,
         precision=config.train.precision,

@@ -1,5 +1,5 @@
-"""Which checkpoint a run goes on from: the newest that is whole. Damaged ones stay, under a name
-that says so."""
+"""The checkpoint from which a run goes on, which is the newest whole one. Damaged ones stay, under
+a name that says so."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from megatron_progressive.checkpoints.checkpoint import (
 from megatron_progressive.checkpoints.contents import DamagedCheckpoint, content_damage
 
 ASIDE = ".damaged"
-"""Suffix of a damaged checkpoint, which neither resuming nor clearing up looks at."""
+"""The suffix of a damaged checkpoint, at which neither resuming nor clearing up looks."""
 
 
 def newest_described(folder: Path) -> TrainingPosition | None:
-    """Position of the newest checkpoint of a run folder whose files have their sizes; None where
-    there is no checkpoint.
+    """The position of the newest checkpoint of a run folder whose files have the sizes that were
+    saved; None where there is no checkpoint.
 
     Raises:
-        DamagedCheckpoint: there are some, and none is whole.
+        DamagedCheckpoint: there are checkpoints, and none of them is whole.
     """
     found, _ = _newest(checkpoints(folder), _size_damage)
     return None if found is None else read_position(found)
 
 
 def newest_whole(folder: Path, last: int) -> tuple[TrainingPosition | None, dict[Path, str]]:
-    """Position of the newest checkpoint up to step ``last`` whose files have the content that was
-    saved (None: there is no checkpoint), and what is damaged of each that is newer. Collective
-    over all ranks, each of which reads a part of the files.
+    """The position of the newest checkpoint up to step ``last`` whose files have the content that
+    was saved, and what is damaged in each newer one. The position is None where there is no
+    checkpoint. Collective over all ranks, each of which reads a part of the files.
 
     Raises:
-        DamagedCheckpoint: on every rank: there are some, and none is whole.
+        DamagedCheckpoint: on every rank, where there are checkpoints and none of them is whole.
     """
     import torch.distributed as dist
 
@@ -53,14 +53,14 @@ def check_whole(checkpoint: Path) -> None:
     """Read all files of a checkpoint once, shared out among the ranks. Collective over all ranks.
 
     Raises:
-        DamagedCheckpoint: on every rank: one does not have the content that was saved.
+        DamagedCheckpoint: on every rank, where a file does not have the content that was saved.
     """
     if damage := _damage(checkpoint):
         raise DamagedCheckpoint(checkpoint, damage)
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name that is no checkpoint's; returns it."""
+    """Give a damaged checkpoint a name that is no checkpoint's; returns its new path."""
     number, name = 1, f"{checkpoint.name}{ASIDE}"
     while (aside := checkpoint.with_name(name)).exists():
         number += 1
@@ -94,7 +94,7 @@ def _newest(
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is damaged, the same on every rank. Collective over all ranks."""
+    """The damage of a checkpoint, the same on every rank. Collective over all ranks."""
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,8 +1,7 @@
-"""Read and write a checkpoint one tensor at a time, in one process and without a job.
+"""Reading and writing a checkpoint one tensor at a time, in one process and without a job.
 
-The files are those of torch's distributed checkpoint, as Megatron-core's ``torch_dist`` format
-has them. torch's own writer keeps every tensor of a file until the file is done; this one
-holds none.
+The files are those of torch's distributed checkpoint, as Megatron-core's ``torch_dist`` format has
+them. torch's own writer keeps every tensor of a file until the file is done; this one holds none.
 """
 
 from __future__ import annotations
@@ -35,10 +34,11 @@ from megatron_progressive.reshard.boxes import Key, whole
 _FORMAT_FILE = "metadata.json"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = "common_state/shard_0_1"
-"""Megatron-core's entry of what is no tensor, and what it has in a checkpoint of tensors only."""
+"""Megatron-core's entry for what is no tensor, and its content in a checkpoint of tensors alone."""
 _DATA_FILE = "__0_0.distcp"
 _BOX_ELEMENTS = 1 << 24
-"""Most elements of a box: a rank that loads reads whole boxes, also for a part of one."""
+"""The most elements of a box: a rank that loads reads whole boxes, even where it needs a part of
+one."""
 
 
 def _no_common() -> dict[str, bytes]:
@@ -57,7 +57,7 @@ class TensorReader:
         self._reader.set_up_storage_reader(self._index, is_coordinator=True)
 
     def read(self, key: Key) -> torch.Tensor:
-        """One slot of one tensor, of its global shape."""
+        """One slot of one tensor, with its global shape."""
         entry = "/".join(key)
         stored = self._index.state_dict_metadata[entry]
         if not isinstance(stored, TensorStorageMetadata):
@@ -69,7 +69,7 @@ class TensorReader:
         return tensor
 
     def common(self) -> dict[str, bytes]:
-        """Entries that are no tensors: Megatron-core keeps one, which it asks for."""
+        """The entries that are no tensors; Megatron-core keeps one, for which it asks."""
         found = {}
         for entry, stored in self._index.state_dict_metadata.items():
             if isinstance(stored, BytesStorageMetadata):
@@ -83,11 +83,12 @@ class TensorReader:
 class TensorWriter:
     """Writes a checkpoint's tensors into an empty folder; the index follows at the end.
 
-    A context manager; on an error there is no index.
+    This is a context manager; after an error there is no index.
     """
 
     def __init__(self, folder: Path, like: TensorReader | None = None) -> None:
-        """``like``: a checkpoint whose entries that are no tensors stay, if there is one."""
+        """Begin a checkpoint in ``folder``. ``like`` is a checkpoint whose entries that are no
+        tensors are taken over, if there is one."""
         self._folder = folder
         self._index = Metadata(state_dict_metadata={})
         self._results: list[WriteResult] = []
@@ -102,7 +103,7 @@ class TensorWriter:
             self._wrote(MetadataIndex(entry), self._file.tell() - len(data))
 
     def write(self, key: Key, tensor: torch.Tensor) -> None:
-        """Append one slot of one tensor, whole."""
+        """Append one slot of one whole tensor."""
         entry = "/".join(key)
         chunks: list[ChunkStorageMetadata] = []
         for box in whole(tensor.shape).split(_BOX_ELEMENTS):

@@ -1,4 +1,5 @@
-"""The tokenizer beside a model's weights, and what else its users go by: files and token ids."""
+"""The tokenizer beside a model's weights, and the other files and token ids that its users go
+by."""
 
 from __future__ import annotations
 
@@ -16,17 +17,18 @@ from megatron_progressive.data.tokenizer_folder import (
 from megatron_progressive.runtime.files import fsync_path
 
 FOLDER = "tokenizer"
-"""In a checkpoint and in a prepared corpus."""
+"""The tokenizer's folder in a checkpoint and in a prepared corpus."""
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_tokenizer(source: Path, target: Path, *, usage: bool = True) -> None:
-    """Copy a tokenizer's files, if there is one, into ``target``, which is made for them; and
-    flush them to disk.
+    """Copy the files of a tokenizer, if there is one, into the folder ``target``, which is made for
+    them, and flush them to disk.
 
     Args:
-        usage: also what says how its model is used; that is there without a tokenizer, too.
+        usage: whether to copy the files that say how the model is used, too; these may be there
+            without a tokenizer.
     """
     for file in (*tokenizer_files(source), *(usage_files(source) if usage else ())):
         copied = target / file.relative_to(source)
@@ -36,8 +38,9 @@ def copy_tokenizer(source: Path, target: Path, *, usage: bool = True) -> None:
 
 
 def usage_of(checkpoint: Path) -> Path | None:
-    """The folder that says how a checkpoint's model is used, where one does: that of its
-    tokenizer, or of the checkpoint that its run started from, if that has no other tokenizer."""
+    """The folder that says how a checkpoint's model is used, where there is one: the checkpoint's
+    own, or that of the checkpoint from which its run started, unless that one has another
+    tokenizer."""
     own = tokenizer_of(checkpoint)
     for folder in (checkpoint / FOLDER, own):
         if folder is not None and usage_files(folder):
@@ -53,14 +56,15 @@ def usage_of(checkpoint: Path) -> Path | None:
 
 
 def tokenizer_of(checkpoint: Path) -> Path | None:
-    """The folder of the tokenizer that a checkpoint's model was trained with: in the checkpoint.
-    None where it keeps none; what its run's corpus has now may be another one."""
+    """The folder, inside of a checkpoint, of the tokenizer that the model was trained with. None
+    where the checkpoint keeps none; what its run's corpus has now may be another tokenizer."""
     folder = checkpoint / FOLDER
     return folder if tokenizer_files(folder) else None
 
 
 def special_tokens(folder: Path) -> dict[str, int | None]:
-    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id``; None where there is none."""
+    """The ids ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, each of which is None where
+    there is no such token."""
     settings = token_settings(folder)
     vocabulary = _vocabulary(folder)
     ids: dict[str, int | None] = {}
@@ -71,8 +75,8 @@ def special_tokens(folder: Path) -> dict[str, int | None]:
 
 
 def entries(folder: Path) -> int:
-    """One more than the greatest token id; 0 where the vocabulary is in a format that is not
-    read here."""
+    """One more than the greatest token id; 0 where the vocabulary has a format that cannot be read
+    here."""
     return max(_vocabulary(folder).values(), default=-1) + 1
 
 

@@ -1,1 +1,2 @@
-"""Runs beside their controls: whose control a run is, mixing, verdicts, figures, the pilot."""
+"""Runs beside their controls: which run is whose control, mixing, verdicts, figures, and the
+pilot."""

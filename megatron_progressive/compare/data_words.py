@@ -1,4 +1,4 @@
-"""Words that depend on what a study's models are trained on."""
+"""Words that depend on what the models of a study are trained on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HELD_OUT = {"tokens": "text", "images": "images"}
 
 
 def per_unit(units: Iterable[str]) -> str:
-    """``token``, ``image``, or ``token or image``: what a loss is the mean over."""
+    """What a loss is the mean over: ``token``, ``image``, or ``token or image``."""
     return " or ".join(dict.fromkeys(unit.removesuffix("s") for unit in units)) or "token"
 
 
 def counted(units: Iterable[str]) -> str:
-    """The sentence that says what FLOPs are of."""
+    """The sentence that says what the FLOPs count."""
     parts = "; ".join(_COUNTED[unit] for unit in dict.fromkeys(units)) or _COUNTED["tokens"]
     return (
         f"FLOPs count matrix products: {parts}. They are those of the forward and the backward "
@@ -33,12 +33,12 @@ def counted(units: Iterable[str]) -> str:
 
 
 def held_out(unit: str) -> str:
-    """What validation losses are on."""
+    """What the validation losses are measured on."""
     return f"on {_HELD_OUT[unit]} held out of training"
 
 
 def data_text(config: RunConfig) -> str:
-    """The data of a run."""
+    """The data of a run in words."""
     data, shape = config.data, model_shape(config)
     if not isinstance(shape, TransformerShape):
         return f"corpus {data.corpus}, {' of '.join(input_words(shape))}"

@@ -1,14 +1,16 @@
-"""Whether growing pays: what pairs of runs decide. :mod:`.verdict_words` says it.
+"""Whether growing pays, as pairs of runs decide; :mod:`.verdict_words` puts it into words.
 
 One run says nothing of the next seed: two seeds of one recipe differ by about as much as growing is
 said to gain. So what decides is the *paired* difference: the final loss of a run that grows above
 that of its control, in %, where both have the same seed and with it the same order of data. One
-pair leaves it open, whatever its size; from two pairs on the 95 % interval of the mean difference
-(Student's t) decides, and a difference whose interval has both signs is open as well.
+pair leaves the question open, whatever its difference. From two pairs on the 95 % interval of the
+mean difference (Student's t) decides; where that interval has both signs, the question is open as
+well.
 
-Growing pays where it ends below *every* control of equal FLOPs that is there
-(:data:`.arms.EQUAL_FLOPS`). Each of them has to be beaten on its own, which keeps the level of the
-test (an intersection-union test; Berger 1982, Technometrics 24).
+Growing pays where it ends below *every* control of equal FLOPs (:data:`.arms.EQUAL_FLOPS`): the
+short control and the source that is never grown. Each of them has to be beaten on its own, which
+keeps the level of the test (an intersection-union test; Berger 1982, Technometrics 24); ending
+above one of them decides against growing, and without one of them nothing is said to pay.
 """
 
 from __future__ import annotations
@@ -24,56 +26,62 @@ from scipy.stats import t as student
 from megatron_progressive.laws.fits import LEVEL
 
 PAYS, DOES_NOT_PAY, OPEN = "pays", "does not pay", "open"
+BELOW, NOT_BELOW = "below", "not below"
 
 LEVEL_PERCENT = 0.005
 """A difference below this, in %, is none: it rounds to 0.00 %."""
 
 POWER = 0.8
-"""Chance to find a difference that is there, which the number of pairs is stated for."""
+"""The chance of finding a difference that is there, for which the number of pairs is stated."""
 
 MOST_PAIRS = 10_000
-"""More pairs than this are not stated as needed."""
+"""The largest number of pairs that is stated as needed."""
 
 
 @dataclass(frozen=True)
 class Against:
-    """Final losses of a run that grows against one control, over pairs of one seed each."""
+    """The final losses of a run that grows against one control, over pairs of one seed each."""
 
     control: str
     bound: float
-    """Growing pays where the difference is below this, %: 0, or the gap that is allowed."""
+    """What the difference has to be below, in %: 0, or the gap that is allowed."""
     seeds: list[int]
-    """Of the pairs."""
+    """The seeds of the pairs."""
     values: list[float]
-    """Final validation loss above (+) or below (-) the control's, %, of each pair."""
+    """The final validation loss above (+) or below (-) the control's, in %, of each pair."""
     mean: float | None
-    """None without a pair."""
+    """The mean difference, in %; None without a pair."""
     low: float | None
-    """Interval of the mean by Student's t; None for fewer than two pairs."""
+    """The lower end of the mean's interval by Student's t, in %; None for fewer than two pairs."""
     high: float | None
     spread: float | None
-    """Standard deviation between pairs, %; None for fewer than two."""
+    """The standard deviation between pairs, in %; None for fewer than two pairs."""
     pairs_needed: int | None
-    """Pairs with which a difference from the bound as large as the mean's would be found with
-    80 % power at this spread; None where there is no spread, or that takes more than 10,000."""
+    """The number of pairs with which a difference from the bound as large as the mean's would be
+    found with 80 % power at this spread. None where there is no spread, or where it takes more than
+    10,000."""
     outcome: str
-    """``pays``, ``does not pay`` or ``open``."""
+    """What the pairs decide: ``below``, ``not below`` or ``open``."""
     left_out: list[str] = field(default_factory=list)
-    """Seeds that are in no pair, and why."""
+    """The seeds that are in no pair, and why."""
+    lacking: list[str] = field(default_factory=list)
+    """The parts of the control that are missing while others are in the pairs."""
 
 
 def pairs_needed(difference: float, spread: float) -> int | None:
-    """Pairs with which a two-sided paired t-test finds a mean difference with 80 % power.
+    """The number of pairs with which a two-sided paired t-test finds a mean difference with 80 %
+    power.
 
     With n pairs the statistic has a noncentral t distribution of n - 1 degrees of freedom around
     ``sqrt(n) * difference / spread`` (Cohen 1988, Statistical Power Analysis for the Behavioral
-    Sciences, chapter 2); the least n whose power is reached.
+    Sciences, chapter 2). The result is the least n that has this power.
 
     Args:
-        difference: the mean difference, and ``spread`` the standard deviation of single ones.
+        difference: the mean difference; ``spread`` is the standard deviation of single differences.
 
     Returns:
-        None where nothing can be said: no difference, no spread, or more than 10,000 pairs.
+        The number of pairs, or None where nothing can be said: without a difference, without a
+            spread, or with more than 10,000 pairs.
     """
     if difference == 0 or spread <= 0:
         return None
@@ -96,17 +104,20 @@ def pairs_needed(difference: float, spread: float) -> int | None:
 
 def against(
     control: str, gaps: Sequence[tuple[int, float]], bound: float = 0.0,
-    left_out: Sequence[str] = (), diverged: bool = False,
+    left_out: Sequence[str] = (), diverged: bool = False, lacking: Sequence[str] = (),
 ) -> Against:  # fmt: skip
     """Decide between a run that grows and one control.
 
     Args:
-        control: its name.
-        gaps: seed and gap in % of each pair; several of one seed count as one pair, their mean.
-        bound: growing pays below it, %.
-        left_out: seeds that are in no pair, and why.
-        diverged: whether a run that grows is among them because it diverged: the others do not show
-            then that growing pays.
+        control: the name of the control.
+        gaps: the seed and the gap in % of each pair; several pairs of one seed count as one, their
+            mean.
+        bound: what the difference has to be below, in %.
+        left_out: the seeds that are in no pair, and why.
+        diverged: whether a run that grows is among these because it diverged; the other pairs then
+            do not show that growing ends below.
+        lacking: the parts of the control that are missing; without them the pairs may show that
+            growing does not end below, but not that it does.
     """
     by_seed: dict[int, list[float]] = {}
     for seed, gap in gaps:
@@ -122,20 +133,20 @@ def against(
         needed = pairs_needed(mean - bound, spread)
         margin = LEVEL_PERCENT if bound == 0 else 0.0
         # without any spread there is no t: runs of one seed under several names look like that
-        if spread > 0 and high <= bound - margin and not diverged:
-            outcome = PAYS
+        if spread > 0 and high <= bound - margin and not diverged and not lacking:
+            outcome = BELOW
         elif spread > 0 and low > bound - margin:
-            outcome = DOES_NOT_PAY
+            outcome = NOT_BELOW
     return Against(
         control, bound, list(by_seed), values, mean, low, high, spread, needed, outcome,
-        list(left_out),
+        list(left_out), list(lacking),
     )  # fmt: skip
 
 
 def overall(controls: Sequence[Against]) -> str:
-    """Below every control that is there, or not; open where there is none, or some leave it open
-    and none is lost to."""
-    outcomes = [one.outcome for one in controls if one.mean is not None]
-    if DOES_NOT_PAY in outcomes:
+    """What all controls decide together: ``pays`` where growing ends below every one of them,
+    ``does not pay`` where it is known not to end below one of them, and otherwise ``open``."""
+    outcomes = [one.outcome for one in controls]
+    if NOT_BELOW in outcomes:
         return DOES_NOT_PAY
-    return PAYS if outcomes and all(outcome == PAYS for outcome in outcomes) else OPEN
+    return PAYS if outcomes and set(outcomes) == {BELOW} else OPEN

@@ -1,5 +1,5 @@
-"""What all pictures share: colours, labels, axes. Every line carries its own label; colours are
-Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell apart."""
+"""What all pictures share: colours, labels and axes. Every line carries its own label; the colours
+are Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from matplotlib.ticker import FuncFormatter
 from megatron_progressive.runtime.files import writing
 
 GROWN_COLOURS = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9")
-"""Of runs that grow."""
+"""The colours of runs that grow."""
 FIXED_COLOURS = ("#333333", "#777777")
 SHORT_COLOURS = ("#D55E00", "#E69F00")
+NEVER_COLOURS = ("#882255", "#999933")
+"""The colours of sources that never grow: two of Tol's (personal.sron.nl/~pault), beside Okabe and
+Ito's."""
 OTHER_COLOUR = "#999999"
 INK, FAINT = "#222222", "#D9D9D9"
 TEXT = {"fontsize": 11, "color": INK}
@@ -27,7 +30,8 @@ DPI = 130
 
 
 def new_figure(title: str, height: float, width: float = 13, **pads: float) -> Figure:
-    """An empty picture under its headline; sizes in inches, ``w_pad`` and ``h_pad`` too."""
+    """An empty picture under its headline. Sizes are in inches, and so are ``w_pad`` and
+    ``h_pad``."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     if pads:
         figure.get_layout_engine().set(**pads)  # type: ignore[union-attr, call-arg]
@@ -36,13 +40,13 @@ def new_figure(title: str, height: float, width: float = 13, **pads: float) -> F
 
 
 def headline(figure: Figure, title: str) -> None:
-    """The finding, above the picture."""
+    """Write the finding above the picture."""
     text = textwrap.fill(title.replace(" %", "\N{NO-BREAK SPACE}%"), 100)
     figure.suptitle(text, x=0.012, ha="left", fontsize=14.5, fontweight="bold", color=INK)
 
 
 def dress(axes: Axes, title: str, xlabel: str) -> None:
-    """A title above the axes, a label below, and no more lines than needed."""
+    """Give axes a title above, a label below, and no more lines than needed."""
     axes.set_title(title, loc="left", fontsize=12.5, color=INK, pad=10)
     axes.set_xlabel(xlabel, **TEXT)  # type: ignore[arg-type]
     axes.tick_params(labelsize=10, colors=INK, length=3)
@@ -52,7 +56,7 @@ def dress(axes: Axes, title: str, xlabel: str) -> None:
 
 
 def count_tick(value: float, _: Any = None) -> str:
-    """``2k``, ``1.5M``, ``3B``."""
+    """The text of a tick, as ``2k``, ``1.5M`` or ``3B``."""
     for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:g}{unit}"
@@ -60,7 +64,7 @@ def count_tick(value: float, _: Any = None) -> str:
 
 
 def step_axis(axes: Axes, last: float, room: float) -> None:
-    """Steps from 0 to ``last``, and ``room`` times that again for labels."""
+    """An axis of steps from 0 to ``last``, with ``room`` times that for labels."""
     axes.set_xlim(0, (1 + room) * last)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
     axes.xaxis.set_major_formatter(FuncFormatter(count_tick))
@@ -69,10 +73,11 @@ def step_axis(axes: Axes, last: float, room: float) -> None:
 def label_ends(
     axes: Axes, labels: list[tuple[float, float, str, str]], inside: bool = False
 ) -> None:
-    """Each (x, y, text, colour) right of its line's end, pushed apart where two would overlap.
+    """Write each label (x, y, text, colour) to the right of its line's end, and push labels apart
+    where two would overlap.
 
-    With ``inside``, ends that others outrun have theirs to the left, where a falling line leaves
-    the space below it free; to the right it would hide the longer lines.
+    With ``inside``, a line that ends before others has its label to the left, where a falling line
+    leaves the space below it free; on the right the label would hide the longer lines.
     """
     size, gap = 10.5, 15.0  # points: text, and the least distance of two baselines
     figure = axes.figure
@@ -105,12 +110,12 @@ def label_ends(
 
 @dataclass(frozen=True)
 class _Placed:
-    """A label and where it goes; points of the figure, from its lower left corner."""
+    """A label and its place, in points of the figure from the lower left corner."""
 
     span: tuple[float, float]
     at: float
     end: float
-    """Height of its line's end."""
+    """The height of the end of its line."""
     point: tuple[float, float]
     text: str
     colour: str

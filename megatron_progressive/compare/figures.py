@@ -12,13 +12,21 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from megatron_progressive.compare.arms import FIXED, OTHER, PROGRESSIVE, SHORT, Comparison
+from megatron_progressive.compare.arms import (
+    FIXED,
+    NEVER,
+    OTHER,
+    PROGRESSIVE,
+    SHORT,
+    Comparison,
+)
 from megatron_progressive.compare.data_words import per_unit
 from megatron_progressive.compare.drawing import (
     FAINT,
     FIXED_COLOURS,
     GROWN_COLOURS,
     INK,
+    NEVER_COLOURS,
     OTHER_COLOUR,
     SHORT_COLOURS,
     TEXT,
@@ -37,6 +45,7 @@ _PALETTE = {
     PROGRESSIVE: GROWN_COLOURS,
     FIXED: FIXED_COLOURS,
     SHORT: SHORT_COLOURS,
+    NEVER: NEVER_COLOURS,
     OTHER: (OTHER_COLOUR,),
 }
 _POINTS = 2000  # of a drawn line: more cannot be seen
@@ -54,8 +63,8 @@ class Line:
 
 
 def lines_of(runs: Sequence[tuple[Run, str]]) -> list[Line]:
-    """A colour and a label for each (run, arm). The label is the arm's name where one run has
-    it, and the run's own where several do (with its parent folder, should names repeat)."""
+    """A colour and a label for each (run, arm). The label is the arm's name where only one run has
+    that arm, and the run's name where several do (with its parent folder, should names repeat)."""
     names = [run.name for run, _ in runs]
     by_arm: dict[str, list[Run]] = {}
     for run, arm in runs:
@@ -73,8 +82,8 @@ def lines_of(runs: Sequence[tuple[Run, str]]) -> list[Line]:
 def smoothed(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Indices of train steps and the training loss averaged exponentially over 1 % of them.
 
-    The average starts anew after each expansion, so that it does not smear the spike, and is
-    corrected for its start (Kingma and Ba 2015, section 3).
+    The average starts anew after each expansion, so that it does not smear the spike, and its bias
+    at the start is corrected (Kingma and Ba 2015, section 3).
     """
     loss = run.train["loss"]
     window = max(1.0, _SMOOTHING * run.config.train.steps)
@@ -92,7 +101,7 @@ def smoothed(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def overview(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Loss against FLOPs and steps, learning rate, and wall time, in one PNG."""
+    """Draw loss against FLOPs and steps, learning rate, and wall time, as one PNG."""
     figure = new_figure(title, 9.4, w_pad=0.12, h_pad=0.12)
     axes = figure.subplots(2, 2, gridspec_kw={"height_ratios": [1.6, 1]})
     limits = _loss_limits(lines)
@@ -104,7 +113,8 @@ def overview(lines: Sequence[Line], title: str, path: Path) -> None:
 
 
 def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, path: Path) -> bool:
-    """Validation loss relative to fixed-size at the same step; False where there is none."""
+    """Draw the validation loss relative to fixed-size at the same step; False where there is
+    none."""
     pairs = [(c.progressive, c.fixed) for c in comparisons if c.fixed is not None]
     drawn = [(run, *gap_curve(run, fixed)) for run, fixed in pairs]
     drawn = [(run, steps, gap) for run, steps, gap in drawn if len(steps) > 1]
@@ -137,7 +147,8 @@ def gaps(comparisons: Sequence[Comparison], lines: Sequence[Line], title: str, p
 
 
 def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path) -> None:
-    """The gap of ``run`` to ``fixed`` after its last expansion, and where it closes, as a PNG."""
+    """Draw the gap of ``run`` to ``fixed`` after its last expansion, and where it closes, as a
+    PNG."""
     figure = new_figure(title, 5, width=11)
     axes, colour = figure.subplots(), _PALETTE[PROGRESSIVE][0]
     per_step, threshold = found.tokens_per_step, found.threshold_percent
@@ -167,8 +178,9 @@ def mixing_curve(found: MixingTime, run: Run, fixed: Run, title: str, path: Path
 
 
 def _loss_limits(lines: Sequence[Line]) -> tuple[float, float]:
-    """Loss axis: from the lowest validation loss up to the highest after a twentieth of each
-    run, spikes included up to a point; the common fall from the start would flatten the rest."""
+    """The limits of the loss axis: from the lowest validation loss up to the highest after a
+    twentieth of each run, including spikes up to a point. The common fall from the start would
+    flatten the rest."""
     lows, highs = [], []
     for line in lines:
         loss, step = line.run.evals["loss"], line.run.evals["step"]
@@ -221,7 +233,7 @@ def _loss(axes: Axes, lines: Sequence[Line], x: str, limits: tuple[float, float]
 
 
 def _mark_expansions(axes: Axes, runs: Sequence[Run], x: str) -> None:
-    """A dotted line and the depths at each τ; equal ones once."""
+    """Mark each τ with a dotted line and the depths; equal marks are drawn once."""
     marks: dict[float, str] = {}
     for run in runs:
         for event in run.expansions:

@@ -10,22 +10,23 @@ import numpy as np
 from megatron_progressive.runs.reading import Run
 
 MIXED_PERCENT = 0.5
-"""Gap to the fixed-size run's validation loss at the same step, in %, at and below which a
-progressive run has mixed: the largest gap that the paper reports for GPT-2 124M."""
+"""The gap to the fixed-size run's validation loss at the same step, in %, at and below which a
+progressive run counts as mixed. It is the largest gap that the paper reports for GPT-2 124M."""
 
 
 def gap_percent(loss: float, reference: float) -> float:
-    """``loss`` above (+) or below (-) ``reference``, in %."""
+    """How far ``loss`` is above (+) or below (-) ``reference``, in %."""
     return 100 * (loss / reference - 1)
 
 
 def has_loss(run: Run) -> bool:
-    """Whether a run's final validation loss is a number above zero: else it has diverged."""
+    """Whether a run's final validation loss is a number above zero; otherwise the run has
+    diverged."""
     return run.final_loss is not None and math.isfinite(run.final_loss) and run.final_loss > 0
 
 
 def gap_curve(run: Run, fixed: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which both were validated, and ``run``'s gap there in %."""
+    """The steps at which both runs were validated, and the gap of ``run`` at each of them in %."""
     steps, mine, theirs = np.intersect1d(
         run.evals["step"], fixed.evals["step"], assume_unique=True, return_indices=True
     )
@@ -39,9 +40,11 @@ class EqualLoss:
     step: int
     flops: float
     compute_ratio: float
-    """Its FLOPs there over the progressive run's total: above 1 progressive was cheaper."""
+    """The FLOPs of the fixed-size run there over the progressive run's total; above 1 progressive
+    was cheaper."""
     lr_fraction: float
-    """Its learning rate there over the peak: near 1 it has not decayed, which costs it loss."""
+    """The learning rate of the fixed-size run there over its peak. Near 1 it has not decayed, which
+    costs it loss."""
 
 
 def equal_loss(run: Run, fixed: Run) -> EqualLoss | None:

@@ -12,14 +12,14 @@ from megatron_progressive.compare.verdict import Verdict
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report.json`` holds."""
+    """The content of ``report.json``."""
 
     title: str
     complete: bool
-    """Whether each progressive run has both its controls, all finished."""
+    """Whether each progressive run has all its controls, and all are finished."""
     rows: list[Row]
     verdicts: list[Verdict]
     missing: list[Missing]
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    """Written files, the page first."""
+    """The files that were written, the page first."""

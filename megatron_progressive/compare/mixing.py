@@ -1,16 +1,17 @@
-"""Mixing time: tokens after an expansion until the run meets the fixed-size run (arXiv 2511.04981).
+"""Mixing time: the tokens after an expansion until the run meets the fixed-size run (arXiv
+2511.04981).
 
-Two readings of the same gap, ``L_progressive / L_fixed - 1`` at the same step, in %:
+There are two readings of the same gap, ``L_progressive / L_fixed - 1`` at the same step, in %:
 
-- of the validation losses. Met at the first of :data:`CONSECUTIVE` validations in a row at or
-  below the threshold, after which as many in a row are never above it again (two runs that have
-  hardly learnt anything are alike, and part later); true mixing lies between the last validation
-  above it before those and that one;
-- of the training losses, step by step. Both runs see the same batches in the same order, so what
-  a batch adds to both losses cancels. The gap is averaged over a centred window and must stay at
-  or below the threshold for as many steps as the validations span. How far noise moves that
-  crossing comes from a moving-block bootstrap of the gap around its average (Künsch 1989), whose
-  blocks are as long as the window, because neighbouring steps err together.
+- of the validation losses. Met at the first of :data:`CONSECUTIVE` validations in a row at or below
+  the threshold, after which as many in a row are never above it again (two runs that have hardly
+  learnt anything are alike, and part later); true mixing lies between the last validation above it
+  before those and that one;
+- of the training losses, step by step. Both runs see the same batches in the same order, so what a
+  batch adds to both losses cancels. The gap is averaged over a centred window and must stay at or
+  below the threshold for as many steps as the validations span. How far noise moves that crossing
+  comes from a moving-block bootstrap of the gap around its average (Künsch 1989), whose blocks are
+  as long as the window, because neighbouring steps err together.
 
 The interval that is reported spans both readings. Noise as large as the threshold delays both: a
 gap that keeps crossing it has not stayed below.
@@ -33,10 +34,10 @@ from megatron_progressive.optim.schedule import decay_steps, warmup_steps
 from megatron_progressive.runs.reading import Run
 
 CONSECUTIVE = 3
-"""Validations in a row at or below the threshold that count as having mixed."""
+"""How many validations in a row at or below the threshold count as having mixed."""
 
 DRAWS = 400
-"""Bootstrap samples."""
+"""The number of bootstrap samples."""
 
 _TAIL = 0.025  # a 95 % interval
 
@@ -48,14 +49,14 @@ class TrainReading:
     """The crossing of the training losses; steps are counted from the expansion."""
 
     window_steps: int
-    """The gap is averaged over that many steps."""
+    """The number of steps over which the gap is averaged."""
     steps: int | None
-    """Where the averaged gap crosses for good; None where it does not."""
+    """The step at which the averaged gap crosses the threshold for good; None where it does not."""
     low: int | None
     high: int | None
-    """Bootstrap interval; None where that end lies beyond what was run."""
+    """The upper end of the bootstrap interval; None where that lies beyond what was run."""
     share_mixed: float
-    """Of the bootstrap samples that cross at all."""
+    """The share of the bootstrap samples that cross at all."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,26 @@ class MixingTime:
     threshold_percent: float
     consecutive: int
     tau: int
-    """Step of the expansion."""
+    """The step of the expansion."""
     steps_after: int
-    """Steps after it that both runs have."""
+    """The number of steps after the expansion that both runs have."""
     tokens_per_step: int
     steps: int | None
-    """t_mix; None where it did not mix."""
+    """The mixing time t_mix in steps; None where the run did not mix."""
     low: int | None
-    """Lower end of the interval; None where it did not mix, 0 where no validation before t_mix was
-    above the threshold."""
+    """The lower end of the interval; None where the run did not mix, and 0 where no validation
+    before t_mix was above the threshold."""
     high: int | None
-    """Upper end; None where it did not mix, or noise could move it beyond what was run."""
+    """The upper end of the interval; None where the run did not mix, or where noise could move it
+    beyond what was run."""
     train: TrainReading
     gap_left_percent: float
-    """Mean gap of the last validations (``consecutive`` of them)."""
+    """The mean gap of the last validations, of which there are ``consecutive``."""
     unit: str = "tokens"
-    """What ``tokens_per_step`` counts: ``images``, of models of these."""
+    """What ``tokens_per_step`` counts: ``tokens``, or ``images`` for models of images."""
     gap_before_percent: float | None = None
-    """Mean gap of the training losses in the last steps before the expansion (as many as the
-    window); None where both runs have none."""
+    """The mean gap of the training losses in the last steps before the expansion (as many as the
+    window); None where the runs share none."""
 
     @property
     def level_before(self) -> bool:
@@ -95,7 +97,7 @@ class MixingTime:
 
     @property
     def tokens(self) -> int | None:
-        """t_mix in tokens, or images."""
+        """The mixing time t_mix in tokens, or in images."""
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
@@ -104,33 +106,35 @@ class Proposal:
     """The expansion step that follows from a mixing time."""
 
     last_stable: int
-    """Last step at the peak learning rate."""
+    """The last step at the peak learning rate."""
     mixing_steps: int
-    """Of this configuration: t_mix in tokens over its tokens a step, rounded up."""
+    """The mixing time of this configuration in steps: t_mix in tokens over its tokens per step,
+    rounded up."""
     tau: int | None
-    """``last_stable - mixing_steps``; None where that is not after the warmup."""
+    """The proposed step, ``last_stable - mixing_steps``; None where that is not after the
+    warmup."""
     earliest: int | None
-    """The same for the upper end of t_mix: the careful choice; None where there is no such end
-    or no such step."""
+    """The proposed step for the upper end of t_mix, which is the careful choice; None where there
+    is no such end or no such step."""
 
 
 def mixing_time(
     progressive: Run, fixed: Run, *, threshold_percent: float = MIXED_PERCENT,
     consecutive: int = CONSECUTIVE, window: int | None = None, draws: int = DRAWS, seed: int = 0,
 ) -> MixingTime:  # fmt: skip
-    """Mixing time of ``progressive``, from its last expansion.
+    """The mixing time of ``progressive``, counted from its last expansion.
 
     Args:
-        threshold_percent: gap up to which the losses have met, %.
-        consecutive: validations in a row for which they must.
-        window: steps that the training gap is averaged over (default: those between two
-            validations).
-        draws: bootstrap samples.
-        seed: of the bootstrap.
+        threshold_percent: the gap in % up to which the losses count as having met.
+        consecutive: the number of validations in a row for which they must have met.
+        window: the number of steps over which the training gap is averaged (default: those between
+            two validations).
+        draws: the number of bootstrap samples.
+        seed: the seed of the bootstrap.
 
     Raises:
-        ConfigError: no expansion, other tokens a step, a parameter out of range, or fewer
-            validations after the expansion that both runs have than ``consecutive``.
+        ConfigError: there is no expansion, the runs differ in tokens per step, a parameter is out
+            of range, or both runs have fewer validations after the expansion than ``consecutive``.
     """
     for name, value, least in (("threshold_percent", threshold_percent, 0.0),
                                ("consecutive", consecutive, 1), ("window", window, 1),
@@ -192,8 +196,9 @@ def mixing_time(
 
 
 def train_gap(progressive: Run, fixed: Run) -> tuple[_Array, _Array]:
-    """Steps that both runs have, counted from the last expansion (0 is the last step before it),
-    and the gap of the training losses there, in %; those where either is no number are left out."""
+    """The steps that both runs have, counted from the last expansion (0 is the last step before
+    it), and the gap of the training losses at each, in %. Steps where either loss is not a number
+    are left out."""
     tau = progressive.config.expansion_steps()[-1]
     steps, mine, theirs = np.intersect1d(
         progressive.train["step"], fixed.train["step"], assume_unique=True, return_indices=True
@@ -204,7 +209,7 @@ def train_gap(progressive: Run, fixed: Run) -> tuple[_Array, _Array]:
 
 
 def averaged(values: _Array, window: int) -> _Array:
-    """Centred average over ``window`` values, over fewer at both ends."""
+    """The centred average over ``window`` values, or over fewer at both ends."""
     if not len(values):
         return values
     half = window // 2
@@ -215,7 +220,7 @@ def averaged(values: _Array, window: int) -> _Array:
 
 
 def _met(below: NDArray[np.bool_], length: int) -> int | None:
-    """Index of the first of ``length`` consecutive true values after the last ``length``
+    """The index of the first of ``length`` consecutive true values after the last ``length``
     consecutive false ones."""
     parted = _runs(~below, length)
     start = int(parted[-1]) + length if len(parted) else 0
@@ -224,7 +229,7 @@ def _met(below: NDArray[np.bool_], length: int) -> int | None:
 
 
 def _runs(values: NDArray[np.bool_], length: int) -> NDArray[np.int64]:
-    """Where ``length`` consecutive true values begin."""
+    """The indices at which ``length`` consecutive true values begin."""
     sums = np.concatenate([[0], np.cumsum(values)])
     return np.flatnonzero(sums[length:] - sums[:-length] == length)
 
@@ -267,11 +272,11 @@ def _step(value: float) -> int | None:
 
 
 def propose(config: RunConfig, mixing: MixingTime, step_tokens: int) -> Proposal | None:
-    """τ = T_stable - t_mix for a run; None where nothing mixed.
+    """The proposal τ = T_stable - t_mix for a run; None where nothing mixed.
 
     Args:
-        config: the run that is to be expanded; its schedule is ``wsd``.
-        step_tokens: its tokens a step.
+        config: the configuration of the run that is to be expanded, whose schedule is ``wsd``.
+        step_tokens: the number of tokens in one of its steps.
     """
     if mixing.tokens is None:
         return None

@@ -33,7 +33,7 @@ code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
 
 
 def render(report: Report, pictures: Sequence[Path]) -> str:
-    """The page: finding, verdicts, pictures, table, and what is missing or was noted."""
+    """The page: the finding, verdicts, pictures, the table, and what is missing or was noted."""
     parts = [f"<h1>{escape(report.title)}</h1>"]
     if report.missing:
         parts.append(_missing(report))
@@ -61,7 +61,7 @@ def render(report: Report, pictures: Sequence[Path]) -> str:
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A page of its own of ``parts``, which are HTML; empty ones are left out."""
+    """A page of its own, made of ``parts``, which are HTML; empty parts are left out."""
     body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -72,7 +72,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def items(texts: Sequence[str]) -> str:
-    """A list of plain texts; nothing where there are none."""
+    """A list of plain texts as HTML; empty where there are none."""
     if not texts:
         return ""
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
@@ -81,20 +81,20 @@ def items(texts: Sequence[str]) -> str:
 def _missing(report: Report) -> str:
     items = []
     for missing in report.missing:
-        text = f"{missing.run}: no {missing.arm} run ({missing.reason})."
+        text = f"{missing.run}: no {missing.words} ({missing.reason})."
         command = f"<code>{escape(missing.command)}</code>"
         items.append(f"<li>{escape(text)} Make it: {command}</li>")
     return f'<div class="missing"><strong>Incomplete.</strong><ul>{"".join(items)}</ul></div>'
 
 
 def picture(path: Path) -> str:
-    """A PNG, inside the page."""
+    """A PNG as a part of the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain texts; the first two columns are aligned to the left."""
+    """A table of plain texts, whose first two columns are aligned to the left."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = [
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows

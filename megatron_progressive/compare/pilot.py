@@ -1,7 +1,8 @@
-"""Two short runs measure the mixing time and with it τ: what they are, and what they say.
+"""The pilot: two short runs that measure the mixing time, and with it τ. What they are, and what
+they say.
 
-Fixed-size, and progressive with its expansion at the end of the warmup: the mixing time depends
-neither on τ nor on the source's depth as long as the learning rate is constant (arXiv
+One run is fixed-size, the other progressive with its expansion at the end of the warmup: the mixing
+time depends neither on τ nor on the source's depth as long as the learning rate is constant (arXiv
 2511.04981). Both have the schedule of the whole run and stop early, before its decay. Where the
 warmup is so short that the source has not fallen behind by its end, a later expansion can be asked
 for.
@@ -36,18 +37,18 @@ from megatron_progressive.runtime.text import flops_text, short_counts
 PILOT_FILE = "pilot.json"
 
 SHARE = 0.25
-"""Of the run's steps: where a pilot stops by default."""
+"""The share of the run's steps after which a pilot stops by default."""
 
 _EVERY = 0.005
-"""Of the run's steps: most that lie between two validations of a pilot."""
+"""The largest share of the run's steps that lies between two validations of a pilot."""
 
 _LEAST = 20
-"""Fewest steps after the expansion that say anything."""
+"""The fewest steps after the expansion that say anything."""
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """The two runs of a pilot, and where its findings go."""
+    """The two runs of a pilot, and the folder for its findings."""
 
     fixed: RunConfig
     progressive: RunConfig
@@ -55,7 +56,7 @@ class Pilot:
 
     @property
     def files(self) -> list[tuple[RunConfig, Path]]:
-        """Each run and the file that its configuration is written to."""
+        """Each run, and the file to which its configuration is written."""
         names = ("fixed", "progressive")
         arms = (self.fixed, self.progressive)
         return [(arm, self.folder / f"{name}.yaml") for arm, name in zip(arms, names, strict=True)]
@@ -65,14 +66,16 @@ def plan_pilot(config: RunConfig, steps: float | None = None, at: float | None =
     """The two runs that measure the mixing time of ``config``.
 
     Args:
-        steps: where they stop: a fraction of the run's steps below 1, or a step (default:
+        steps: where the two runs stop: a fraction of the run's steps below 1, or a step (default:
             :data:`SHARE`).
-        at: where the progressive one is expanded, likewise (default: the end of the warmup).
+        at: where the progressive run is expanded, in the same form (default: the end of the
+            warmup).
 
     Raises:
-        ConfigError: not one expansion, a schedule without a stable phase, a stop of its own,
-            ``at`` outside the stable phase, ``steps`` too few after it or beyond that phase, or a
-            name of the run that leaves no room for the pilot's.
+        ConfigError: the run has not exactly one expansion, its schedule has no stable phase, or it
+            has a stop of its own; ``at`` lies outside of the stable phase, or ``steps`` too soon
+            after ``at`` or beyond that phase; or the run's name leaves no room for those of the
+            pilot.
     """
     if len(config.expansion) != 1:
         raise ConfigError(
@@ -153,11 +156,11 @@ def _stop(steps: float, tau: int, least: int, config: RunConfig) -> int:
 
 
 def measure(config: RunConfig, pilot: Pilot) -> tuple[MixingTime, Proposal | None]:
-    """What the two finished runs say of ``config``; written as ``pilot.json`` and ``mixing.png``
-    into the pilot's folder (created).
+    """What the two finished runs say of ``config``, which is also written as ``pilot.json`` and
+    ``mixing.png`` into the pilot's folder (created).
 
     Raises:
-        ConfigError: a run that is not there or cannot be read, or runs on different data.
+        ConfigError: a run is not there or cannot be read, or the runs are on different data.
     """
     progressive, fixed = (read_run(arm.folder) for arm in (pilot.progressive, pilot.fixed))
     if differ(progressive.trained_on, fixed.trained_on):
@@ -173,8 +176,8 @@ def measure(config: RunConfig, pilot: Pilot) -> tuple[MixingTime, Proposal | Non
 
 
 def recorded(pilot: Pilot, trained_on: DataIdentity | None = None) -> MixingTime | None:
-    """The mixing time in the pilot's ``pilot.json``; None where there is none of these two runs,
-    one that stopped earlier, or one on other data than ``trained_on``."""
+    """The mixing time in the pilot's ``pilot.json``. None where there is none of these two runs,
+    where it is of runs that stopped earlier, or where their data is not ``trained_on``."""
     path = pilot.folder / PILOT_FILE
     if not path.is_file():
         return None
@@ -224,7 +227,7 @@ def _tokens(steps: int, mixing: MixingTime) -> str:
 
 
 def headline(mixing: MixingTime) -> str:
-    """The finding in one line."""
+    """The finding of a pilot in one line."""
     if mixing.steps is None:
         return (
             f"Not mixed within {_tokens(mixing.steps_after, mixing)} after the expansion: still "
@@ -247,7 +250,7 @@ def reservation(mixing: MixingTime) -> str:
 def render(
     config: RunConfig, pilot: Pilot, mixing: MixingTime, proposal: Proposal | None
 ) -> list[str]:
-    """What the pilot found, as lines for the terminal."""
+    """The finding of a pilot, as lines for the terminal."""
     cost = total_flops(pilot.fixed) + total_flops(pilot.progressive)
     share = 100 * cost / total_flops(config)
     lines = [

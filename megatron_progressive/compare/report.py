@@ -37,7 +37,7 @@ def make_report(run_folders: Sequence[Path], out: Path) -> Report:
     where a fixed-size run is there, ``gap.png``.
 
     Raises:
-        ConfigError: no folders, a folder that is no run, or metrics that cannot be read.
+        ConfigError: there are no folders, a folder is no run, or metrics cannot be read.
     """
     if not run_folders:
         raise ConfigError("RUN: got none; accepted: one run folder or more")
@@ -80,16 +80,11 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
 
 
 def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Where it is not known what runs that are compared were trained on."""
+    """Notes where it is not known what the compared runs were trained on."""
     compared = [
-        run
-        for one in comparisons
-        if one.fixed or one.short
-        for run in (one.progressive, one.fixed, one.short)
+        run for one in comparisons if one.controls for run in (one.progressive, *one.controls)
     ]
-    unknown = dict.fromkeys(
-        run.name for run in compared if run is not None and run.trained_on is None
-    )
+    unknown = dict.fromkeys(run.name for run in compared if run.trained_on is None)
     if not unknown:
         return []
     return [
@@ -99,7 +94,7 @@ def _data_notes(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _flops_notes(runs: Sequence[Run]) -> list[str]:
-    """Where a run recorded other FLOPs than its configuration counts to."""
+    """Notes where a run recorded other FLOPs than its configuration counts to."""
     notes = []
     for run in runs:
         recorded = run.total_flops
@@ -112,8 +107,9 @@ def _flops_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def record_verdicts(report: Report) -> None:
-    """Add each finished progressive run's verdict to its own ``summary.json``: where it may be
-    written, else standard error says so, and not where a job trains on in the folder."""
+    """Add the verdict of each finished progressive run to the run's own ``summary.json``. Where
+    that may not be written, standard error says so; where a job trains on in the folder, it is left
+    alone."""
     finished = {row.folder for row in report.rows if row.finished}
     finished = {folder for folder in finished if owner_of(Path(folder) / LOCK_NAME) is None}
     for verdict in report.verdicts:
@@ -128,8 +124,8 @@ def record_verdicts(report: Report) -> None:
 
 
 def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
-    """The speed-ups, loss gap and verdict of the progressive run in ``folder``, as its
-    ``summary.json`` has them: those that have a value. Empty for a run without a verdict."""
+    """The speed-ups, the loss gap and the verdict of the progressive run in ``folder``, as its
+    ``summary.json`` has them, as far as they have a value. Empty for a run without a verdict."""
     for verdict in report.verdicts:
         if verdict.folder == str(folder.resolve()):
             values = {key: getattr(verdict, key) for key in VERDICT_KEYS}
@@ -138,7 +134,7 @@ def verdict_fields(report: Report, folder: Path) -> dict[str, Any]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values: the first verdict's fields beside everything else, and null
+    """The report as plain values, with the first verdict's fields beside everything else, and null
     where a number is not finite."""
     first = report.verdicts[0] if report.verdicts else None
     values = {
@@ -156,14 +152,14 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def terminal_table(report: Report, console: Console | None = None) -> None:
-    """Print the runs as a table made for 80 columns, then verdicts, what is missing, the runs'
-    warnings, notes and files."""
+    """Print the runs as a table made for 80 columns, then verdicts, what is missing, the warnings
+    of the runs, notes and files."""
     console = console if console is not None else Console()
     console.print(_table(report))
     for verdict in report.verdicts:
         console.print(f"{verdict.run}: {verdict.verdict}", markup=False, highlight=False)
     for missing in report.missing:
-        console.print(f"no {missing.arm} run of {missing.run}; make it with", markup=False)
+        console.print(f"{missing.run}: no {missing.words}; make it with", markup=False)
         # unwrapped: to be copied
         console.print(f"  {missing.command}", markup=False, highlight=False, soft_wrap=True)
     for row in report.rows:

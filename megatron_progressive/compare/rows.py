@@ -1,4 +1,4 @@
-"""The table of a report: one row a run."""
+"""The table of a report, with one row for each run."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from megatron_progressive.runtime.text import flops_text, short_counts, time_tex
 
 @dataclass(frozen=True)
 class Row:
-    """One run of the table."""
+    """One run in the table."""
 
     name: str
     folder: str
     arm: str
     seed: int
     layers: list[int]
-    """Of each phase."""
+    """The number of layers in each phase."""
     params: list[int]
-    """Of each phase."""
+    """The number of parameters in each phase."""
     steps: int
-    """That the run is to have."""
+    """The number of steps that the run is to have."""
     steps_done: int
     tokens: int
-    """Seen so far; of models of images, images."""
+    """The number of tokens seen so far; for models of images, of images."""
     unit: str
     """What ``tokens`` counts: ``tokens`` or ``images``."""
     total_flops: float | None
     final_eval_loss: float | None
     train_wall_s: float | None
-    """Training steps and expansion pauses."""
+    """Seconds of training steps and expansion pauses."""
     wall_s: float | None
-    """From start to end, validations and saves included."""
+    """Seconds from start to end, including validations and saves."""
     gap_to_fixed_percent: float | None
     finished: bool
     expansions: list[dict[str, Any]]
@@ -45,9 +45,13 @@ class Row:
 
 
 def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
-    """The row of one run, whose gap is to the fixed-size run of its comparison."""
+    """The row of one run; its gap is that to the fixed-size run of its comparison."""
     fixed = next(
-        (c.fixed for c in comparisons if c.fixed is not None and run in (c.progressive, c.short)),
+        (
+            c.fixed
+            for c in comparisons
+            if c.fixed is not None and run in (c.progressive, c.short, *c.never)
+        ),
         None,
     )
     gap = None
@@ -83,7 +87,7 @@ HEADER = (
 
 
 def header(rows: Sequence[Row]) -> list[str]:
-    """:data:`HEADER` with what the rows' models are trained on instead of tokens."""
+    """:data:`HEADER`, in which what the rows' models are trained on stands in place of tokens."""
     units = " or ".join(dict.fromkeys(row.unit for row in rows)) or "tokens"
     return [units if name == "tokens" else name for name in HEADER]
 

@@ -17,11 +17,11 @@ from megatron_progressive.train.job import run_job
 def run_pilot(
     config: RunConfig, nproc: int | None, steps: float | None = None, at: float | None = None
 ) -> int:
-    """Run what is not finished of the pilot, then measure, print and write; the exit code.
+    """Run what is not finished of the pilot, then measure, print and write; returns the exit code.
 
     Raises:
-        ConfigError: see :func:`.study.pilot.plan_pilot`; a run that cannot start; a job of several
-            ranks.
+        ConfigError: see :func:`.pilot.plan_pilot`; also where a run cannot start, and in a job of
+            several ranks.
     """
     pilot = plan_pilot(config, steps, at)
     place = place_from_environment()
@@ -49,7 +49,7 @@ def run_pilot(
 
 
 def _on_the_same(arm: RunConfig, pilot: Pilot) -> RunConfig:
-    """An arm on the prepared corpus that the first one to begin was trained on."""
+    """An arm, on the prepared corpus on which the first arm to begin was trained."""
     if arm.data.prepared is not None:
         return arm
     for other, _ in pilot.files:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_progressive.compare.arms import Comparison
+from megatron_progressive.compare.arms import Comparison, depth_words
 from megatron_progressive.compare.decision import (
+    BELOW,
     DOES_NOT_PAY,
     LEVEL_PERCENT,
     MOST_PAIRS,
+    NOT_BELOW,
     OPEN,
     PAYS,
     POWER,
@@ -44,7 +46,8 @@ def above(gap: float) -> str:
 
 
 def gap_text(one: Against) -> str:
-    """``+1.20 %``, or ``+1.20 % (+0.80 to +1.60)`` over several pairs; ``–`` without any."""
+    """A gap in a table: ``+1.20 %``, or ``+1.20 % (+0.80 to +1.60)`` over several pairs; ``–``
+    without any."""
     if one.mean is None:
         return "–"
     if one.low is None or one.high is None:
@@ -75,38 +78,46 @@ def evidence(one: Against) -> str:
             f"{len(one.values)} pairs; {needed_text(one)} needed{apart} for {100 * POWER:.0f} % "
             f"power at a spread of {one.spread:.2f} %)"
         )
-    return "; ".join([text, *(f"left out {reason}" for reason in one.left_out)])
+    return "; ".join([text, *(f"left out {reason}" for reason in one.left_out), *one.lacking])
 
 
 def sentence(controls: Sequence[Against]) -> str:
-    """Whether growing pays at equal FLOPs, and against which controls."""
+    """The sentence that says whether growing pays at equal FLOPs, and against which controls."""
     there = [one for one in controls if one.mean is not None]
     lacking = [one.control for one in controls if one.mean is None]
     without = f" (without {' and '.join(lacking)})" if lacking else ""
     if not there:
         return f"Whether growing pays at equal FLOPs is open{without}."
-    outcome = overall(there)
+    outcome = overall(controls)
     start = (
         "Whether growing pays at equal FLOPs is open"
         if outcome == OPEN
         else f"Growing {outcome} at equal FLOPs"
     )
-    found = "; ".join(f"against {one.control}: {evidence(one)}" for one in there)
+    found = "; ".join(f"against {one.control}: {decided_evidence(one)}" for one in there)
     return f"{start}{without}, {found}."
 
 
+def decided_evidence(one: Against) -> str:
+    """:func:`evidence` behind what it decides, if it does."""
+    return evidence(one) if one.outcome == OPEN else f"{one.outcome}, {evidence(one)}"
+
+
 def short_text(controls: Sequence[Against]) -> str:
-    """The same in a headline's words."""
+    """The same in the few words of a headline."""
     there = [one for one in controls if one.mean is not None]
     if not there:
         return "no control at equal FLOPs: whether it pays is open"
     named = " and ".join(f"{above(one.mean or 0.0)} {one.control}" for one in there)
     pairs = min(len(one.values) for one in there)
-    return f"{named}: {overall(there)} ({pairs} pair{'s' * (pairs != 1)})"
+    lacking = [one.control for one in controls if one.mean is None]
+    without = f", without {' and '.join(lacking)}" if lacking else ""
+    return f"{named}: {overall(controls)} ({pairs} pair{'s' * (pairs != 1)}{without})"
 
 
 def tally(outcomes: Sequence[str]) -> str:
-    """``pays in 2 of 8 comparisons, does not pay in 1, open in 5``."""
+    """How often each outcome occurs, as ``pays in 2 of 8 comparisons, does not pay in 1, open in
+    5``."""
     parts = [
         f"{outcome} in {outcomes.count(outcome)}" for outcome in (DOES_NOT_PAY, OPEN)
         if outcome in outcomes
@@ -121,6 +132,7 @@ def verdict_sentences(
     *,
     gap: float | None,
     short_gap: float | None,
+    never: Sequence[tuple[Run, float]],
     speedup: float | None,
     wall: float | None,
     equal: EqualLoss | None,
@@ -135,6 +147,7 @@ def verdict_sentences(
         comparison: the run and its controls.
         gap: its final validation loss above the fixed-size run's, %.
         short_gap: its final validation loss above the short control's, %.
+        never: each source that never grew, the best first, and the final loss above its, %.
         speedup: total FLOPs of the fixed-size run over its own.
         wall: the same of training seconds.
         equal: where the fixed-size run has its final loss.
@@ -144,7 +157,7 @@ def verdict_sentences(
         controls: what all seeds say against each control of equal FLOPs.
     """
     run, fixed = comparison.progressive, comparison.fixed
-    missing = [f"{m.arm} ({m.reason})" for m in comparison.missing]
+    missing = [f"{one.words} ({one.reason})" for one in comparison.missing]
     sentences = []
     if not run.finished:
         sentences.append(f"Unfinished: step {run.last_step} of {run.config.last_step}.")
@@ -153,7 +166,7 @@ def verdict_sentences(
     if missing:
         sentences.append(f"Incomplete: no {' and no '.join(missing)}.")
     sentences += _fixed_sentences(run, fixed, gap, speedup, wall)
-    sentences += _short_sentences(run, comparison.short, short_gap)
+    sentences += _short_sentences(run, comparison.short, short_gap) + _never_sentences(run, never)
     if fixed is not None and has_loss(run):
         sentences.append(_equal_sentence(equal, fixed))
     sentences += _mixing_sentences(mixing)
@@ -239,6 +252,17 @@ def _short_sentences(run: Run, short: Run | None, gap: float | None) -> list[str
     ]
 
 
+def _never_sentences(run: Run, never: Sequence[tuple[Run, float]]) -> list[str]:
+    """How the run ends against each source that never grew; gaps are in %."""
+    found = [
+        f"{above(gap)} {depth_words(control.config)} that never grow, "
+        f"{control.config.train.steps:,} steps ({run.final_loss:.4f} against "
+        f"{control.final_loss:.4f})"
+        for control, gap in never
+    ]
+    return [f"At equal FLOPs it ends {' and '.join(found)}."] if found else []
+
+
 def _equal_sentence(equal: EqualLoss | None, fixed: Run) -> str:
     """Where the fixed-size run has the run's final loss, and what it has cost it by then."""
     if equal is None:
@@ -296,10 +320,16 @@ def study_sentence(share: float | None, to_fixed: Against, controls: Sequence[Ag
         fixed = "against fixed-size: open, there is no finished one"
     else:
         fixed = (
-            f"against fixed-size: {to_fixed.outcome} ({100 * share:.0f} % of its FLOPs, "
+            f"against fixed-size: {within(to_fixed)} ({100 * share:.0f} % of its FLOPs, "
             f"{evidence(to_fixed)})"
         )
     return f"{fixed}. {sentence(controls).removesuffix('.')}"
+
+
+def within(to_fixed: Against) -> str:
+    """Whether a run ends within the allowed gap of fixed-size, for fewer FLOPs: in words."""
+    said = {BELOW: f"within {to_fixed.bound:g} %", NOT_BELOW: f"not within {to_fixed.bound:g} %"}
+    return said.get(to_fixed.outcome, OPEN)
 
 
 def study_title(
@@ -319,16 +349,24 @@ def study_title(
             f"is open"
         )
     there = {one.control for found in judged for one in found if one.mean is not None}
+    lacking = {one.control for found in judged for one in found} - there
     pairs = {len(one.values) for found in judged for one in found if one.mean is not None}
     lower = sum(all(one.mean < 0 for one in found if one.mean is not None) for found in judged)
     text = (
         f"{name}: at equal FLOPs growing {tally([overall(found) for found in judged])}, against "
         f"{' and '.join(sorted(there))}"
-    )
+    ) + (f" (without {' and '.join(sorted(lacking))})" if lacking else "")
     if pairs == {1}:
         text += f" (one seed each; {lower} end below)"
-    close = [one.outcome for one in to_fixed if one.mean is not None]
-    return f"{text}; against fixed-size {tally(close)}" if close else text
+    close = [one for one in to_fixed if one.mean is not None]
+    if not close:
+        return text
+    outcomes = [one.outcome for one in close]
+    text += (
+        f"; for fewer FLOPs within {close[0].bound:g} % of fixed-size in {outcomes.count(BELOW)} "
+        f"of {len(close)}"
+    )
+    return text + (f", open in {outcomes.count(OPEN)}" if OPEN in outcomes else "")
 
 
 def _ratio(value: float) -> str:

@@ -1,17 +1,18 @@
 """The coordinate check: activations and their updates against width and depth.
 
 Models of several widths (at one depth) and depths (at one width) take a few optimizer steps on the
-same tokens. Of a fixed probe batch, before each step and after the last, the RMS of activations and
+same tokens. On a fixed probe batch, before each step and after the last, the RMS of activations and
 of their change since initialisation are measured at the embedding's output, the residual stream
-before the final norm and the logits. If one learning rate is to serve all sizes, each of these
-must not depend on size: the check passes when the slope of log RMS against log size is
-small (Yang and Hu 2021, arXiv 2011.14522, section H; Yang et al. 2022, arXiv 2203.03466, D.1).
+before the final norm, and the logits. If one learning rate is to serve all sizes, each of these
+must not depend on size: the check passes when the slope of log RMS against log size is small (Yang
+and Hu 2021, arXiv 2011.14522, section H; Yang et al. 2022, arXiv 2203.03466, D.1).
 
-The steps are some 16 because Muon's first updates have full rank: those of different layers are
+There are some 16 steps because Muon's first updates have full rank: updates of different layers are
 independent of each other, their sum over 2 L branches of 1 / (2 L) shrinks, and only after about
 ten steps do they point the same way, which is what the depth scale is for.
 
-Widths change the number of heads and not their width. One process, Megatron's engine.
+Widths change the number of heads and not their width. The check runs in one process, with
+Megatron's engine.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ if TYPE_CHECKING:
 
 WIDTH, DEPTH = "width", "depth"
 QUANTITIES = ("embedding", "branches", "stream", "logits")
-"""Embedding's output (with positions), the sum of all residual branches, the residual stream after
-the last layer (the two together), logits."""
+"""The measured quantities: the embedding's output (with positions), the sum of all residual
+branches, the residual stream after the last layer (the two together), and the logits."""
 RMS, CHANGE = "rms", "change"
-"""Of initial activations; of their change from there to the end of the last step."""
+"""The two kinds of measurement: the RMS of initial activations, and that of their change from there
+to the end of the last step."""
 CHECKED = {RMS: ("embedding", "stream", "logits"), CHANGE: QUANTITIES}
-"""Initial branches are not: they may be any small part of the stream, and are independent of each
-other, so that their sum shrinks with depth where each is 1 / L."""
+"""The measurements whose slopes are checked. Initial branches are not among them: they may be any
+small part of the stream, and are independent of each other, so that their sum shrinks with depth
+where each is 1 / L."""
 _LARGEST = int(BOUNDS["model.hidden_size"][1])
 _ROWS = 256  # tokens of the probe that are kept
 
@@ -67,7 +70,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Slope:
-    """Of log RMS against log size, by least squares."""
+    """The slope of log RMS against log size, by least squares."""
 
     axis: str
     quantity: str
@@ -78,12 +81,12 @@ class Slope:
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """The result, as the JSON file has it."""
+    """The result of the check, as the JSON file has it."""
 
     tokens: str
     """What the models were trained on, in words."""
     limit: float
-    """Largest absolute slope that passes."""
+    """The largest absolute slope that passes."""
     slopes: list[Slope]
     measurements: list[Measurement]
 
@@ -96,10 +99,10 @@ class CoordinateCheck:
 
 
 def sizes_from_text(option: str, text: str | None, default: list[int]) -> list[int]:
-    """Sizes of an option such as ``--widths 64,128``, in increasing order.
+    """The sizes of an option such as ``--widths 64,128``, in increasing order.
 
     Raises:
-        ConfigError: not integers from 1, or fewer than two different ones.
+        ConfigError: they are not integers from 1, or there are fewer than two different ones.
     """
     if text is None:
         return default
@@ -119,7 +122,7 @@ def sized(config: RunConfig, width: int, depth: int) -> RunConfig:
     """The configuration at another width and depth, on one rank and without expansions.
 
     Raises:
-        ConfigError: a width that no whole number of heads makes.
+        ConfigError: no whole number of heads makes the width.
     """
     shape = transformer_shape(config, depth)
     base = shape.hidden_size
@@ -152,7 +155,8 @@ def sized(config: RunConfig, width: int, depth: int) -> RunConfig:
 def shapes_of(
     config: RunConfig, widths: list[int] | None, depths: list[int] | None
 ) -> list[tuple[str, int, int]]:
-    """(axis, width, depth) of every model: widths at the middle depth, depths at the first width.
+    """The axis, width and depth of every model: widths are taken at the middle depth, depths at the
+    first width.
 
     None stands for 1, 2 and 4 times the configured width, and for 1, 2, 4 and 8 layers.
     """
@@ -165,16 +169,16 @@ def shapes_of(
 
 
 def check_sizes(config: RunConfig, shapes: Sequence[tuple[str, int, int]]) -> None:
-    """Raise ConfigError where one of the models cannot be trained on one rank."""
+    """Raise :class:`ConfigError` where one of the models cannot be trained on one rank."""
     for _, width, depth in shapes:
         check_run(sized(config, width, depth), 1)
 
 
 def tokens_of(config: RunConfig) -> tuple[Read, str]:
-    """Where samples come from: the prepared corpus, or random tokens where there is none.
+    """The source of samples: the prepared corpus, or random tokens where there is none.
 
     Raises:
-        ConfigError: ``data.prepared`` names a folder that is no corpus, or does not fit.
+        ConfigError: ``data.prepared`` names a folder that is no corpus, or one that does not fit.
     """
     folder = data.prepared_folder(config)
     if config.data.prepared is not None or folder.exists():
@@ -193,7 +197,8 @@ def tokens_of(config: RunConfig) -> tuple[Read, str]:
 
 @contextmanager
 def _recorded(engine: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Activations of forward passes while inside: fp32 [at most 256 tokens, n] by quantity."""
+    """Record the activations of forward passes inside of the context, fp32 [at most 256 tokens, n]
+    by quantity."""
     found: dict[str, torch.Tensor] = {}
     model = engine.chunks[0]
     while hasattr(model, "module"):  # DDP, Float16Module
@@ -221,7 +226,8 @@ def _recorded(engine: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]
 
 
 def measure(config: RunConfig, steps: int, read: Read) -> list[Measurement]:
-    """Train one model for ``steps`` steps at ``optim.lr`` inside the world group (one rank)."""
+    """Train one model for ``steps`` steps at ``optim.lr``, inside of the world group with one
+    rank."""
     from megatron_progressive.engines.base import GlobalBatch
     from megatron_progressive.engines.megatron.engine import MegatronEngine
     from megatron_progressive.models import tensor_table
@@ -256,8 +262,8 @@ def measure(config: RunConfig, steps: int, read: Read) -> list[Measurement]:
 
 
 def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Least-squares slope of log ``values`` against log ``sizes``; NaN where a value is no positive
-    number."""
+    """The least-squares slope of log ``values`` against log ``sizes``; NaN where a value is not a
+    positive number."""
     if not all(value > 0 and math.isfinite(value) for value in values):
         return math.nan
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
@@ -266,7 +272,7 @@ def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
 def slopes_of(
     shapes: Sequence[tuple[str, int, int]], measurements: Sequence[Measurement], limit: float
 ) -> list[Slope]:
-    """Of each axis, quantity and kind; a slope that is not a number fails."""
+    """The slope of each axis, quantity and kind; a slope that is not a number fails."""
     last = max(m.step for m in measurements)
     found = []
     for axis in (WIDTH, DEPTH):
@@ -287,8 +293,8 @@ def slopes_of(
 def coordinate_check(
     config: RunConfig, shapes: Sequence[tuple[str, int, int]], steps: int, limit: float
 ) -> CoordinateCheck:
-    """Measure every model once, inside the world group (one rank), with progress on standard
-    error.
+    """Measure every model once, inside of the world group with one rank; progress is shown on
+    standard error.
 
     Raises:
         ConfigError: the corpus does not fit.

@@ -24,7 +24,7 @@ PNG, JSON = "coordcheck.png", "coordcheck.json"
 
 
 def write(check: CoordinateCheck, shapes: Sequence[tuple[str, int, int]], out: Path) -> None:
-    """``coordcheck.png`` and ``coordcheck.json`` into ``out``, which is made."""
+    """Write ``coordcheck.png`` and ``coordcheck.json`` into ``out``, which is made."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / JSON, check.to_values())
     figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
@@ -68,7 +68,7 @@ def write(check: CoordinateCheck, shapes: Sequence[tuple[str, int, int]], out: P
 
 
 def text(check: CoordinateCheck) -> str:
-    """A line a slope, and the verdict."""
+    """The text with one line for each slope, and the verdict."""
     lines = [
         f"{s.axis:<6} {s.kind:<7} {s.quantity:<10} slope {s.slope:+.3f}  "
         + ("ok" if s.passed else f"FAILS (limit {check.limit:g})")

@@ -2,19 +2,20 @@
 
 The structure is that of Korthikanti et al. 2022 (arXiv 2205.05198, sections 4.1 to 4.3): sums over
 the inputs that each operator saves, some divided by tensor parallelism, some by sequence
-parallelism, times the micro-batches that a pipeline stage has in flight. It differs from theirs in
-what this project runs: no dropout masks, attention that does not keep the S x S scores, sequence
-parallelism only for models with experts (``megatron_model.py``), and grouped queries, latent
-attention, experts and prediction modules, which that paper does not have.
+parallelism, times the micro-batches that a pipeline stage has in flight. It differs from theirs
+because this project runs other things: no dropout masks, attention that does not keep the S x S
+scores, sequence parallelism only for models with experts (``engines/megatron/model.py``), and
+grouped queries, latent attention, experts and prediction modules, which that paper does not have.
 
-Two sets of constants. ``fused=False`` is the local layer spec, on CPU: what its operators save was
-counted there, in fp32 and bf16, and a test compares the whole with real steps. It writes RMSNorm
-and SwiGLU out (a copy more each of their input), and for heads of two widths (latent attention)
-torch's attention falls back to one that keeps the scores. ``fused=True`` is Transformer Engine's
-layers and fused kernels as these are known to work (Megatron-core 0.19.2, Transformer Engine 2.11);
-**it has not been measured**. Nothing is recomputed in either: the engine has no such setting.
+There are two sets of constants. ``fused=False`` is the local layer spec, on CPU: what its operators
+save was counted there, in fp32 and bf16, and a test compares the whole with real steps. This spec
+writes RMSNorm and SwiGLU out (each keeps one more copy of its input), and for heads of two widths
+(latent attention) torch's attention falls back to one that keeps the scores. ``fused=True`` is
+Transformer Engine's layers and fused kernels as these are known to work (Megatron-core 0.19.2,
+Transformer Engine 2.11); **it has not been measured**. Nothing is recomputed in either set, since
+the engine has no such setting.
 
-Routed tokens are taken as equally many for each expert-parallel rank.
+Each expert-parallel rank is taken to get equally many routed tokens.
 """
 
 from __future__ import annotations
@@ -32,19 +33,20 @@ from megatron_progressive.runtime.layout import Layout
 
 _FP32 = 4
 _BATCH = 1 << 24
-"""Elements of a batch of Muon's tensors: EXCHANGE_NUMEL of ``optim/flat.py``, which has torch."""
+"""How many elements of Muon's tensors make a batch: the number EXCHANGE_NUMEL of ``optim/flat.py``,
+which needs torch."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on a rank beyond parameters, gradients and optimizer state."""
+    """The bytes on a rank beyond parameters, gradients and optimizer state."""
 
     kept: int
-    """For the backward pass, of all micro-batches in flight, when it begins."""
+    """Bytes kept for the backward pass when that begins, over all micro-batches in flight."""
     temporary: int
-    """Largest of what is needed for a moment beside them: gradients of the logits, tokens on
-    their way to experts, gradients within a layer; or, if that is more than all of the above,
-    what Newton-Schulz has beside the state, less ``kept``."""
+    """The largest number of bytes that are needed for a moment beside those: gradients of the
+    logits, tokens on their way to experts, or gradients within a layer. Where Newton-Schulz has
+    more beside the state than all of this, it is that number less ``kept``."""
 
     @property
     def total(self) -> int:
@@ -53,7 +55,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class RankPeak:
-    """Most bytes that a rank holds during a step."""
+    """The most bytes that a rank holds during a step."""
 
     state: RankMemory
     activations: Activations
@@ -65,13 +67,13 @@ class RankPeak:
 
 @dataclass(frozen=True)
 class _Step:
-    """What the sizes of one micro-batch on one rank depend on."""
+    """The quantities on which the sizes of one micro-batch on one rank depend."""
 
     shape: TransformerShape
     layout: Layout
     samples: int
     width: int
-    """Bytes of an element: 2 in bf16."""
+    """The number of bytes of an element, which is 2 in bf16."""
     fused: bool
 
     @property
@@ -80,22 +82,23 @@ class _Step:
 
     @property
     def rms_written_out(self) -> bool:
-        """Whether norms are torch's RMSNorm, which is several operators."""
+        """Whether norms are torch's RMSNorm, which consists of several operators."""
         return TRANSFORMERS[self.shape.family].norm == "RMSNorm" and not self.fused
 
     @property
     def sequence_ranks(self) -> int:
-        """Ranks that divide what tensor parallelism alone leaves whole."""
+        """The number of ranks that divide what tensor parallelism alone leaves whole."""
         return self.layout.tensor if MOE in self.shape.layer_kinds() else 1
 
     def hidden(self, count: float = 1) -> float:
-        """``count`` residual streams."""
+        """The bytes of ``count`` residual streams."""
         return count * self.tokens * self.shape.hidden_size * self.width / self.sequence_ranks
 
     def norm(self, width: int | None = None) -> float:
-        """What a norm keeps beside its input: its output, which the linear behind it needs, its
-        statistics, and unfused RMSNorm the output before the gain as well. That one computes in
-        fp32 and in bf16 keeps its input so, in place of the one that it was given."""
+        """The bytes that a norm keeps beside its input: its output, which the linear behind it
+        needs, its statistics and, for unfused RMSNorm, the output before the gain. Unfused RMSNorm
+        computes in fp32, and in bf16 keeps its input in fp32 in place of the one that it was
+        given."""
         rms = TRANSFORMERS[self.shape.family].norm == "RMSNorm"
         each = 2 * _FP32 if self.rms_written_out else self.width
         statistics = _FP32 if rms else 2 * (_FP32 if self.fused else self.width)
@@ -104,7 +107,7 @@ class _Step:
 
 
 def _scores(step: _Step) -> float:
-    """Of the S x S scores of one self-attention, where it keeps them: in fp32."""
+    """The bytes of the S x S scores of one self-attention, in fp32, where it keeps them."""
     shape, mla = step.shape, step.shape.mla
     if step.fused or mla is None or mla.qk_head_dim == mla.v_head_dim:
         return 0.0
@@ -113,7 +116,7 @@ def _scores(step: _Step) -> float:
 
 
 def _attention(step: _Step) -> float:
-    """Of one self-attention, from behind its norm to its residual addition."""
+    """The bytes that one self-attention keeps, from behind its norm to its residual addition."""
     shape, w = step.shape, step.width
     heads, mla = shape.num_attention_heads, shape.mla
     whole, cut = 0.0, 0.0  # bytes a token
@@ -147,14 +150,16 @@ def _attention(step: _Step) -> float:
 
 
 def _mlp_elements(step: _Step, width: int) -> float:
-    """Elements a token of an MLP behind its input: both halves of a gated one, the activation,
-    their product; unfused also the second half once more (Megatron-core adds an offset to it)."""
+    """The elements per token of an MLP behind its input: both halves of a gated one, the activation
+    and their product. Unfused, the second half counts twice, since Megatron-core adds an offset to
+    it."""
     gated = TRANSFORMERS[step.shape.family].gated
     return (3 if step.fused else 5) * width if gated else 2 * width
 
 
 def _experts(step: _Step) -> tuple[float, float]:
-    """Of the experts of a layer: bytes kept, and most bytes on their way beside them."""
+    """The bytes that the experts of a layer keep, and the most bytes that are on their way beside
+    them."""
     moe, layout, w = step.shape.moe, step.layout, step.width
     assert moe is not None
     tokens = step.tokens / step.sequence_ranks
@@ -170,8 +175,8 @@ def _experts(step: _Step) -> tuple[float, float]:
 
 
 def layer_bytes(step: _Step, kind: str) -> tuple[float, float]:
-    """Of one layer, ``dense`` or ``moe``: bytes kept, its input included, and most temporary
-    bytes of its backward pass beside what it kept."""
+    """The bytes that one layer, ``dense`` or ``moe``, keeps including its input, and the most
+    temporary bytes of its backward pass beside these."""
     shape = step.shape
     if kind == MOE:
         mlp, inside = _experts(step)
@@ -185,7 +190,8 @@ def layer_bytes(step: _Step, kind: str) -> tuple[float, float]:
 
 
 def _head(step: _Step) -> tuple[float, float]:
-    """Of the final norm, the head and the cross-entropy: bytes kept and temporary.
+    """The bytes that the final norm, the head and the cross-entropy keep, and their temporary
+    bytes.
 
     The vocabulary-parallel cross-entropy keeps exponentials in fp32. In bf16 the logits, and then
     their gradient, are beside them; where there is padding, its mask makes a copy.
@@ -199,18 +205,20 @@ def _head(step: _Step) -> tuple[float, float]:
 
 
 def _prediction(step: _Step, kind: str) -> float:
-    """Of one prediction module: two norms, their joined output, a layer, the head again."""
+    """The bytes of one prediction module: two norms, their joined output, a layer, and the head
+    again."""
     head = _head(step)[0]
     return step.hidden(4) + 2 * step.norm() + layer_bytes(step, kind)[0] + head
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
-    """Micro-batches of each model chunk of a stage whose activations are held at the peak.
+    """The number of micro-batches of each model chunk of a stage whose activations are held at the
+    peak.
 
-    1F1B holds as many as stages are left, itself included (Narayanan et al. 2021, arXiv
-    2104.04473). The interleaved schedule runs 2 (P - stage - 1) + (v - 1) P forward passes of
-    chunks before the first backward pass, and one more; P at a time of each chunk
-    (``schedules.py`` of Megatron-core 0.19.2, ``get_pp_rank_microbatches``).
+    The 1F1B schedule holds as many as there are stages left, including this one (Narayanan et al.
+    2021, arXiv 2104.04473). The interleaved schedule runs 2 (P - stage - 1) + (v - 1) P + 1 forward
+    passes of chunks before the first backward pass, P at a time of each chunk (``schedules.py`` of
+    Megatron-core 0.19.2, ``get_pp_rank_microbatches``).
     """
     stages, chunks = layout.pipeline, layout.virtual_pipeline
     if chunks == 1:
@@ -226,8 +234,9 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
 def _muon_sizes(
     shape: TransformerShape, optim: OptimSection
 ) -> tuple[dict[tuple[int, int], int], int, int, int, int]:
-    """Muon's matrices by size, and the elements of all its tensors and of the largest one, and of
-    all and the largest of those that are several matrices in one (queries, keys and values)."""
+    """Muon's matrices by size; the number of elements of all its tensors and of the largest one;
+    and the same two numbers for the tensors that are several matrices in one (queries, keys and
+    values)."""
     matrices: Counter[tuple[int, int]] = Counter()
     total = largest = joint = widest = 0
     for spec in tensor_table(shape).values():
@@ -241,14 +250,14 @@ def _muon_sizes(
 
 
 def _newton_schulz(shape: TransformerShape, config: RunConfig, layout: Layout, fused: bool) -> int:
-    """Bytes of one batch of Muon's updates while matrices of one size are orthogonalised.
+    """The bytes of one batch of Muon's updates while matrices of one size are orthogonalised.
 
-    A rank steps its tensors in batches (``optim/flat.py``). At the peak it has the batch's updates
-    in fp32, copies of its parts of queries, keys and values, the matrices of one size in one
-    tensor, and of them the iterate X; beside these two squares of the shorter side, or one and the
-    next X, or in a narrower type X in fp32 (``optim/newton_schulz.py``). Tensor-parallel ranks
-    have the updates three times: their shards, the shards that were gathered, and the whole
-    tensors. Each has a part of the matrices then.
+    A rank steps its tensors in batches (``optim/flat.py``). At the peak it holds the batch's
+    updates in fp32, copies of its parts of queries, keys and values, the matrices of one size in
+    one tensor, and their iterate X. Beside these it holds two squares of the shorter side, or one
+    square and the next X, or, in a narrower type, X in fp32 (``optim/newton_schulz.py``).
+    Tensor-parallel ranks have the updates three times: as their shards, as the shards that were
+    gathered, and as whole tensors. Each rank then has a part of the matrices.
     """
     matrices, total, largest, joint, widest = _muon_sizes(shape, config.optim)
     ranks = layout.world if layout.zero_stage else layout.tensor * layout.pipeline
@@ -271,7 +280,8 @@ def _newton_schulz(shape: TransformerShape, config: RunConfig, layout: Layout, f
 def stage_activations(
     shape: TransformerShape, config: RunConfig, layout: Layout, *, fused: bool
 ) -> list[Activations]:
-    """Activations and temporary bytes of a rank of each pipeline stage (experts balanced)."""
+    """The activations and temporary bytes of a rank of each pipeline stage, with balanced
+    experts."""
     train = config.train
     step = _Step(shape, layout, train.micro_batch, BYTES[train.precision], fused)
     batches = max(1, train.global_batch // (train.micro_batch * layout.data))
@@ -318,7 +328,7 @@ def stage_activations(
 def fullest_rank(
     shape: TransformerShape, config: RunConfig, layout: Layout, *, fused: bool
 ) -> RankPeak:
-    """State and activations of the rank that holds most of both together."""
+    """The state and the activations of the rank that holds most of both together."""
     activations = stage_activations(shape, config, layout, fused=fused)
     states = stage_memory(shape, config, layout)
     peaks = [RankPeak(s, a) for s, a in zip(states, activations, strict=True)]

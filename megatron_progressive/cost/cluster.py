@@ -1,7 +1,7 @@
 """The GPUs that a plan is for.
 
-Every number of the table is a data sheet's, none was measured here. Memory is what the driver
-reports as total, rounded down; the data sheets' decimal "80 GB" and "141 GB" are names.
+Every number of the table is from a data sheet; none was measured here. The memory is what the
+driver reports as total, rounded down; the data sheets' decimal "80 GB" and "141 GB" are names.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from megatron_progressive.config import ConfigError
 
 MFU = 0.40
-"""Model FLOPs utilisation of the compute alone. AN ASSUMPTION: Llama 3 reports 38 to 43 % on 8,192
-to 16,384 H100 with all communication and bubbles in it (arXiv 2407.21783, table 4). The
-estimate adds those to it, so that it is on the slow side for large models on good networks;
-small models, and anything that was not tuned, may well be slower."""
+"""Model FLOPs utilisation of the compute alone, which is AN ASSUMPTION. Llama 3 reports 38 to 43 %
+on 8,192 to 16,384 H100 with all communication and bubbles in it (arXiv 2407.21783, table 4). The
+estimate adds communication and bubbles to this number, so that it is on the slow side for large
+models on good networks; small models, and anything that was not tuned, may well be slower."""
 
 RESERVE = 0.10
-"""Share of the memory that a plan leaves alone: CUDA context, NCCL's buffers, fragmentation of the
-allocator, kernels' workspaces. An assumption."""
+"""The share of the memory that a plan leaves alone, for the CUDA context, NCCL's buffers,
+fragmentation of the allocator and workspaces of kernels. This is an assumption."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Cluster:
     gpu: str
     memory_gib: float
     peak_tflops: float
-    """Dense bf16, 1e12 FLOPs per second."""
+    """Peak rate of dense bf16 products, in 1e12 FLOPs per second."""
     nvlink_gb_per_s: float
-    """Of one GPU, each way, 1e9 bytes per second."""
+    """Rate of NVLink for one GPU, each way, in 1e9 bytes per second."""
     network_gb_per_s: float
-    """Of one GPU to other nodes, each way, 1e9 bytes per second."""
+    """Rate of the network from one GPU to other nodes, each way, in 1e9 bytes per second."""
     gpus_per_node: int = 8
     cores: int = 14
     """Processor cores for each GPU."""
@@ -40,16 +40,17 @@ class Cluster:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory of a GPU less the reserve."""
+        """The memory of a GPU without the reserve, in bytes."""
         return self.memory_gib * 2**30 * (1 - RESERVE)
 
     @property
     def flops_per_s(self) -> float:
-        """That a GPU is expected to reach while it computes."""
+        """The FLOPs per second that a GPU is expected to reach while it computes."""
         return self.peak_tflops * 1e12 * self.mfu
 
     def bytes_per_s(self, span: int) -> float:
-        """Of one GPU in a group of ``span`` neighbouring ranks: of the slowest way in it."""
+        """The bytes per second of one GPU in a group of ``span`` neighbouring ranks, over the
+        slowest link in it."""
         inside = span <= self.gpus_per_node
         return 1e9 * (self.nvlink_gb_per_s if inside else self.network_gb_per_s)
 
@@ -67,14 +68,15 @@ GPUS = {
 
 
 def make_cluster(gpu: str | None, numbers: dict[str, float | None]) -> Cluster | None:
-    """A GPU of the table with some numbers replaced; None without one.
+    """A GPU of the table, some of whose numbers may be replaced; None where no GPU is named.
 
     Args:
         numbers: ``gpu_memory_gib``, ``peak_tflops``, ``mfu`` and ``link_gb_per_s``, the options of
             ``mprog plan``; None keeps the table's.
 
     Raises:
-        ConfigError: a GPU that is not in the table, a number out of range, or without a GPU.
+        ConfigError: the GPU is not in the table, a number is out of range, or a number is given
+            without a GPU.
     """
     given = {name: value for name, value in numbers.items() if value is not None}
     if gpu is None:

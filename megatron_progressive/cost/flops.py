@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
@@ -44,16 +44,17 @@ _BACKWARD = 2  # gradients of inputs and of weights cost one forward pass each
 
 @dataclass(frozen=True)
 class Phase:
-    """The steps between two expansions."""
+    """The steps of a run between two expansions."""
 
     first_step: int
-    """1-based, inclusive."""
+    """The first step, counted from 1."""
     last_step: int
-    """Inclusive; an expansion that ends the phase happens after it."""
+    """The last step, which belongs to the phase; an expansion that ends the phase happens after
+    it."""
     num_layers: int
     params: int
     flops: int
-    """Of the whole phase."""
+    """The FLOPs of the whole phase."""
 
     @property
     def steps(self) -> int:
@@ -68,7 +69,8 @@ def _multiplies(spec: TensorSpec) -> bool:
 
 
 def linear_flops(spec: TensorSpec, shape: TransformerShape) -> int:
-    """FLOPs of one token's product with a tensor; of a routed expert's, its share of tokens."""
+    """FLOPs of one token's product with a tensor; for a routed expert they are multiplied by its
+    share of the tokens."""
     if not _multiplies(spec):
         return 0
     if spec.expert is None or shape.moe is None:
@@ -86,7 +88,7 @@ def attention_flops(shape: TransformerShape) -> int:
 
 @lru_cache(maxsize=64)
 def forward_flops_per_token(shape: ModelShape) -> int:
-    """FLOPs of one token's forward pass in a sequence of ``shape.sequence_length`` tokens; of
+    """FLOPs of one token's forward pass in a sequence of ``shape.sequence_length`` tokens; for
     models of images, of one image's."""
     linears = [spec for spec in tensor_table(shape).values() if _multiplies(spec)]
     if not isinstance(shape, TransformerShape):
@@ -111,7 +113,8 @@ def _training_flops_per_token(shape: ModelShape) -> int:
 
 
 def muon_matrices(spec: TensorSpec, optim: OptimSection) -> list[tuple[int, int]]:
-    """(n_out, n_in) of each matrix of a tensor that Muon orthogonalises; empty for other rules.
+    """The size (n_out, n_in) of each matrix of a tensor that Muon orthogonalises; none for tensors
+    with other rules.
 
     Blocks of rows (query, key and value) are matrices of their own, and so are gate and up.
     Embeddings, positions and the head count where ``optim.embeddings`` is ``muon``.
@@ -126,10 +129,10 @@ def muon_matrices(spec: TensorSpec, optim: OptimSection) -> list[tuple[int, int]
 
 
 def newton_schulz_flops(n_out: int, n_in: int, steps: int) -> int:
-    """FLOPs to orthogonalise one matrix.
+    """FLOPs of orthogonalising one matrix.
 
-    Each iteration X <- a X + (b A + c A A) X with A = X X^T has three products on the shorter
-    side n and the longer one m: X X^T (2 n^2 m), A A (2 n^3) and B X (2 n^2 m).
+    Each iteration X <- a X + (b A + c A A) X with A = X X^T has three products on the shorter side
+    n and the longer one m: X X^T (2 n^2 m), A A (2 n^3) and B X (2 n^2 m).
     """
     n, m = min(n_out, n_in), max(n_out, n_in)
     return steps * (4 * n * n * m + 2 * n**3)
@@ -137,7 +140,7 @@ def newton_schulz_flops(n_out: int, n_in: int, steps: int) -> int:
 
 @lru_cache(maxsize=64)
 def optimizer_flops(shape: ModelShape, optim: OptimSection) -> int:
-    """FLOPs of one optimizer step: Newton-Schulz of every Muon matrix, 0 for AdamW."""
+    """FLOPs of one optimizer step: those of Newton-Schulz for every Muon matrix; 0 for AdamW."""
     steps = ns_steps(optim)
     counts = Counter(
         matrix for spec in tensor_table(shape).values() for matrix in muon_matrices(spec, optim)
@@ -149,14 +152,14 @@ def optimizer_flops(shape: ModelShape, optim: OptimSection) -> int:
 
 @lru_cache(maxsize=64)
 def largest_matrix_flops(shape: ModelShape, optim: OptimSection) -> int:
-    """FLOPs of Newton-Schulz of the matrix that costs most; 0 for AdamW."""
+    """FLOPs of Newton-Schulz for the most expensive matrix; 0 for AdamW."""
     steps = ns_steps(optim)
     matrices = {m for spec in tensor_table(shape).values() for m in muon_matrices(spec, optim)}
     return max((newton_schulz_flops(*matrix, steps) for matrix in matrices), default=0)
 
 
 def step_tokens(shape: ModelShape, config: RunConfig) -> int:
-    """Tokens of one optimizer step; of models of images, images."""
+    """The number of tokens in one optimizer step; for models of images, of images."""
     return config.train.global_batch * shape.sample_units
 
 
@@ -167,7 +170,7 @@ def step_flops(shape: ModelShape, config: RunConfig) -> int:
 
 
 def phases(config: RunConfig) -> list[Phase]:
-    """The phases of a run, in order: one more than it has expansions."""
+    """The phases of a run in order, of which there is one more than there are expansions."""
     depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
     ends = [*config.expansion_steps(), config.last_step]
     found, first = [], 1
@@ -182,3 +185,22 @@ def phases(config: RunConfig) -> list[Phase]:
 def total_flops(config: RunConfig) -> int:
     """Training FLOPs of a whole run."""
     return sum(phase.flops for phase in phases(config))
+
+
+def steps_within(config: RunConfig, flops: float) -> int:
+    """The greatest number of steps with which a run costs no more than ``flops``; 0 where one step
+    costs more. An expansion at a fraction of the steps moves with them, so that of more steps no
+    run costs less; a run misses ``flops`` by less than one step of its full depth."""
+
+    def cost(steps: int) -> int:
+        return total_flops(replace(config, train=replace(config.train, steps=steps)))
+
+    config = replace(config, train=replace(config.train, stop_after=None))
+    enough = 1
+    while cost(enough) <= flops:
+        enough *= 2
+    low, high = enough // 2, enough  # cost(low) <= flops < cost(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= flops else (low, middle)
+    return low

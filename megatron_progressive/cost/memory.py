@@ -1,11 +1,12 @@
-"""Bytes of model and optimizer state on the fullest rank of a layout, without allocating.
+"""Bytes of model and optimizer state on the fullest rank of a layout, found without allocating
+anything.
 
-Activations, communication buffers and what an optimizer step needs for a moment (a gathered
-matrix under Newton-Schulz, for example) are not counted. Experts are divided over the
-expert-parallel ranks, each over the expert-tensor-parallel ones, and their optimizer state over
-the ranks that hold the same experts; routers' biases are fp32 and have neither gradient nor
-optimizer state. Of a divided state a rank's share is taken as equal: shares of whole tensors
-(Muon-NSGD on Megatron-core) are up to 5 % larger.
+Activations, communication buffers and what an optimizer step needs for a moment (a gathered matrix
+under Newton-Schulz, for example) are not counted. Experts are divided over the expert-parallel
+ranks, each expert over the expert-tensor-parallel ranks, and their optimizer state over the ranks
+that hold the same experts. Biases of routers are fp32 and have neither gradient nor optimizer
+state. The shares of a divided state are taken as equal; shares of whole tensors (Muon-NSGD on
+Megatron-core) are up to 5 % larger.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ MASTER, MOMENTUM, MOMENTS = "master weights", "momentum", "AdamW moments"
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank."""
+    """The bytes of state on one rank."""
 
     stage: int
-    """Pipeline stage of the rank."""
+    """The pipeline stage of the rank."""
     parameters: int
     gradients: int
-    """fp32 sums, whatever the precision."""
+    """Bytes of the gradient sums, which are fp32 in every precision."""
     optimizer: dict[str, int] = field(default_factory=dict)
-    """By kind of state, fp32 all: master weights, momentum, AdamW moments."""
+    """Bytes of each kind of optimizer state, all fp32: master weights, momentum and AdamW's
+    moments."""
 
     @property
     def total(self) -> int:
@@ -43,7 +45,7 @@ class RankMemory:
 
 
 def stage_tensors(shape: ModelShape, layout: Layout) -> list[list[TensorSpec]]:
-    """The tensors of each pipeline stage, copies of the embedding included."""
+    """The tensors of each pipeline stage, including copies of the embedding."""
     return [
         [tensor.spec for chunk in chunks for tensor in chunk]
         for chunks in chunk_tensors(shape, layout)
@@ -51,7 +53,7 @@ def stage_tensors(shape: ModelShape, layout: Layout) -> list[list[TensorSpec]]:
 
 
 def _held(spec: TensorSpec, numel: int, layout: Layout) -> int:
-    """Elements of a tensor of ``numel`` on one of the ranks that hold part of it."""
+    """The number of elements of a tensor of ``numel`` on one of the ranks that hold part of it."""
     ranks = layout.tensor if spec.expert is None else layout.expert_tensor
     return numel // (ranks if spec.tp_axis is not None else 1)
 
@@ -59,8 +61,9 @@ def _held(spec: TensorSpec, numel: int, layout: Layout) -> int:
 def rank_memory(
     stage: int, sized: list[tuple[TensorSpec, int]], config: RunConfig, layout: Layout
 ) -> RankMemory:
-    """Of a rank of a stage that has tensors, each with its elements (of a tensor that stands for
-    several: theirs together). Its experts are as many as any other's of the stage."""
+    """The memory of one rank of a stage with these tensors, each with its number of elements (for a
+    tensor that stands for several, with theirs together). The rank's experts are as many as those
+    of any other rank of the stage."""
     optim, precision = config.optim, config.train.precision
     zero, deepspeed = layout.zero_stage, layout.engine == "deepspeed"
     divided = divides_state(layout)
@@ -95,13 +98,13 @@ def rank_memory(
 
 
 def divides_state(layout: Layout) -> bool:
-    """Whether optimizer state is divided over data-parallel ranks: by Megatron-core's distributed
-    optimizer, for Muon-NSGD in whole tensors where they fit, or by DeepSpeed's ZeRO."""
+    """Whether the optimizer state is divided over data-parallel ranks: by Megatron-core's
+    distributed optimizer, for Muon-NSGD in whole tensors where they fit, or by DeepSpeed's ZeRO."""
     return layout.zero_stage >= 1
 
 
 def stage_memory(shape: ModelShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
-    """Memory of a rank of each pipeline stage. Ranks of one stage hold the same amount."""
+    """The memory of a rank of each pipeline stage; ranks of one stage hold the same amount."""
     stages = enumerate(stage_tensors(shape, layout))
     return [
         rank_memory(stage, [(spec, spec.numel) for spec in specs], config, layout)
@@ -110,5 +113,5 @@ def stage_memory(shape: ModelShape, config: RunConfig, layout: Layout) -> list[R
 
 
 def largest_rank(shape: ModelShape, config: RunConfig, layout: Layout) -> RankMemory:
-    """Memory of the rank that holds most."""
+    """The memory of the rank that holds most."""
     return max(stage_memory(shape, config, layout), key=lambda memory: memory.total)

@@ -1,4 +1,4 @@
-"""Seconds of one training step on a cluster: a simple model, to rank layouts by.
+"""Seconds of one training step on a cluster, by a simple model that serves to rank layouts.
 
 A step takes, one after another:
 
@@ -7,18 +7,19 @@ A step takes, one after another:
   micro-batches in v chunks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2);
 - Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
   (each matrix is one rank's);
-- tensor parallelism: four all-reduces of the residual stream a layer and micro-batch and two for
-  embedding and head, as many bytes with sequence parallelism (Korthikanti et al. 2022, arXiv
-  2205.05198, section 4.2.2);
-- experts: four all-to-alls of the routed tokens a layer and micro-batch, at the network's speed
-  for the share that leaves the node;
-- sending the residual stream from stage to stage and back, at the network's speed where stages
-  are on other nodes;
-- half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half
-  is hidden behind compute is an assumption.
+- tensor parallelism: four all-reduces of the residual stream for each layer and micro-batch, and
+  two for embedding and head; sequence parallelism sends as many bytes (Korthikanti et al. 2022,
+  arXiv 2205.05198, section 4.2.2);
+- experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
+  speed for the share that leaves the node;
+- sending the residual stream from stage to stage and back, at the network's speed where stages are
+  on other nodes;
+- half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half is
+  hidden behind compute is an assumption.
 
-Not in it: communication of prediction modules (their products are), kernels that are slow because
-their sizes are small, latency of collectives, uneven experts, input, validation and saving.
+The model leaves out the communication of prediction modules (their products are counted), kernels
+that are slow because their sizes are small, the latency of collectives, uneven experts, input,
+validation and saving.
 """
 
 from __future__ import annotations
@@ -38,26 +39,27 @@ from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.runtime.layout import Layout
 
 _EXPOSED = 0.5
-"""Share of the data-parallel traffic that compute does not hide."""
+"""The share of the data-parallel traffic that compute does not hide."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One layer, or what is before or behind the layers, in sums."""
+    """One layer, or what comes before or behind the layers, as sums."""
 
     tensors: tuple[tuple[TensorSpec, int], ...]
-    """A tensor of each kind that matters for memory, and how many elements all of its kind have."""
+    """One tensor of each kind that matters for memory, and the number of elements that all of its
+    kind have."""
     flops: int
-    """Of one token's forward pass."""
+    """The FLOPs of one token's forward pass."""
 
 
 @lru_cache(maxsize=64)
 def parts(
     shape: TransformerShape, optim: OptimSection, pipelined: bool
 ) -> tuple[Part, list[Part], Part]:
-    """The model before the layers, each layer, and behind them, with the copy of the embedding
-    that ``pipelined`` models have there. Multi-token prediction is behind the layers, and so is
-    the final norm."""
+    """The parts of a model: what comes before the layers, each layer, and what comes behind them.
+    ``pipelined`` models have a copy of the embedding there; multi-token prediction and the final
+    norm are there, too."""
     stages = chunk_tensors(shape, Layout(2, pipeline=2) if pipelined else Layout(1))
     members: dict[int, list[TensorSpec]] = {n: [] for n in range(-1, shape.num_layers + 1)}
     for stage, chunks in enumerate(stages):
@@ -101,8 +103,8 @@ def stage_parts(
 
 
 def stage_states(shape: TransformerShape, config: RunConfig, layout: Layout) -> list[RankMemory]:
-    """:func:`.memory.stage_memory` in a thousandth of the time; the final norm of a model with
-    prediction counts for the last stage."""
+    """The same as :func:`.memory.stage_memory` in a thousandth of the time. The final norm of a
+    model with prediction counts for the last stage."""
     found = []
     for stage, members in enumerate(stage_parts(shape, config.optim, layout)):
         sized = [pair for part in members for pair in part.tensors]
@@ -112,7 +114,7 @@ def stage_states(shape: TransformerShape, config: RunConfig, layout: Layout) -> 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, by what they go to."""
+    """The seconds of one step, by what takes them."""
 
     compute: float
     bubble: float
@@ -133,7 +135,7 @@ class StepTime:
 def step_time(
     shape: TransformerShape, config: RunConfig, layout: Layout, cluster: Cluster, state: RankMemory
 ) -> StepTime:
-    """Seconds of one step of ``shape``; ``state`` is that of the fullest rank."""
+    """The seconds of one step of ``shape``; ``state`` is the memory of the fullest rank."""
     train, moe = config.train, shape.moe
     width = BYTES[train.precision]
     tokens = train.micro_batch * shape.sequence_length

@@ -1,1 +1,2 @@
-"""Depth expansion: the map from source to target layers, the hook at τ, and the same on disk."""
+"""Depth expansion: the map from source to target layers, the hook at τ, and the expansion of a
+checkpoint on disk."""

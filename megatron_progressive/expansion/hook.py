@@ -1,6 +1,6 @@
-"""The expansion hook: what the training loop calls at τ.
+"""What happens at τ: the expansion hook, which the training loop calls.
 
-Builds the target engine beside the old one, fills every box of it by the depth map, checks
+The hook builds the target engine beside the old one, fills every box of it by the depth map, checks
 the loss on one batch before and after, and closes the old engine.
 """
 
@@ -23,7 +23,7 @@ from megatron_progressive.runtime.agreement import all_succeed
 
 @dataclass(frozen=True)
 class ExpansionEvent:
-    """What happened at τ, as ``metrics.jsonl`` has it."""
+    """What happened at τ, as ``metrics.jsonl`` records it."""
 
     from_layers: int
     to_layers: int
@@ -32,14 +32,15 @@ class ExpansionEvent:
     layout_before: str
     layout_after: str
     seconds: float
-    """Pause of the training: building, moving and releasing; the two loss checks excluded."""
+    """How long training paused for building, moving and releasing, without the two checks of the
+    loss."""
     bytes_moved: int
-    """Bytes sent between ranks, over all ranks."""
+    """Bytes that were sent between ranks, over all ranks."""
     peak_bytes: int
-    """Largest over ranks: the target's own state plus the bytes staged at once."""
+    """The largest number of bytes on a rank: the target's own state plus what is staged at once."""
     loss_before: float
     loss_after: float
-    """On the same batch as ``loss_before``."""
+    """The loss on the same batch as ``loss_before``."""
 
 
 def apply_rules(
@@ -51,9 +52,11 @@ def apply_rules(
     generation: int,
     staging_bytes: int,
 ) -> TransferStats:
-    """Fill every target piece: copied boxes by :func:`transfer`, the rest in place.
+    """Fill every target piece: copied boxes by :func:`transfer`, the others in place. Collective
+    over all ranks.
 
-    Collective over all ranks. Slots that a rule copies come from the same slot of its source.
+    Collective over all ranks. A slot that a rule copies comes from the same slot of the source
+    tensor.
     """
     new = [p for p in target.pieces if rules[p.name].action(p.slot) == INIT]
     initialise(new, table, seed, generation)
@@ -75,15 +78,15 @@ def expand(
 ) -> tuple[Engine, ExpansionEvent]:
     """Replace ``old`` by a deeper engine, in the running job. Collective over all ranks.
 
-    Until every rank has its part of the new engine, the old one is untouched; a rank that
-    fails before that makes all of them fail (:func:`.agreement.all_succeed`).
+    Until every rank has its part of the new engine, the old one is untouched; a rank that fails
+    before that makes all of them fail (:func:`.agreement.all_succeed`).
 
     Args:
-        build: makes the target engine (its weights may be anything).
+        build: makes the target engine, whose weights may be anything.
         probe: the batch of ``loss_before`` and ``loss_after``.
-        seed, generation: of new layers' initial weights (:mod:`.state.init`); the generation is
-            that of no other expansion of the job.
-        staging_bytes: most bytes that a rank stages for sending and receiving.
+        seed, generation: the key of the new layers' initial weights (:mod:`.initial_values`); no
+            other expansion of the job has the same generation.
+        staging_bytes: the most bytes that a rank stages for sending and receiving.
 
     Raises:
         RankFailed: another rank failed.

@@ -1,7 +1,7 @@
-"""Expand a checkpoint on disk: the hook's depth map, one tensor at a time.
+"""Expanding a checkpoint on disk: the hook's depth map, one tensor at a time.
 
-One process without a job and with little memory: at most one tensor is held (twice while it is
-cut into boxes or read). The result is what :func:`.hook.expand` makes of the same state.
+This takes one process without a job, and little memory: at most one tensor is held (twice while it
+is cut into boxes or read). The result is what :func:`.hook.expand` makes of the same state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_progressive.checkpoints.new_folder import check_new_folder, new_fo
 from megatron_progressive.checkpoints.record import ModelRecord
 from megatron_progressive.checkpoints.tokenizer_files import FOLDER, copy_tokenizer
 from megatron_progressive.config import ConfigError, ExpansionSection, OptimSection
-from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, check_depths, rules_of
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, check_growth, rules_of
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
@@ -29,22 +29,22 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
     from megatron_progressive.checkpoints.streamed import TensorReader
 
 LAYOUT = "offline"
-"""What an expanded checkpoint names as its layout: no job has saved it."""
+"""The layout that an expanded checkpoint names, since no job has saved it."""
 
 
 @dataclass(frozen=True)
 class OfflineExpansion:
-    """All that is to be written, checked."""
+    """Everything that is to be written, after it has been checked."""
 
     checkpoint: Path
     out: Path
     position: TrainingPosition
-    """Of the result."""
+    """The position of the result."""
     model: ModelRecord
-    """Of the result."""
+    """The description of the result's model."""
     from_layers: int
     tensors: dict[Key, StoredTensor]
-    """Of the result."""
+    """The tensors and slots of the result."""
     rules: dict[str, TensorRule]
 
     @property
@@ -53,19 +53,19 @@ class OfflineExpansion:
 
 
 def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> OfflineExpansion:
-    """Check everything and derive what the deeper checkpoint holds. Creates nothing.
+    """Check everything, and derive what the deeper checkpoint will hold. Nothing is created.
 
     Args:
-        expansion: as in a configuration; ``at`` and ``parallel`` are not read.
+        expansion: the expansion as in a configuration; ``at`` and ``parallel`` are not read.
 
     Raises:
-        ConfigError: no whole checkpoint, a depth or policy that does not fit it, or an ``out``
-            that is there or has no room.
+        ConfigError: there is no whole checkpoint, a depth or a policy does not fit it, or ``out``
+            exists or has no room.
     """
     position, model = read_whole(checkpoint)
     depth, target = position.num_layers, expansion.to_layers
-    check_depths(expansion, depth, "expansion", f"of {checkpoint}")
     shape = replace(model.shape, num_layers=target)
+    check_growth(expansion, model.shape, shape, "expansion", f"of {checkpoint}")
     table = tensor_table(shape)
     rules = rules_of(expansion, model.shape, shape)
     stored = stored_tensors(checkpoint)
@@ -102,7 +102,8 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
 def _slots(
     name: str, spec: TensorSpec, rule: TensorRule, stored: dict[str, Slots], model: ModelRecord
 ) -> Slots:
-    """Slots of a target tensor: those of its kind in the source, or else as the optimizer has."""
+    """The slots of a target tensor: those of its kind in the source, or else those that the
+    optimizer has."""
     alike = rule.source or (name if layer_number(name) is None else with_layer_number(name, 0))
     if alike in stored:
         return {
@@ -123,9 +124,9 @@ def _slots(
 
 
 def expand_checkpoint(plan: OfflineExpansion) -> None:
-    """Write the deeper checkpoint. ``plan.out`` appears when all of it is on disk.
+    """Write the deeper checkpoint; ``plan.out`` appears once all of it is on disk.
 
-    The files go to a hidden folder beside it, which an error removes.
+    The files go to a hidden folder beside ``plan.out``, which an error removes.
     """
     from megatron_progressive.checkpoints.streamed import TensorReader, TensorWriter
 
@@ -143,7 +144,7 @@ def expand_checkpoint(plan: OfflineExpansion) -> None:
 
 
 def _value(plan: OfflineExpansion, reader: TensorReader, key: Key) -> torch.Tensor:
-    """One slot of one target tensor, filled by its rule."""
+    """One slot of one target tensor, filled as its rule says."""
     import torch
 
     from megatron_progressive.reshard.initial_values import initial_values

@@ -1,6 +1,7 @@
-"""Hugging Face's model folders: which class each family is, its ``config.json`` and tensors.
+"""Hugging Face's model folders: the class of each family, its ``config.json`` and its tensors.
 
-Nothing here loads torch or transformers; the reading and writing is in ``state/huggingface``.
+Nothing in this file loads torch or transformers; :mod:`.importing` and :mod:`.exporting` read and
+write.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from megatron_progressive.models.transformer_family import check_shape
 
 _ALL = (gpt2, llama3, qwen3, mixtral, deepseek_v3)
 HUGGING_FACE: dict[str, HuggingFaceFamily] = {m.HUGGING_FACE.family: m.HUGGING_FACE for m in _ALL}
-"""By our family."""
+"""What is known of transformers' class, by the name of our family."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a ``config.json`` says."""
+    """What a ``config.json`` describes."""
 
     known: HuggingFaceFamily
     shape: TransformerShape
     kept: dict[str, Any]
-    """Keys without meaning for the weights, which an export gives back."""
+    """The keys that mean nothing for the weights, which an export gives back."""
     findings: Findings
-    """What was passed over, as the user allowed."""
+    """What was passed over because the user allowed it."""
 
 
 def read_description(values: dict[str, Any], allowed: Collection[str] = ()) -> Described:
-    """What a ``config.json`` describes.
+    """The model that a ``config.json`` describes.
 
     Args:
-        values: of the file.
-        allowed: keys, by their full name (``rope_scaling.type``), that are passed over although
+        values: the values of the file.
+        allowed: keys, by their full names (``rope_scaling.type``), that are passed over although
             the family does not have what they say.
 
     Raises:
-        ConfigError: another model type or architecture, or anything in it that the family does
-            not have; one line that names every such key.
+        ConfigError: the model type or the architecture is another one, or something in the file is
+            not in the family; one line names every such key.
     """
     config = Values(values, Findings(allowed))
     by_type = {known.model_type: known for known in HUGGING_FACE.values()}
@@ -62,8 +63,8 @@ def read_description(values: dict[str, Any], allowed: Collection[str] = ()) -> D
 
 
 def _check_own_code(config: Values, known: HuggingFaceFamily) -> None:
-    """Files may come with code of their own. Where its class is named as transformers' is, it is
-    taken for the same model; another name is another model."""
+    """Check a class of the folder's own code. A class that is named as transformers' class is taken
+    for the same model; another name is another model."""
     own = config.value("auto_map", {})
     classes = known.classes()
     named = {k: str(v).rsplit(".", 1)[-1] for k, v in own.items()} if isinstance(own, dict) else {}
@@ -73,10 +74,10 @@ def _check_own_code(config: Values, known: HuggingFaceFamily) -> None:
 
 
 def config_from_shape(shape: TransformerShape) -> dict[str, Any]:
-    """``config.json`` of a model, the token ids and the type of the weights left out.
+    """The ``config.json`` of a model, without the token ids and the type of the weights.
 
     Raises:
-        ConfigError: transformers' class cannot be that model.
+        ConfigError: transformers' class cannot express the model.
     """
     known = HUGGING_FACE[shape.family]
     return {

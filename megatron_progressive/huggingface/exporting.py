@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of theirs that come from one read: of an entry, as a copy, or zeros."""
+    """Tensors of theirs that come from one read of ours: those of an entry, a copy, or zeros."""
 
     source: Entry | None
     headers: tuple[Header, ...]
@@ -58,21 +58,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Export:
-    """All that is to be written, checked."""
+    """Everything that is to be written, after it has been checked."""
 
     checkpoint: Path
     out: Path
     config: dict[str, Any]
-    """``config.json``."""
+    """The content of ``config.json``."""
     parts: tuple[Part, ...]
     slots: dict[str, str]
-    """Of our tensors: the slot that is read."""
+    """The slot that is read of each of our tensors."""
     tokenizer: Path | None
-    """Folder of the tokenizer; None where it is not known."""
+    """The folder of the tokenizer; None where there is none."""
     generation: dict[str, Any]
-    """``generation_config.json``."""
+    """The content of ``generation_config.json``."""
     notes: tuple[str, ...]
-    """What the user should know: what is left behind, a line each."""
+    """What the user should know, such as what is left behind, one line for each thing."""
 
     @property
     def nbytes(self) -> int:
@@ -82,19 +82,21 @@ class Export:
 def plan_export(
     checkpoint: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None
 ) -> Export:
-    """Check everything and derive what the folder holds. Creates nothing.
+    """Check everything, and derive what the folder will hold. Nothing is created.
 
     Args:
-        checkpoint: of any run, layout and engine, or an imported or expanded one.
+        checkpoint: a checkpoint of any run, layout and engine, or one that was imported or
+            expanded.
         out: the folder to make.
-        dtype: of the weights: ``float32`` (the master weights where there are) or ``bfloat16``;
-            by default that in which the model computes.
-        tokenizer: its folder; by default the one that the checkpoint keeps, if it does.
+        dtype: the type of the weights: ``float32`` (the master weights, where there are any) or
+            ``bfloat16``; by default the type in which the model computes.
+        tokenizer: the folder of the tokenizer; by default the one that the checkpoint keeps, if it
+            keeps one.
 
     Raises:
-        ConfigError: no whole checkpoint, a model that transformers' class cannot be, another
-            ``dtype``, a folder without a tokenizer or with one larger than the vocabulary, or an
-            ``out`` that is there or has no room.
+        ConfigError: there is no whole checkpoint, transformers' class cannot express the model,
+            ``dtype`` is another one, the folder has no tokenizer or one larger than the vocabulary,
+            or ``out`` exists or has no room.
     """
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConfigError(f"--dtype: got {dtype!r}; accepted: {', '.join(DTYPE_NAMES)}")
@@ -154,11 +156,12 @@ def plan_export(
 def _usage(
     usage: Path | None, tokenizer: Path | None, model_type: str, trained: bool
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """What ``config.json`` has beside the model itself, ``generation_config.json``, and what the
-    user should know.
+    """What ``config.json`` has beside the model itself, the content of ``generation_config.json``,
+    and what the user should know.
 
-    An imported model's are its own; tokens that neither names are the tokenizer's, or without
-    one those of transformers' class. A model that was trained ends its texts as its corpus does.
+    An imported model has its own. Tokens that neither file names are the tokenizer's, or those of
+    transformers' class where there is no tokenizer. A model that was trained ends its texts as its
+    corpus does.
     """
     found = None if usage is None else read_object(usage / GENERATION)
     kept = (None if usage is None else read_object(usage / KEPT_CONFIG)) or {}
@@ -200,7 +203,8 @@ def _check_stored(
 
 
 def _parts(names: NameMap, dtype: str) -> Iterator[Part]:
-    """All tensors of theirs, fp32 ones first (they stay aligned in a file of both types)."""
+    """All tensors of theirs, those in fp32 first, so that they stay aligned in a file of both
+    types."""
 
     def part(source: Entry, theirs: tuple[str, ...]) -> Part:
         kind = dtype if source.spec.trainable else "float32"
@@ -217,13 +221,13 @@ def _parts(names: NameMap, dtype: str) -> Iterator[Part]:
 
 
 def export_checkpoint(plan: Export, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the folder, one tensor of ours at a time; it appears when all of it is on disk.
+    """Write the folder, one tensor of ours at a time; it appears once all of it is on disk.
 
     Args:
-        shard_bytes: most bytes of one safetensors file.
+        shard_bytes: the most bytes of one safetensors file.
 
     Raises:
-        ConfigError: weights that are NaN or infinite.
+        ConfigError: some weights are NaN or infinite.
     """
     from megatron_progressive.checkpoints.streamed import TensorReader
 

@@ -1,4 +1,4 @@
-"""What is known of transformers' class for a family."""
+"""What is known of a family's class in transformers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from megatron_progressive.models.base import TransformerShape
 
 @dataclass(frozen=True)
 class HuggingFaceFamily:
-    """One family's two directions between a :class:`.base.TransformerShape` and ``config.json``,
+    """One family between a :class:`.base.TransformerShape` and ``config.json``, in both directions,
     and its tensors."""
 
     family: str
-    """Ours."""
+    """Our name of the family."""
     model_type: str
     architecture: str
-    """Class of the language model; the class of its configuration is ``config_class``."""
+    """The class of the language model; the class of its configuration is ``config_class``."""
     config_class: str
     shape_of: Callable[[Values], TransformerShape]
     """Reads every key that matters, and notes what the family does not have."""
     config_of: Callable[[TransformerShape], dict[str, Any]]
-    """The keys that matter; raises ConfigError for what the class cannot express."""
+    """Gives the keys that matter; raises :class:`ConfigError` for what the class cannot express."""
     name_map: Callable[[TransformerShape], NameMap]
     ignored: str = r"(?!)"
-    """Regular expression of tensors that some files have and no model needs (buffers)."""
+    """A regular expression of tensors that some files have and no model needs, which are
+    buffers."""
     base_prefix: str = "model."
-    """Of all names but the head's: files of the model without a head lack it."""
+    """The prefix of all names but the head's, which files of the model without a head lack."""
 
     def classes(self) -> dict[str, str]:
-        """Its classes, by the name that ``auto_map`` has for what loads them."""
+        """The classes, by the names that ``auto_map`` has for what loads them."""
         base = re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
         return {
             "AutoConfig": self.config_class,
@@ -45,5 +46,5 @@ class HuggingFaceFamily:
 
 
 def inexpressible(field: str, got: object, accepted: str, architecture: str) -> ConfigError:
-    """The error of an export of a model that transformers' class cannot be."""
+    """The error of an export of a model that transformers' class cannot express."""
     return ConfigError(f"model.{field}: got {got}; accepted: {accepted} (by {architecture})")

@@ -1,4 +1,4 @@
-"""NaN and infinities in the weights of a model: none is taken or given away."""
+"""NaN and infinities in the weights of a model: such weights are neither imported nor exported."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
 
 
 class FiniteWeights:
-    """Looks at weights as they pass by; :meth:`refuse` then names all that are not finite."""
+    """A look at weights as they pass by; :meth:`refuse` then names all that are not finite."""
 
     def __init__(self) -> None:
         self._found: dict[str, str] = {}
 
     def look(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, after counting its values that are NaN or infinite."""
+        """The tensor itself, once its values that are NaN or infinite have been counted."""
         import torch
 
         if tensor.numel():
@@ -29,14 +29,14 @@ class FiniteWeights:
         return tensor
 
     def passed(self, name: str) -> bool:
-        """Whether a tensor that was looked at is finite."""
+        """Whether a tensor that has passed by is finite."""
         return name not in self._found
 
     def refuse(self, what: str) -> None:
-        """Raise ConfigError, one line that names the tensors, where any is not finite.
+        """Raise :class:`ConfigError`, in one line that names the tensors, where any is not finite.
 
         Args:
-            what: field and folder of the model.
+            what: the field that names the model, and its folder.
         """
         if self._found:
             names = listed("NaN or infinite values in", [*self._found.values()])

@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder holds, from its headers alone; needs no torch."""
+"""What a Hugging Face model folder holds, as its headers alone tell. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from megatron_progressive.huggingface.tensors import NameMap
 
 CONFIG_FILE = "config.json"
 _NAMED = 8
-"""Most tensors of a kind that an error names."""
+"""The most tensors of one kind that an error names."""
 _POINTER = b"version https://git-lfs"
-"""What a file that Git LFS has not fetched begins with."""
+"""The first bytes of a file that Git LFS has not fetched."""
 
 
 @dataclass(frozen=True)
 class TheirTensor:
-    """One tensor of a safetensors file."""
+    """One tensor in a safetensors file."""
 
     file: str
     name: str
-    """In the file; the canonical one may have a prefix before it."""
+    """Its name in the file; the canonical name may lack a prefix."""
     shape: tuple[int, ...]
     dtype: str
-    """As the format has it: ``F32``, ``BF16``, ``F16``, ..."""
+    """Its type as the format names it: ``F32``, ``BF16``, ``F16``, ..."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The values of ``config.json``.
 
     Raises:
-        ConfigError: no such folder or file, or it is not a JSON object.
+        ConfigError: there is no such folder or file, or the file is not a JSON object.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -53,11 +53,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, known: HuggingFaceFamily) -> dict[str, TheirTensor]:
-    """Every tensor of the folder's safetensors files by its canonical name, buffers left out.
+    """The tensors of the folder's safetensors files by their canonical names, without buffers.
 
     Raises:
-        ConfigError: no safetensors, a file that is missing or damaged, or two files with a tensor
-            of the same name.
+        ConfigError: there are no safetensors, a file is missing or damaged, or two files have a
+            tensor of the same name.
     """
     found: dict[str, TheirTensor] = {}
     for file in weight_files(folder):
@@ -75,11 +75,11 @@ def read_tensors(folder: Path, known: HuggingFaceFamily) -> dict[str, TheirTenso
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a folder; that of the whole model where there is one, as
-    transformers has it.
+    """The names of the safetensors files of a folder. As in transformers this is the file of the
+    whole model, where there is one.
 
     Raises:
-        ConfigError: none, or not all that the index names.
+        ConfigError: there are none, or files that the index names are missing.
     """
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Names of what an import takes nothing of, hidden ones aside."""
+    """The names of the files of which an import takes nothing, without hidden ones."""
     taken = {CONFIG_FILE, INDEX_FILE, *weight_files(folder)}
     used = (*tokenizer_files(folder), *usage_files(folder))
     taken |= {path.relative_to(folder).parts[0] for path in used}
@@ -138,11 +138,11 @@ def _tensors_of(folder: Path, file: str) -> list[TheirTensor]:
 def check_tensors(
     folder: Path, found: dict[str, TheirTensor], names: NameMap, dtypes: Iterable[str]
 ) -> None:
-    """Whether a folder has the tensors of the model that its ``config.json`` describes.
+    """Check that a folder has the tensors of the model that its ``config.json`` describes.
 
     Raises:
-        ConfigError: tensors that are missing, not of the model, of another shape or of another
-            type; all of them in one line.
+        ConfigError: tensors are missing, do not belong to the model, or have another shape or type;
+            one line names them all.
     """
     required, optional, accepted = names.required(), names.optional(), tuple(dtypes)
     written = {copy.theirs for copy in names.copies if copy.written}
@@ -170,6 +170,6 @@ def check_tensors(
 
 
 def listed(what: str, words: list[str]) -> str:
-    """``missing a, b and 7 more``."""
+    """A list in words, as ``missing a, b and 7 more``."""
     more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
     return f"{what} {', '.join(words[:_NAMED])}{more}"

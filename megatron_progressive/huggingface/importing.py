@@ -1,4 +1,5 @@
-"""``mprog import hf``: a model folder of Hugging Face as a checkpoint of step 0, weights only."""
+"""``mprog import hf``: a model folder of Hugging Face as a checkpoint of step 0 with weights
+alone."""
 
 from __future__ import annotations
 
@@ -40,36 +41,38 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
     import torch
 
 LAYOUT = "imported"
-"""What an imported checkpoint names as its layout: no job has saved it."""
+"""The layout that an imported checkpoint names, since no job has saved it."""
 
 _TYPES = ("F32", "BF16", "F16")
-"""Of weights; fp32 holds all values of each."""
+"""The types that weights may have; fp32 holds all values of each."""
 
 _MAPPED_BYTES = 64 << 20
-"""Bytes read from one mapping of a file, and a tensor more."""
+"""How many bytes are read from one mapping of a file, apart from the rest of a tensor."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """All that is to be written, checked."""
+    """Everything that is to be written, after it has been checked."""
 
     folder: Path
     out: Path
     shape: TransformerShape
     names: NameMap
     found: dict[str, TheirTensor]
-    """Their tensors by canonical name."""
+    """Their tensors, by canonical name."""
     dtype: str
-    """Of the weights: ``bfloat16`` where all of theirs are, else ``float32``."""
+    """The type of the weights: ``bfloat16`` where all of theirs have it, else ``float32``."""
     without_modules: int
-    """Prediction modules that ``config.json`` names and the files do not have."""
+    """The number of prediction modules that ``config.json`` names and the files do not have."""
     kept: dict[str, Any]
-    """Keys of ``config.json`` that an export gives back, and the model type that they are of."""
+    """The keys of ``config.json`` that an export gives back, and the model type to which they
+    belong."""
     notes: tuple[str, ...]
-    """What the user should know: what is passed over, left behind or changed, a line each."""
+    """What the user should know, such as what is passed over, left behind or changed, one line for
+    each thing."""
 
     def stored(self, entry: Entry) -> StoredTensor:
-        """What our tensor is in the checkpoint."""
+        """Our tensor as the checkpoint holds it."""
         return StoredTensor(entry.spec.shape, self.dtype if entry.spec.trainable else "float32")
 
     @property
@@ -78,7 +81,7 @@ class Import:
 
     @property
     def model(self) -> ModelRecord:
-        """Of the checkpoint; what no training has decided is a run's default."""
+        """The model of the checkpoint; what no training has decided has a run's default."""
         optim = OptimSection()
         return ModelRecord(
             shape=self.shape,
@@ -92,18 +95,18 @@ class Import:
 
 
 def plan_import(folder: Path, out: Path, allowed: Sequence[str] = ()) -> Import:
-    """Check everything and derive what the checkpoint holds. Creates nothing.
+    """Check everything, and derive what the checkpoint will hold. Nothing is created.
 
     Args:
-        folder: with ``config.json`` and safetensors.
-        out: folder of the new checkpoint.
-        allowed: keys of ``config.json`` that are passed over, although the family does not have
-            what they say.
+        folder: a folder with ``config.json`` and safetensors.
+        out: the folder of the new checkpoint.
+        allowed: keys of ``config.json`` that are passed over although the family does not have what
+            they say.
 
     Raises:
-        ConfigError: another architecture, an option in ``config.json`` that the family does not
-            have, tensors that are missing, not of the model or of another shape or type, a
-            damaged file, or an ``out`` that is there or has no room.
+        ConfigError: the architecture is another one, ``config.json`` has an option that the family
+            does not have, tensors are missing, do not belong to the model or have another shape or
+            type, a file is damaged, or ``out`` exists or has no room.
     """
     values = read_config(folder)
     described = read_description(values, allowed)
@@ -141,11 +144,11 @@ def plan_import(folder: Path, out: Path, allowed: Sequence[str] = ()) -> Import:
 
 
 def import_folder(plan: Import) -> None:
-    """Write the checkpoint, one tensor of ours at a time; it appears when all of it is on disk.
+    """Write the checkpoint, one tensor of ours at a time; it appears once all of it is on disk.
 
     Raises:
-        ConfigError: weights that are NaN or infinite, or a tensor that repeats another one in such
-            a model and differs from it.
+        ConfigError: some weights are NaN or infinite, or a tensor that repeats another one in such
+            a model differs from it.
     """
     from megatron_progressive.checkpoints.streamed import TensorWriter
 
@@ -193,8 +196,8 @@ def _check_copies(plan: Import, reader: _Reader) -> None:
 
 
 class _Reader:
-    """Reads their tensors. Files are mapped, not loaded; one at a time, and mapped anew now and
-    then, so that what has been read does not count as used memory."""
+    """A reader of their tensors. It maps files instead of loading them, one at a time, and maps a
+    file anew now and then, so that what has been read does not count as used memory."""
 
     def __init__(self, plan: Import) -> None:
         self._plan = plan

@@ -1,4 +1,5 @@
-"""Rotary positions in ``config.json``, in the style of transformers 4 and of 5."""
+"""Rotary positions in ``config.json``, in the style of transformers 4 and in that of transformers
+5."""
 
 from __future__ import annotations
 
@@ -10,17 +11,18 @@ from megatron_progressive.models.transformer_family import LLAMA3_ORIGINAL_LENGT
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": LLAMA3_ORIGINAL_LENGTH}  # fmt: skip
-"""Constants in Megatron-core's Llama 3 scaling."""
+"""The constants in Megatron-core's Llama 3 scaling."""
 _YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
-"""As :mod:`..transformer` configures Megatron-core's YaRN."""
+"""The constants with which :mod:`megatron_progressive.engines.megatron.transformer_kwargs`
+configures Megatron-core's YaRN."""
 
 
 def rope_of(config: Values, scaling: str, default_theta: float = 10000.0) -> Rope:
     """The rotary positions that a configuration names.
 
     Args:
-        scaling: the one that the family can have, ``llama3`` or ``yarn``.
-        default_theta: base period of the class.
+        scaling: the scaling that the family can have, ``llama3`` or ``yarn``.
+        default_theta: the base of the rotation in the class.
 
     A scaling, or a constant of one, that the family does not have is noted.
     """
@@ -65,7 +67,7 @@ def rope_of(config: Values, scaling: str, default_theta: float = 10000.0) -> Rop
 
 
 def rope_values(rope: Rope) -> dict[str, Any]:
-    """The keys of ``config.json``; in the style that transformers 4 and 5 both read."""
+    """The keys of ``config.json``, in the style that transformers 4 and 5 both read."""
     if rope.scaling == "none":
         return {"rope_theta": rope.theta, "rope_scaling": None}
     constants = _LLAMA3 if rope.scaling == "llama3" else _YARN

@@ -1,8 +1,8 @@
-"""Write safetensors while holding one tensor.
+"""Writing safetensors while holding one tensor.
 
 The library's own writer takes all tensors of a file at once. The format is the length of a JSON
-header (8 bytes, little-endian), the header, padded with spaces to a multiple of 8, and the
-tensors' bytes: https://huggingface.co/docs/safetensors/index#format.
+header (8 bytes, little-endian), the header, padded with spaces to a multiple of 8, and the tensors'
+bytes: https://huggingface.co/docs/safetensors/index#format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
-"""Most bytes of a file, but for a larger tensor."""
+"""The most bytes of a file, unless one tensor is larger."""
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -37,7 +37,7 @@ class Header:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """``float32`` or ``bfloat16``."""
+    """Its type: ``float32`` or ``bfloat16``."""
 
     @property
     def nbytes(self) -> int:
@@ -58,15 +58,16 @@ def shards(tensors: Sequence[Header], most: int) -> Iterator[list[Header]]:
 
 
 class SafetensorsWriter:
-    """Writes a model's tensors, announced beforehand, in their order.
+    """A writer of the tensors of a model, which are announced beforehand and written in their
+    order.
 
-    Use as a context manager; :meth:`write` each tensor, then the index is written where there is
-    more than one file.
+    It is a context manager in which each tensor is passed to :meth:`write`; at the end the index is
+    written where there is more than one file.
 
     Args:
-        tensors: all of them. Elements of 4 bytes come before those of 2, so that every tensor is
-            aligned.
-        most: bytes of a file.
+        tensors: the headers of all tensors. Elements of 4 bytes come before those of 2, so that
+            every tensor is aligned.
+        most: the most bytes of a file.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[Header], most: int = SHARD_BYTES) -> None:
@@ -102,7 +103,7 @@ class SafetensorsWriter:
         """Append the next tensor.
 
         Raises:
-            ValueError: it is not what was announced.
+            ValueError: the tensor is not the one that was announced.
         """
         import torch
 

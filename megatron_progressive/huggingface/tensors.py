@@ -1,8 +1,8 @@
-"""How the tensors of a model and those of transformers' class for it correspond.
+"""How the tensors of a model correspond to those of transformers' class for it.
 
-Each family declares a table: our name, the kind of mapping, their names; ``*`` stands for a
-number (of a layer, of an expert) that both have. One tensor of ours is always one or more whole
-tensors of theirs, so either side can be written while one tensor is held.
+Each family declares a table: our name, the kind of mapping, their names; ``*`` stands for a number
+(of a layer, of an expert) that both have. One tensor of ours is always one or more whole tensors of
+theirs, so either side can be written while one tensor is held.
 """
 
 from __future__ import annotations
@@ -22,35 +22,36 @@ if TYPE_CHECKING:  # bad input is refused without loading torch
 
 Shape = tuple[int, ...]
 Rules = Mapping[str, tuple["type[Entry]", tuple[str, ...]]]
-"""Our name: the kind of mapping and their names."""
+"""For each name of ours, the kind of mapping and their names."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours and the same values in theirs. This kind: one tensor, as it is."""
+    """One tensor of ours, and the same values in their tensors. This kind maps one tensor as it
+    is."""
 
     ours: str
     spec: TensorSpec
     theirs: tuple[str, ...]
 
     def shapes(self) -> list[Shape]:
-        """Of their tensors."""
+        """The shapes of their tensors."""
         return [self.spec.shape]
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Their tensors from ours."""
+        """Their tensors, made from ours."""
         return [tensor]
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Our tensor from theirs."""
+        """Our tensor, made from theirs."""
         (tensor,) = tensors
         return tensor
 
 
 class Transposed(Entry):
-    """GPT-2's linears are (n_in, n_out)."""
+    """A linear of GPT-2, which is (n_in, n_out)."""
 
     def shapes(self) -> list[Shape]:
         return [self.spec.shape[::-1]]
@@ -64,7 +65,7 @@ class Transposed(Entry):
 
 
 class VocabularyRows(Entry):
-    """Theirs has no padding of the vocabulary; in ours its rows are zero."""
+    """A vocabulary: theirs has no padding, the rows of which are zero in ours."""
 
     def shapes(self) -> list[Shape]:
         rows = self.spec.live_rows
@@ -81,7 +82,8 @@ class VocabularyRows(Entry):
 
 
 class QKV(Entry):
-    """Ours interleaves query, key and value rows by group of heads; theirs are three tensors."""
+    """Queries, keys and values: ours interleaves their rows by group of heads; theirs are three
+    tensors."""
 
     def shapes(self) -> list[Shape]:
         rows, rest = self.spec.row_blocks, self.spec.shape[1:]
@@ -106,7 +108,8 @@ class QKV(Entry):
 
 
 class FusedQKV(QKV):
-    """GPT-2's: all queries, then keys, then values in one tensor, (n_in, n_out)."""
+    """Queries, keys and values of GPT-2: all queries, then keys, then values in one tensor, (n_in,
+    n_out)."""
 
     def shapes(self) -> list[Shape]:
         return [self.spec.shape[::-1]]
@@ -124,7 +127,7 @@ class FusedQKV(QKV):
 
 
 class GateUp(Entry):
-    """Ours is (2, n_out, n_in), gate and up; theirs are two tensors."""
+    """Gate and up: ours is (2, n_out, n_in); theirs are two tensors."""
 
     def shapes(self) -> list[Shape]:
         return [self.spec.shape[1:]] * 2
@@ -140,12 +143,12 @@ class GateUp(Entry):
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor of theirs that repeats the one of another name, which we have once."""
+    """A tensor of theirs that repeats another one of theirs, which we have once."""
 
     theirs: str
     of: Entry
     written: bool = True
-    """Whether an export writes it and an import misses it; it may be there either way."""
+    """Whether an export writes it, and an import requires it; it may be there either way."""
 
     def shape(self) -> Shape:
         (shape,) = self.of.shapes()
@@ -154,7 +157,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A tensor of theirs that we lack and whose values do nothing where they are zero."""
+    """A tensor of theirs that we lack, and that has no effect where its values are zero."""
 
     theirs: str
     shape: Shape
@@ -166,31 +169,31 @@ class Zeros:
 
 @dataclass(frozen=True)
 class NameMap:
-    """Every tensor of a model in both worlds."""
+    """Every tensor of a model, in our names and in theirs."""
 
     entries: tuple[Entry, ...]
     copies: tuple[Copy, ...] = ()
     zeros: tuple[Zeros, ...] = ()
 
     def required(self) -> dict[str, Shape]:
-        """Shapes of the tensors that a folder of theirs must have, by their name."""
+        """The shapes of the tensors that a folder of theirs must have, by name."""
         return {
             **{n: s for e in self.entries for n, s in zip(e.theirs, e.shapes(), strict=True)},
             **{zeros.theirs: zeros.shape for zeros in self.zeros},
         }
 
     def optional(self) -> dict[str, Shape]:
-        """Shapes of the tensors that it may have besides."""
+        """The shapes of the tensors that such a folder may have besides, by name."""
         return {copy.theirs: copy.shape() for copy in self.copies}
 
 
 def entries_of(shape: TransformerShape, rules: Rules) -> Iterator[Entry]:
-    """Apply ``rules`` to every tensor of a model.
+    """The entries that ``rules`` give for every tensor of a model.
 
-    The layer of a prediction module is one behind the model's own, as theirs has it.
+    As in theirs, the layer of a prediction module comes after the model's own layers.
 
     Raises:
-        KeyError: a tensor without a rule.
+        KeyError: a tensor has no rule.
     """
     for name, spec in tensor_table(shape).items():
         common = _with_their_layer(name, shape.num_layers)
@@ -212,7 +215,8 @@ def _with_their_layer(name: str, num_layers: int) -> str:
 
 
 def _with_blocks(spec: TensorSpec, kind: type[Entry], shape: TransformerShape) -> TensorSpec:
-    """The table names the blocks of rows of a QKV weight only; its bias has the same ones."""
+    """The spec of a tensor with its blocks of rows, which the table names for a QKV weight only;
+    its bias has the same blocks."""
     if not issubclass(kind, QKV) or spec.row_blocks:
         return spec
     queries = shape.num_attention_heads // shape.num_query_groups * shape.head_dim

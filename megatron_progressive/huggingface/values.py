@@ -1,9 +1,9 @@
-"""Reads ``config.json`` so that nothing in it is passed over.
+"""Reading ``config.json`` so that nothing in it is passed over.
 
-Every key is one of: read (a size or an option that the family has), required to have the one
-value that the family has, harmless (:mod:`.harmless`), or equal to the default of transformers'
-class. Anything else would change the function that the weights compute. All such keys are
-refused in one line, but for those that the user allows by name.
+Every key has to be one of these: read (a size or an option that the family has), required to have
+the one value that the family has, harmless (:mod:`.harmless`), or equal to the default of
+transformers' class. Any other key would change the function that the weights compute. All such keys
+are refused in one line, except for those that the user allows by name.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ def show(value: Any) -> str:
 
 @dataclass
 class Findings:
-    """What is wrong with a configuration, and what of it goes on all the same."""
+    """What is wrong with a configuration, and which part of it goes on all the same."""
 
     allowed: Collection[str] = ()
-    """Keys whose value may be passed over, by their full name; a mapping allows all in it."""
+    """The keys, by their full names, whose values may be passed over; a mapping allows everything
+    in it."""
     wrong: dict[str, str] = field(default_factory=dict)
-    """By full name: what it has and what is accepted."""
+    """The keys that are wrong, by full name, each with what it has and what is accepted."""
     could_be_allowed: list[str] = field(default_factory=list)
     passed_over: dict[str, str] = field(default_factory=dict)
-    """Those that are wrong and allowed, likewise."""
+    """The keys that are wrong and allowed, in the same form."""
 
     @property
     def sizes_are_known(self) -> bool:
-        """Whether every size was readable, so that sizes can be compared."""
+        """Whether every size could be read, so that sizes can be compared."""
         return set(self.wrong) <= set(self.could_be_allowed)
 
     def add(self, name: str, text: str, *, can_be_allowed: bool) -> None:
@@ -54,13 +55,13 @@ class Findings:
             self.could_be_allowed += [name] * can_be_allowed
 
     def unneeded(self) -> list[str]:
-        """Allowed keys that nothing was wrong with."""
+        """The allowed keys with which nothing was wrong."""
         used = {name for name in self.allowed for found in self.passed_over
                 if f"{found}.".startswith(f"{name}.")}  # fmt: skip
         return [name for name in self.allowed if name not in used]
 
     def refuse(self) -> None:
-        """Raise ConfigError, one line with every key, where something is wrong."""
+        """Raise :class:`ConfigError`, in one line with every key, where something is wrong."""
         if not self.wrong:
             return
         line = f"{FILE} " + " | ".join(f"{name}: {text}" for name, text in self.wrong.items())
@@ -73,7 +74,8 @@ class Findings:
 class Values:
     """The values of ``config.json``, or of a mapping in it, and which of them have been read.
 
-    What is wrong is noted, and a stand-in returned: :meth:`Findings.refuse` raises for all.
+    Where a value is wrong this is noted and a stand-in is returned; :meth:`Findings.refuse` raises
+    one error for all.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Values:
         self._ignored: set[str] = set()
 
     def has(self, key: str) -> bool:
-        """Whether there is a value that is not null."""
+        """Whether a key has a value that is not null."""
         return self._values.get(key) is not None
 
     def _wrong(self, key: str, accepted: str) -> str:
@@ -102,7 +104,7 @@ class Values:
         self.findings.add(f"{self._prefix}{key}", text, can_be_allowed=can_be_allowed)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Any value; the default where there is none or null."""
+        """Any value of a key; the default where there is none or null."""
         self._read.add(key)
         value = self._values.get(key)
         return default if value is None else value
@@ -141,8 +143,8 @@ class Values:
         return Values(value, self.findings, f"{self._prefix}{key}.")
 
     def require(self, key: str, *accepted: Any) -> Any:
-        """The value, which is one of these; the first is the one where there is none or null, and
-        where it is another one, which is noted."""
+        """The value of a key, which has to be one of these. The first stands for a value that is
+        missing or null, and for any other one, which is noted."""
         value = self.value(key, accepted[0])
         if any(same(value, one) for one in accepted):
             return value
@@ -150,21 +152,23 @@ class Values:
         return accepted[0]
 
     def ignore(self, *keys: str) -> None:
-        """These keys do not matter, given what has been read; an export gives them back."""
+        """Mark keys that do not matter, given what has been read; an export gives these keys
+        back."""
         self._ignored.update(keys)
 
     def ignore_rest(self) -> None:
-        """Nothing else in the mapping matters any more."""
+        """Mark everything else in the mapping as not mattering any more."""
         self._ignored.update(self._values)
 
     def refuse_unread(self) -> None:
-        """Note every key with a value that nobody looked at."""
+        """Note every key with a value at which nobody has looked."""
         for key in self._values:
             if self.has(key) and key not in self._read | self._ignored:
                 self.refuse(key, "no such key", can_be_allowed=True)
 
     def refuse_unknown(self, config_class: str) -> None:
-        """Note what is neither read, nor harmless, nor the default of transformers' class."""
+        """Note every key that is neither read, nor harmless, nor the default of transformers'
+        class."""
         known = self._read | self._ignored | self.kept().keys()
         unknown = [
             key
@@ -185,7 +189,7 @@ class Values:
                 self.refuse(key, accepted, can_be_allowed=True)
 
     def kept(self) -> dict[str, Any]:
-        """What an export gives back as it is: harmless values, null ones included."""
+        """What an export gives back as it is: harmless values, including null."""
         return {
             key: value
             for key, value in self._values.items()

@@ -1,4 +1,4 @@
-"""What one arm saves against another: compute at equal loss, and the frontier of both."""
+"""What one arm saves against another: the compute at equal loss, and the frontier of both."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _ROUNDING = 1e-9  # of a logarithm: the largest cell's own FLOPs are not beyond 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Compute of one arm against another's at equal loss."""
+    """The compute of one arm against that of another at equal loss."""
 
     loss: float | None
-    """Nats per token."""
+    """The loss, in nats per token."""
     compute: float | None
-    """FLOPs with which the reference arm has this loss."""
+    """The FLOPs with which the reference arm has this loss."""
     factor: Interval
-    """The reference's FLOPs over the arm's: above 1 the arm is cheaper; 0 where the arm never
-    has this loss, None where the reference never has it."""
+    """The reference's FLOPs over the arm's: above 1 the arm is cheaper. It is 0 where the arm never
+    has this loss, and None where the reference never has it."""
     extrapolated: bool
-    """Whether it lies outside of what either arm has measured."""
+    """Whether the loss lies outside of what either arm has measured."""
 
 
 def _log_computes(rows: Array, losses: Array) -> Array:
-    """Logarithm of the FLOPs with which each row of (A, alpha, E) has each loss; infinite where it
-    never has."""
+    """The logarithm of the FLOPs with which each row of (A, alpha, E) has each loss; infinite where
+    it never has that loss."""
     above, alpha = losses - rows[:, 2], rows[:, 1]
     reached = (above > 0) & (alpha > 0) & (rows[:, 0] > 0)
     found = np.full(len(rows), np.inf)
@@ -52,7 +52,7 @@ def efficiency_at_loss(arm: Fit, reference: Fit, loss: float) -> Efficiency:
     C_reference(L) / C_arm(L), both from fits over compute.
 
     Raises:
-        ConfigError: a fit of another form, or a loss that is not above 0.
+        ConfigError: a fit has another form, or the loss is not above 0.
     """
     if not 0 < loss < np.inf:
         raise ConfigError(f"loss: got {loss}; accepted: a number above 0")
@@ -61,11 +61,11 @@ def efficiency_at_loss(arm: Fit, reference: Fit, loss: float) -> Efficiency:
 
 
 def efficiency_at_compute(arm: Fit, reference: Fit, compute: float) -> Efficiency:
-    """The same at the loss that ``reference`` has with ``compute`` FLOPs, those of its run of
-    some size: called for each size it is the efficiency as a function of size.
+    """The compute efficiency at the loss that ``reference`` has with ``compute`` FLOPs. With the
+    FLOPs of the reference's run of each size it gives the efficiency as a function of size.
 
     Raises:
-        ConfigError: a fit of another form, or a compute that is not above 0.
+        ConfigError: a fit has another form, or the compute is not above 0.
     """
     if not 0 < compute < np.inf:
         raise ConfigError(f"compute: got {compute}; accepted: a number above 0")
@@ -157,10 +157,10 @@ def _line(compute: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:
 
 
 def pareto(compute: ArrayLike, loss: ArrayLike) -> list[int]:
-    """Indices of the points that have no other below them in both compute and loss, by compute.
+    """The indices of the points than which no other is lower in both compute and loss, by compute.
 
     A point is left out where another one has at most its compute and at most its loss (of equal
-    points the first stays), and where its loss is no number.
+    points the first one stays), and where its loss is not a number.
     """
     computes, losses = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
     lowest, kept = np.inf, []

@@ -1,15 +1,15 @@
 """Scaling-law fits of an arm's finished runs.
 
-Two forms, with natural logarithms throughout:
+There are two forms, with natural logarithms throughout:
 
 - ``L = E + A / C^alpha`` over training FLOPs C (:func:`fit_compute`);
 - ``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D (:func:`fit_size_tokens`).
 
 The procedure is that of Hoffmann et al. 2022 (arXiv 2203.15556), appendix D.2: a Huber loss with
 delta = 1e-3 of the difference in *log* loss, the log of the sum taken as a log-sum-exp of its
-terms, minimised from a grid of starts of which the best is kept. The minimiser is
-:mod:`.law_solver`'s, which takes all samples of a bootstrap at once. Logarithms of C, N and D are
-centred first, which changes the conditioning and not the optimum.
+terms, minimised from a grid of starts of which the best is kept. The minimiser is that of
+:mod:`.solver`, which takes all samples of a bootstrap at once. Logarithms of C, N and D are centred
+first, which changes the conditioning and not the optimum.
 
 Intervals are percentiles of a bootstrap that draws every cell's log loss anew around the fit, with
 normal noise of the cells' own spread, itself drawn from its chi-squared distribution with as many
@@ -21,8 +21,8 @@ moves the fit, widens them.
 A second solver that shares nothing with the first (:mod:`.projection`) fits the same cells; where
 it finds a parameter outside of its interval, a note says so.
 
-Where an interval says hardly more than what is allowed anyway, the cells do not determine that
-parameter: a note says so, and its coefficient has no value, which could be any power of ten.
+Where an interval is hardly narrower than what is allowed anyway, the cells do not determine that
+parameter: a note says so, and its coefficient, which could be any power of ten, has no value.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from megatron_progressive.laws.solver import (
 )
 
 LEVEL = 0.95
-"""Nominal coverage of every interval."""
+"""The nominal coverage of every interval."""
 
 DRAWS = 400
-"""Bootstrap samples."""
+"""The number of bootstrap samples."""
 
 _NAMES = {1: ("A", "alpha", "E"), 2: ("A", "B", "alpha", "beta", "E")}
 _LARGEST = 20.0  # noise of a bootstrap's log loss: one degree of freedom knows no bound
@@ -63,8 +63,8 @@ _EXACT = 1e-6  # residual of log loss, of cells that lie on their law
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its bootstrap interval; None stands for one that has no finite value, or none
-    that the cells determine."""
+    """A number and its bootstrap interval. None stands for a number that is not finite, or that the
+    cells do not determine."""
 
     value: float | None
     low: float | None
@@ -73,29 +73,31 @@ class Interval:
 
 @dataclass(frozen=True)
 class Fit:
-    """One fitted law; :func:`dataclasses.asdict` of it is JSON."""
+    """One fitted law; :func:`dataclasses.asdict` turns it into JSON."""
 
     form: str
-    """``compute`` or ``size_tokens``."""
+    """Which form it has: ``compute`` or ``size_tokens``."""
     parameters: dict[str, Interval]
-    """``E``, ``A``, ``alpha`` (and ``B``, ``beta``); losses in nats per token."""
+    """The values of ``E``, ``A`` and ``alpha`` (and ``B`` and ``beta``), for losses in nats per
+    token."""
     cells: int
     inputs: list[list[float]]
-    """Least and greatest of each input among the cells: beyond them the law extrapolates."""
+    """The least and the greatest value of each input among the cells; beyond them the law
+    extrapolates."""
     rms_log_residual: float
-    """Root mean square of log predicted loss minus log loss."""
+    """The root mean square of log predicted loss minus log loss."""
     seed: int
-    """Of the bootstrap."""
+    """The seed of the bootstrap."""
     names: list[str]
-    """Of a row of ``draws``."""
+    """The names of the numbers in a row of ``draws``."""
     best: list[float]
     """The fit itself, in the order of ``names``."""
     draws: list[list[float]]
-    """The same of each bootstrap sample."""
+    """The fit of each bootstrap sample, in the same order."""
     notes: list[str] = field(default_factory=list)
     """What the cells cannot tell."""
     undetermined: list[str] = field(default_factory=list)
-    """Parameters that the cells do not determine, which are no finding: exponents and E with a
+    """The parameters that the cells do not determine, which are no finding: exponents and E, with a
     note that says why, and the coefficients of these exponents."""
 
 
@@ -103,14 +105,14 @@ def fit_compute(compute: ArrayLike, loss: ArrayLike, *, draws: int = DRAWS, seed
     """Fit ``L = E + A / C^alpha``.
 
     Args:
-        compute: training FLOPs of each cell.
-        loss: its final validation loss, nats per token.
-        draws: bootstrap samples.
-        seed: of the bootstrap.
+        compute: the training FLOPs of each cell.
+        loss: the final validation loss of each cell, in nats per token.
+        draws: the number of bootstrap samples.
+        seed: the seed of the bootstrap.
 
     Raises:
-        ConfigError: lengths differ, a value is not above 0, or fewer than 4 distinct computes
-            (one more than there are parameters).
+        ConfigError: lengths differ, a value is not above 0, or there are fewer than 4 distinct
+            computes (one more than there are parameters).
     """
     inputs, losses = _checked({"compute": compute}, loss)
     distinct, needed = len(np.unique(inputs)), len(_NAMES[1]) + 1
@@ -128,14 +130,14 @@ def fit_size_tokens(
     """Fit ``L = E + A / N^alpha + B / D^beta`` (arXiv 2203.15556, equation 2).
 
     Args:
-        size: parameters N of each cell.
-        tokens: training tokens D of each cell.
-        loss: its final validation loss, nats per token.
+        size: the number N of parameters of each cell.
+        tokens: the number D of training tokens of each cell.
+        loss: the final validation loss of each cell, in nats per token.
 
     Raises:
-        ConfigError: lengths differ, a value is not above 0, fewer than 6 distinct (N, D), fewer
-            than 3 distinct N or D, or tokens that follow from the size in every cell, so that
-            the two terms cannot be told apart.
+        ConfigError: lengths differ, a value is not above 0, there are fewer than 6 distinct (N, D)
+            or fewer than 3 distinct N or D, or the tokens follow from the size in every cell, so
+            that the two terms cannot be told apart.
     """
     inputs, losses = _checked({"size": size, "tokens": tokens}, loss)
     pairs, needed = len(np.unique(inputs, axis=0)), len(_NAMES[2]) + 1
@@ -159,7 +161,7 @@ def fit_size_tokens(
 
 
 def _checked(inputs: dict[str, ArrayLike], loss: ArrayLike) -> tuple[Array, Array]:
-    """Inputs as (cells, inputs) and losses as (cells,)."""
+    """The inputs as (cells, inputs) and the losses as (cells,)."""
     values = {name: np.asarray(v, dtype=np.float64) for name, v in {**inputs, "loss": loss}.items()}
     cells = values["loss"].shape
     for name, array in values.items():
@@ -220,21 +222,22 @@ def _fit(form: str, inputs: Array, losses: Array, draws: int, seed: int) -> Fit:
 
 
 def _natural(theta: Array, centre: Array) -> list[float]:
-    """Coefficients, exponents and E from the fitted numbers."""
+    """The coefficients, exponents and E that the fitted numbers stand for."""
     count = len(centre)
     coefficients = np.exp(theta[:count] + theta[count:-1] * centre)
     return [*map(float, coefficients), *map(float, theta[count:-1]), float(np.exp(theta[-1]))]
 
 
 def _undetermined(found: dict[str, Interval], lowest: float) -> dict[str, str]:
-    """Why the cells do not determine an exponent or E, by its name; those they do are not there.
+    """Why the cells do not determine an exponent or E, by its name; parameters that they determine
+    are left out.
 
     An exponent is open where it or an end of its interval is at a bound of what is allowed (from 0,
     a law that does not fall, to 3), and either where the interval spans more than half of that.
 
     Args:
-        found: parameters and their intervals.
-        lowest: loss of the best cell: E is allowed from 0 to it.
+        found: the parameters and their intervals.
+        lowest: the loss of the best cell; E is allowed from 0 to that.
     """
     reasons: dict[str, str] = {}
     for name, one in found.items():
@@ -290,22 +293,22 @@ def interval(value: float, draws: Array) -> Interval:
 
 
 def finite(value: float) -> float | None:
-    """``value``, or None for what JSON has no number for."""
+    """The value itself, or None for numbers that JSON does not have."""
     return float(value) if np.isfinite(value) else None
 
 
 def rows_of(fit: Fit) -> Array:
-    """The fit and its bootstrap samples, (1 + draws, parameters)."""
+    """The fit and its bootstrap samples, as (1 + draws, parameters)."""
     return np.array([fit.best, *fit.draws])
 
 
 def predict(fit: Fit, *inputs: float) -> Interval:
-    """Loss (nats per token) at FLOPs C, or at N parameters and D tokens, with its interval.
+    """The loss (nats per token) at C FLOPs, or at N parameters and D tokens, with its interval.
 
-    The interval is of the law, not of one more run.
+    The interval is that of the law, not that of one more run.
 
     Raises:
-        ConfigError: another number of inputs than the form has, or one that is not above 0.
+        ConfigError: the number of inputs is not that of the form, or one of them is not above 0.
     """
     count = len(fit.inputs)
     if len(inputs) != count or not all(0 < value < np.inf for value in inputs):
@@ -315,7 +318,7 @@ def predict(fit: Fit, *inputs: float) -> Interval:
 
 
 def losses_of(rows: Array, inputs: Array) -> Array:
-    """Loss of each row of parameters at one point of ``inputs``."""
+    """The loss of each row of parameters at one point of ``inputs``."""
     count = len(inputs)
     terms = rows[:, :count] * np.exp(-rows[:, count:-1] * np.log(inputs))
     return np.asarray(rows[:, -1] + terms.sum(axis=1))

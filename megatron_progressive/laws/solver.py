@@ -1,4 +1,4 @@
-"""Many fits of a scaling law at once: the same form to several sets of losses of the same cells.
+"""Many fits of a scaling law at once: one form, fitted to several sets of losses of the same cells.
 
 A bootstrap fits one law some hundred times. Minimisers that take one problem at a time need a
 minute for that where cells are noisy; here all problems step together as arrays. What is minimised
@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 DELTA = 1e-3
-"""Residual of log loss at which the objective turns from quadratic to linear (appendix D.2)."""
+"""The residual of log loss at which the objective turns from quadratic to linear (appendix D.2)."""
 
 LARGEST_EXPONENT = 3.0
 
 NO_FLOOR = 12.0
-"""Below the log of the lowest loss, log E that is as good as none: log-sum-exp needs some."""
+"""How far below the log of the lowest loss a log E lies that stands for no E, since log-sum-exp
+needs some number."""
 
 _START_EXPONENTS = (0.05, 0.2, 0.6, 1.2)
 _START_FLOORS = (0.3, 0.7, 0.95)  # E of a start, as a share of the lowest loss
@@ -45,9 +46,9 @@ def residuals(theta: Array, logs: Array, log_loss: Array) -> tuple[Array, Array]
     predicted loss, [problems, cells, k + 1].
 
     Args:
-        theta: [problems, 2 k + 1].
+        theta: the parameters, [problems, 2 k + 1].
         logs: centred logarithms of the inputs, [cells, k].
-        log_loss: [problems, cells] or [cells].
+        log_loss: the logarithms of the losses, [problems, cells] or [cells].
     """
     count = logs.shape[1]
     terms = np.empty((len(theta), len(logs), count + 1))
@@ -60,13 +61,13 @@ def residuals(theta: Array, logs: Array, log_loss: Array) -> tuple[Array, Array]
 
 
 def objective(residual: Array) -> Array:
-    """Huber loss over ``delta^2``, summed over cells."""
+    """The Huber loss over ``delta^2``, summed over cells."""
     size = np.abs(residual) / DELTA
     return np.asarray(np.where(size <= 1, 0.5 * size * size, size - 0.5).sum(axis=-1))
 
 
 def bounds(log_loss: Array, count: int) -> tuple[Array, Array]:
-    """Least and greatest ``theta``, [problems, 2 k + 1]: exponents from 0 to 3, E below the
+    """The least and the greatest ``theta``, [problems, 2 k + 1]: exponents from 0 to 3, E below the
     highest loss."""
     low = np.full((len(log_loss), 2 * count + 1), -np.inf)
     high = -low
@@ -79,10 +80,10 @@ def minimise(starts: Array, logs: Array, log_loss: Array, tolerance: float) -> t
     """A local optimum from each start, and the objective there.
 
     Args:
-        starts: [problems, 2 k + 1]; brought within bounds.
+        starts: the starts, [problems, 2 k + 1], which are brought within the bounds.
         logs: centred logarithms of the inputs, [cells, k].
-        log_loss: [problems, cells].
-        tolerance: gain of a step, over 1 + the objective, that counts as none.
+        log_loss: the logarithms of the losses, [problems, cells].
+        tolerance: a gain of a step that counts as none, relative to 1 + the objective.
     """
     count = logs.shape[1]
     low, high = bounds(log_loss, count)
@@ -147,11 +148,11 @@ def grid_starts(logs: Array, log_loss: Array) -> Array:
 
 
 def projected_starts(logs: Array, log_loss: Array) -> Array:
-    """The best start of each set of losses [problems, cells] by variable projection: [problems,
-    2 k + 1].
+    """The best start, [problems, 2 k + 1], of each set of losses [problems, cells], by variable
+    projection.
 
-    Relative losses are fitted linearly, with a floor and without one, for each point of a grid
-    over the exponents, and the least squares among those with coefficients above 0 kept.
+    For each point of a grid over the exponents, relative losses are fitted linearly, with a floor
+    and without one; of the fits with coefficients above 0 the one with the least squares is kept.
     """
     count = logs.shape[1]
     starts = np.empty((len(log_loss), 2 * count + 1))
@@ -180,8 +181,8 @@ def projected_starts(logs: Array, log_loss: Array) -> Array:
 
 
 def best_of(starts: Array, logs: Array, log_loss: Array, tolerance: float = 1e-10) -> Array:
-    """The best optimum of each set of losses [problems, cells] from its starts [problems, starts,
-    2 k + 1]: [problems, 2 k + 1]. ``tolerance`` as in :func:`minimise`."""
+    """The best optimum, [problems, 2 k + 1], of each set of losses [problems, cells] from its
+    starts [problems, starts, 2 k + 1]. ``tolerance`` is that of :func:`minimise`."""
     problems, each, size = starts.shape
     theta, value = minimise(
         starts.reshape(-1, size), logs, np.repeat(log_loss, each, axis=0), tolerance

@@ -20,8 +20,8 @@ def lr_factor(spec: TensorSpec, optim: OptimSection) -> float:
 
     - Muon with ``scale: out_in``: spectral norm sqrt(n_out / n_in), which is the ``matrix`` norm.
       Its entries' RMS is sqrt(n_out / n_in) / sqrt(max(n_out, n_in)): rows are multiplied up to 1.
-    - NSGD: an RMS of 1. - AdamW: entries of about 1, in step where gradients are: a spectral norm
-    up to
+    - NSGD: an RMS of 1.
+    - AdamW: entries of about 1, in step where gradients are: a spectral norm up to
       sqrt(n_out n_in). The spectral condition then asks for 1 / n_in (:data:`ADAMW_WIDTH` / n_in,
       so that learning rates keep their usual size; Yang et al. 2022, arXiv 2203.03466, table 8). A
       tied table moves the logits by its update's RMS x h x the norm's gain, h^-1/2 in all: the

@@ -19,7 +19,8 @@ _GIB = 2**30
 
 
 def cluster_parts(plan: Plan, on: ClusterPlan) -> list[list[str]]:
-    """Blocks of lines: memory at the peak, time, and the words of layouts that were searched."""
+    """Blocks of lines: the memory at the peak, the time, and the words of layouts that were
+    searched."""
     parts = [_memory(plan, on), _time(plan, on)]
     return [*parts, _words(on)] if on.found is not None else parts
 

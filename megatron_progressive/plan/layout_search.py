@@ -1,13 +1,12 @@
-"""Layouts of every phase of a run that fit a cluster's memory, the quickest first.
+"""The search for layouts of every phase of a run that fit a cluster's memory, the quickest first.
 
 All layouts of the Megatron engine with its distributed optimizer that :mod:`.preflight` lets run
 are tried: tensor parallelism within a node, pipeline stages with up to eight chunks, experts over
 any divisor of them. Layouts whose state alone is too large are dropped before their time is
-estimated (:mod:`.step_time`). The micro-batch is one for all phases of a run, as the
-configuration has it; the one with the shortest run wins, the
-smallest of those that are as quick. Of layouts
-whose estimates are within 5 % of the quickest's, which is no better than the model of time is, the
-one that divides the model least wins.
+estimated (:mod:`.step_time`). All phases of a run have one micro-batch, as in the configuration;
+the one with the shortest run wins, and of several as quick ones the smallest. Estimates within 5 %
+of the quickest cannot be told apart by this model of time; among such layouts the one that divides
+the model least wins.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from megatron_progressive.runtime.layout import Layout, make_layout
 _CHUNKS = (1, 2, 4, 8)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _KEPT = 16
-"""Best layouts of each phase among which those are looked for whose states fit together."""
+"""How many of the best layouts of each phase are kept to find those whose states fit together."""
 _CLOSE = 1.05
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout of one phase."""
+    """A layout of one phase, with what it costs."""
 
     parallel: ParallelSection
     layout: Layout
@@ -51,12 +50,12 @@ class Found:
     micro_batch: int
     phases: list[Candidate]
     tried: int
-    """Layouts of all phases and micro-batches whose memory was computed."""
+    """The number of layouts, over all phases and micro-batches, whose memory was computed."""
     fitting: int
-    """Of those."""
+    """The number of those that fit."""
 
     def words(self, config: RunConfig) -> list[str]:
-        """``key=value`` words that give ``config`` these layouts."""
+        """The ``key=value`` words that give ``config`` these layouts."""
         words = []
         if self.micro_batch != config.train.micro_batch:
             words.append(f"train.micro_batch={self.micro_batch}")
@@ -75,7 +74,7 @@ class Found:
         return words
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """``config`` with these layouts."""
+        """The configuration ``config`` with these layouts."""
         expansions = [
             replace(
                 expansion,
@@ -98,7 +97,7 @@ _KEYS = ("engine", "tensor", "pipeline", "virtual_pipeline", "uneven", "expert",
 
 
 def phase_peak(shape: TransformerShape, config: RunConfig, layout: Layout) -> RankPeak:
-    """The fullest rank, on CUDA with Transformer Engine."""
+    """The fullest rank of a phase, on CUDA with Transformer Engine."""
     states = stage_states(shape, config, layout)
     activations = stage_activations(shape, config, layout, fused=True)
     peaks = (RankPeak(*pair) for pair in zip(states, activations, strict=True))
@@ -112,7 +111,7 @@ def _divisors(number: int, most: int) -> list[int]:
 def _sections(
     base: ParallelSection, shape: TransformerShape, world: int, cluster: Cluster
 ) -> Iterator[ParallelSection]:
-    """Ways to divide a model, whether they can run or not."""
+    """The ways to divide a model, whether they can run or not."""
     kinds = shape.layer_kinds()
     experts = shape.moe.num_experts if shape.moe is not None and MOE in kinds else 1
     tensors = _divisors(world, cluster.gpus_per_node)
@@ -133,7 +132,7 @@ def _sections(
 
 
 def _ordered(candidates: list[Candidate]) -> list[Candidate]:
-    """The best one first."""
+    """The candidates in order, the best one first."""
     quickest = min((c.time.total for c in candidates), default=0.0)
 
     def order(candidate: Candidate) -> tuple[float, ...]:
@@ -148,7 +147,7 @@ def _ordered(candidates: list[Candidate]) -> list[Candidate]:
 def _phase(
     config: RunConfig, index: int, world: int, cluster: Cluster, micro_batch: int
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Layouts of a phase that fit, and the others, whose time is not estimated."""
+    """The layouts of a phase that fit, and the others, whose time is not estimated."""
     depth = config.expansion[index - 1].to_layers if index else None
     shape = transformer_shape(config, depth)
     train = replace(config.train, micro_batch=micro_batch)
@@ -177,11 +176,11 @@ def _phase(
 
 
 def search(config: RunConfig, world: int, cluster: Cluster) -> Found:
-    """The layouts and the micro-batch with the shortest run of ``config`` on ``world`` GPUs.
+    """The layouts and the micro-batch that make ``config`` shortest on ``world`` GPUs.
 
     Raises:
-        ConfigError: no layout of a phase can run, or none fits; the message says how much memory
-            the best one lacks.
+        ConfigError: no layout of a phase can run, or none fits; the message then says how much
+            memory the best one lacks.
     """
     preflight.check_schedule(config)
     steps = [phase.steps for phase in flops.phases(config)]
@@ -229,7 +228,7 @@ def search(config: RunConfig, world: int, cluster: Cluster) -> Found:
 
 
 def _at_expansion(chosen: tuple[Candidate, ...]) -> int:
-    """Most bytes of the state before and after an expansion, on one rank."""
+    """The most bytes of state before and after an expansion together, on one rank."""
     return max(
         (a.peak.state.total + b.peak.state.total for a, b in itertools.pairwise(chosen)), default=0
     )
@@ -260,10 +259,10 @@ def _refusal(closest: Candidate | None, index: int, world: int, cluster: Cluster
 def check_fits(
     config: RunConfig, layouts: list[Layout], peaks: list[RankPeak], cluster: Cluster
 ) -> None:
-    """Refuse layouts that do not fit.
+    """Refuse layouts that do not fit the cluster's memory.
 
     Raises:
-        ConfigError: which phase, and by how much.
+        ConfigError: a phase does not fit; the message says which one, and how much it lacks.
     """
     for index, (layout, peak) in enumerate(zip(layouts, peaks, strict=True)):
         if peak.total > cluster.usable_bytes:

@@ -1,7 +1,7 @@
-"""The plan of a run, before any of it runs: parameters, memory, steps, FLOPs, saving.
+"""The plan of a run, made before any of it runs: parameters, memory, steps, FLOPs and saving.
 
-Nothing is allocated and neither torch nor Megatron-core is imported: planning a 7B run takes
-about a second.
+Nothing is allocated and neither torch nor Megatron-core is imported: planning a 7B run takes about
+a second.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.cost import flops
 from megatron_progressive.cost.activations import RankPeak, fullest_rank
 from megatron_progressive.cost.cluster import Cluster
+from megatron_progressive.cost.headroom import headroom_percent
 from megatron_progressive.cost.memory import RankMemory, largest_rank
 from megatron_progressive.cost.step_time import StepTime, step_time
 from megatron_progressive.models import (
@@ -41,16 +42,18 @@ _LINK_GB_PER_S = 25.0  # a 200 Gbit/s adapter for each rank
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """One phase and what it asks of the ranks."""
+    """One phase of a run, and what it asks of the ranks."""
 
     phase: flops.Phase
     params_without_positions: int
-    """As nanoGPT counts; with it the paper's 39M, 124M, 0.15B and 7B come out."""
+    """Number of parameters without positions, as nanoGPT counts; with it the paper's 39M, 124M,
+    0.15B and 7B come out."""
     active_params: int
-    """Those that one token is computed with (:func:`.models.active_parameter_count`)."""
+    """Number of parameters that one token is computed with
+    (:func:`.models.active_parameter_count`)."""
     layout: Layout
     memory: RankMemory
-    """Of the fullest rank."""
+    """The memory of the fullest rank."""
     tokens: int
 
 
@@ -60,14 +63,15 @@ class PlannedExpansion:
 
     step: int
     fraction: float
-    """``step`` over the run's steps."""
+    """The step of the expansion over the number of steps of the run."""
     stable_steps: int
-    """Steps at the peak learning rate that follow; the mixing time must fit."""
+    """Number of steps at the peak learning rate that follow, in which the mixing time must fit."""
     lr_share: float
-    """Sum of the learning rate up to the expansion over its whole sum: the first factor of the
-    bound on the gap in arXiv 2511.04981; its derivation is disputed: a guide."""
+    """The sum of the learning rate up to the expansion over its whole sum. This is the first factor
+    of the bound on the gap in arXiv 2511.04981, whose derivation is disputed, so it is no more than
+    a guide."""
     reshard: ReshardBytes
-    """What every rank sends and receives."""
+    """What every rank sends and receives at the expansion."""
 
 
 @dataclass(frozen=True)
@@ -85,40 +89,43 @@ class ClusterPlan:
 
     cluster: Cluster
     peaks: list[RankPeak]
-    """Of the fullest rank."""
+    """The fullest rank of each phase."""
     times: list[StepTime]
     found: Found | None
-    """None where the layouts are the configuration's own."""
+    """What the search found; None where the layouts are the configuration's own."""
     words: list[str]
-    """``key=value`` words that give the configuration the layouts that were found."""
+    """The ``key=value`` words that give the configuration the layouts that were found."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that ``mprog plan`` says."""
+    """Everything that ``mprog plan`` says."""
 
     config: RunConfig
     world: int
     shape: ModelShape
-    """The target's."""
+    """The shape of the target."""
     phases: list[PlannedPhase]
     expansions: list[PlannedExpansion]
     lr_phases: list[LrPhase]
     step_tokens: int
     total_flops: int
     optimizer_flops_share: float
-    """Newton-Schulz, of the total."""
+    """The share of Newton-Schulz in the total FLOPs."""
     fixed_flops: int | None
-    """Of the fixed-size control; None without an expansion."""
+    """Total FLOPs of the fixed-size control; None without an expansion."""
     short_steps: int | None
     """Steps of the short control; None without an expansion."""
+    never_grown: list[tuple[int, int]]
+    """Layers and steps of each control that never grows."""
     controls: list[list[str]]
-    """``key=value`` words that make the fixed-size and the short control of this config."""
+    """``key=value`` words that make each control of this config: fixed-size, short, never grown."""
     warnings: list[str]
     link_gb_per_s: float
-    """What a rank sends and receives at an expansion, 1e9 bytes per second each way."""
+    """The rate at which a rank sends and receives at an expansion, in 1e9 bytes per second each
+    way."""
     on: ClusterPlan | None = None
-    """None without a cluster."""
+    """What a cluster adds; None without one."""
 
     @property
     def cores(self) -> int:
@@ -127,10 +134,23 @@ class Plan:
 
     @property
     def saving_percent(self) -> float | None:
-        """FLOPs saved against fixed-size training, predicted, %."""
+        """The FLOPs that the run is predicted to save against fixed-size training, in %."""
         if self.fixed_flops is None:
             return None
         return 100 * (1 - self.total_flops / self.fixed_flops)
+
+    @property
+    def headroom_percent(self) -> float | None:
+        """How much above fixed-size a short control of this run's FLOPs is expected to end, in %
+        (:mod:`.cost.headroom`). None without an expansion, where nothing is saved, and for models
+        that are not of language."""
+        if self.fixed_flops is None or not isinstance(self.shape, TransformerShape):
+            return None
+        share = self.total_flops / self.fixed_flops
+        tokens = self.config.last_step * self.step_tokens
+        if share >= 1:
+            return None
+        return headroom_percent(self.phases[-1].active_params, tokens, share)
 
 
 def make_plan(
@@ -143,15 +163,16 @@ def make_plan(
     """Plan ``config`` on ``world`` ranks (default: the fewest that fit every phase's layout).
 
     Args:
-        link_gb_per_s: of one rank, 1e9 bytes per second each way (default: the cluster's network
-            speed, or 25).
-        cluster: the GPUs; the plan then has activations and time, and must fit their memory.
-        search_layouts: whether to look for the layouts and the micro-batch, in place of
-            those of ``config``.
+        link_gb_per_s: the rate of one rank, in 1e9 bytes per second each way (default: the speed of
+            the cluster's network, or 25).
+        cluster: the GPUs to plan for; the plan then has activations and time, and must fit their
+            memory.
+        search_layouts: whether to search for layouts and a micro-batch in place of those of
+            ``config``.
 
     Raises:
-        ConfigError: a phase cannot run (see :func:`.preflight.check_run`) or does not fit, no
-            link speed, or a search without a cluster or a number of ranks.
+        ConfigError: a phase cannot run (see :func:`.preflight.check_run`) or does not fit, the link
+            speed is no number above 0, or there is a search without a cluster or a number of ranks.
     """
     found, words = None, []
     if cluster is not None and not isinstance(model_shape(config), TransformerShape):
@@ -189,8 +210,8 @@ def make_plan(
         optimizer += phase.steps * flops.optimizer_flops(shape, config.optim)
     on = _on_cluster(config, planned, cluster, found, words) if cluster is not None else None
     total = sum(p.phase.flops for p in planned)
-    fixed = controls.fixed_size(config) if config.expansion else None
-    short = controls.short_control(config) if config.expansion else None
+    made = controls.all_controls(config) if config.expansion else []
+    fixed, short = (made[0], made[1]) if made else (None, None)
     return Plan(
         config=config,
         world=world,
@@ -203,7 +224,8 @@ def make_plan(
         optimizer_flops_share=optimizer / total,
         fixed_flops=flops.total_flops(fixed) if fixed else None,
         short_steps=short.train.steps if short else None,
-        controls=[controls.control_words(config, c) for c in (fixed, short) if c is not None],
+        never_grown=[(model_shape(c).num_layers, c.train.steps) for c in made[2:]],
+        controls=[controls.control_words(config, control) for control in made],
         warnings=warnings,
         link_gb_per_s=link_gb_per_s,
         on=on,

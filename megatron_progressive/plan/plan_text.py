@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
+from megatron_progressive.cost.headroom import LAW
 from megatron_progressive.cost.memory import divides_state
 from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.models.description import expert_words, input_words, size_words
@@ -172,7 +173,7 @@ def _reshard_table(plan: Plan) -> list[str]:
 
 
 def _bytes_text(size: float) -> str:
-    """Bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
+    """A number of bytes in powers of 1000, as link speeds are given: ``1.50 GB``."""
     factor, unit = next((f, u) for f, u in _UNITS if size >= f or f == 1.0)
     return f"{size / factor:.3g} {_BYTE_UNITS[unit]}"
 
@@ -196,9 +197,24 @@ def _compute(plan: Plan) -> list[str]:
     steps = f"{plan.short_steps:,} step{'s' * (plan.short_steps != 1)}"
     lines += _line(
         "short control",
-        f"{steps} of the target from scratch for as many FLOPs: growing pays only where it ends "
-        f"below that run, over several seeds",
+        f"{steps} of the target from scratch for as many FLOPs",
     )
+    never = " and ".join(
+        f"{count:,} step{'s' * (count != 1)} of {layers} layer{'s' * (layers != 1)}"
+        for layers, count in plan.never_grown
+    )
+    lines += _line(
+        "never grown",
+        f"{never} alone, for as many FLOPs{' each' * (len(plan.never_grown) > 1)}: growing pays "
+        "only where it ends below the short control and below the source that is never grown, "
+        "over several seeds",
+    )
+    if plan.headroom_percent is not None:
+        lines += _line(
+            "headroom",
+            f"the short control is expected to end {plan.headroom_percent:.1f} % above fixed-size "
+            f"({LAW}; other data and optimizers differ): about as much as growing can win",
+        )
     for expansion in plan.expansions:
         lines += _line(
             "theory",

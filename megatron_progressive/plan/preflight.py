@@ -1,7 +1,7 @@
-"""Checks of a whole run, every phase of it, before anything is created.
+"""Checks of a whole run, in every phase, before anything is created.
 
-Errors name the field; warnings name the failure signature (arXiv 2511.04981) that the
-configuration is likely to show.
+Errors name the field; warnings name the failure signature (arXiv 2511.04981) that the configuration
+is likely to show.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
 from megatron_progressive.engines.megatron.kernel_checks import check_possible
-from megatron_progressive.expansion.depth_map import check_depths, survivors
+from megatron_progressive.expansion.depth_map import check_growth
+from megatron_progressive.expansion.placing import survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
 from megatron_progressive.runtime.layout import Layout, make_layout
 
 _LATEST_WSD = 0.8
-"""Fraction of the steps after which WSD runs no longer catch up (arXiv 2511.04981)."""
+"""The fraction of the steps after which an expansion under WSD no longer lets a run catch up (arXiv
+2511.04981)."""
 _DATA_PARALLEL = ("deepspeed", "torch")
-"""Engines that are data parallel only."""
+"""The engines that can only be data parallel."""
 _LATEST_OTHER = 0.5
-"""The same for GPT under cosine; linear has no stable phase either."""
+"""The same fraction for GPT under cosine; linear has no stable phase either."""
 
 
 def check_run(config: RunConfig, world: int) -> list[str]:
     """Check that each phase of ``config`` can run on ``world`` ranks.
 
-    Returns: warnings, one line each.
+    Returns: The warnings, one line each.
 
     Raises:
-        ConfigError: a phase cannot run; one line that names the field, its value and the fix.
+        ConfigError: a phase cannot run; one line names the field, its value and what is accepted.
     """
     if world < 1:
         raise ConfigError(f"--nproc: got {world}; accepted: from 1")
@@ -44,7 +46,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
 
 
 def smallest_world(config: RunConfig) -> int:
-    """Fewest ranks that every phase's tensor x pipeline divides, and that of its experts."""
+    """The fewest ranks that every phase's tensor x pipeline divides, and that of its experts."""
     sections = [config.parallel_after(i) for i in range(len(config.expansion) + 1)]
     return math.lcm(
         *(
@@ -111,7 +113,8 @@ def _check_expansions(config: RunConfig) -> None:
                 f"{field}.at: got {expansion.at} (step {step}) after one at step {before}; "
                 f"accepted: expansions in increasing order of step"
             )
-        check_depths(expansion, depth, field, "before it")
+        shapes = model_shape(config, depth), model_shape(config, expansion.to_layers)
+        check_growth(expansion, *shapes, field, "before it")
         before, depth = step, expansion.to_layers
 
 
@@ -125,7 +128,7 @@ def _check_stop(config: RunConfig) -> None:
 
 
 def _expansion_step(field: str, at: float, steps: int) -> int:
-    """``at`` as a step that at least one other step follows."""
+    """The expansion ``at`` as a step that at least one other step follows."""
     accepted = f"accepted: a fraction below 1, or a step from 1 to {steps - 1}"
     if not math.isfinite(at) or at > steps or (at > 1 and at != int(at)):
         raise ConfigError(f"{field}: got {at}; {accepted}")
@@ -136,7 +139,7 @@ def _expansion_step(field: str, at: float, steps: int) -> int:
 
 
 def check_phase(config: RunConfig, index: int, world: int) -> None:
-    """Phase ``index``: that many expansions have happened."""
+    """Check phase ``index``, before which that many expansions have happened."""
     parallel = config.parallel_after(index)
     prefix = f"expansion[{index - 1}]." if index else ""
     depth = config.expansion[index - 1].to_layers if index else None
@@ -209,7 +212,8 @@ def _check_pipeline(shape: ModelShape, parallel: ParallelSection, prefix: str) -
 
 
 def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, world: int) -> None:
-    """A phase whose model has no expert layers yet may have the layout of one that has them."""
+    """Check the experts of a phase. A phase whose model has no expert layers yet may have the
+    layout of one that has them."""
     moe = shape.moe if isinstance(shape, TransformerShape) else None
     if moe is None:
         for name, none in (("expert", 1), ("expert_tensor", None)):
@@ -227,7 +231,7 @@ def _check_experts(shape: ModelShape, parallel: ParallelSection, prefix: str, wo
 
 
 def _tensor_cuts(shape: TransformerShape) -> dict[str, int]:
-    """What tensor parallelism divides, by name."""
+    """The numbers that tensor parallelism divides, by name."""
     mla, moe, kinds = shape.mla, shape.moe, shape.layer_kinds()
     cuts = {"num_attention_heads": shape.num_attention_heads}
     if mla is None:
@@ -265,14 +269,16 @@ def _check_tensor(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
 
 
 def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSection) -> bool:
-    """Whether layers that are no copies come to lie above trained ones of their stack: on insertion
-    at the top, and where the new ones are of a kind that stands above the trained ones' (experts,
-    blocks behind the first of a stage)."""
+    """Whether layers that are no copies come to lie above trained layers of their stack. That is so
+    on insertion at the top, and where the new layers are of a kind that stands above that of the
+    trained ones (experts, or blocks behind the first of a stage)."""
     before = source.stacks()
     for stack, kinds in target.stacks().items():
         trained = survivors(before[stack], kinds, expansion.order, expansion.insert, False)
         new = set(range(len(kinds))) - set(trained)
-        if trained and new and max(new) > min(trained):
+        # in the middle some trained layers lie below on purpose: those at the head are what counts
+        above = max(trained, default=0) if expansion.insert == "middle" else min(trained, default=0)
+        if trained and new and max(new) > above:
             return True
     return False
 

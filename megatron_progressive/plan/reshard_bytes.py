@@ -1,8 +1,8 @@
-"""Bytes that every rank sends and receives at an expansion, and the initial values that it draws,
-without processes or data.
+"""The bytes that every rank sends and receives at an expansion, and the initial values that it
+draws, found without processes or data.
 
-Takes the pieces of all ranks before and after from :mod:`.engines.partitions`, what feeds what
-from the depth map, and the schedule that the expansion itself follows.
+This takes the pieces of all ranks before and after from :mod:`.engines.partitions`, the source of
+each target from the depth map, and the schedule that the expansion itself follows.
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ on the core of a cloud machine that others share."""
 
 @dataclass(frozen=True)
 class ReshardBytes:
-    """Bytes of one expansion, by rank: int64 [world] each."""
+    """The numbers of one expansion by rank, int64 [world] each."""
 
     received: Ints
-    """From other ranks: the source elements that a rank needs and does not hold, each once,
-    whatever the number of layers they are copied to."""
+    """Bytes from other ranks: the source elements that a rank needs and does not hold, each once,
+    whatever the number of layers to which they are copied."""
     sent: Ints
-    """To other ranks, each missing box by one of those that hold it, in turn."""
+    """Bytes to other ranks; each box that a rank lacks is sent by one of the ranks that hold it, in
+    turn."""
     drawn: Ints
-    """Normal initial values that a rank draws, not bytes: those of the new weights that it holds,
-    each once."""
+    """The number of normal initial values that a rank draws (no bytes), which are those of the new
+    weights that it holds, each once."""
 
     @property
     def total(self) -> int:
-        """Over all ranks. No reshard needs fewer: each rank gets what it misses, once."""
+        """The bytes over all ranks. No reshard needs fewer, since each rank gets what it lacks
+        once."""
         return int(self.received.sum())
 
     def seconds(self, gb_per_s: float) -> float:
-        """Time of the exchange where every rank sends and receives at ``gb_per_s`` (1e9 bytes
-        per second, each way, both at once): that of the busiest rank."""
+        """The seconds of the exchange where every rank sends and receives at ``gb_per_s`` (1e9
+        bytes per second each way, both at once), which are those of the busiest rank."""
         return max(int(self.received.max()), int(self.sent.max())) / (gb_per_s * 1e9)
 
     def drawing_seconds(self, cores: int) -> float:
@@ -57,10 +59,10 @@ class ReshardBytes:
 
 
 def reshard_bytes(config: RunConfig, index: int, world: int) -> ReshardBytes:
-    """What moves and is drawn at expansion ``index`` of ``config`` on ``world`` ranks.
+    """What moves and what is drawn at expansion ``index`` of ``config`` on ``world`` ranks.
 
     Raises:
-        ConfigError: a layout that the ranks do not divide into.
+        ConfigError: the ranks do not divide into a layout.
     """
     expansion = config.expansion[index]
     depth = config.expansion[index - 1].to_layers if index else None

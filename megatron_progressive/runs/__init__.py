@@ -1,1 +1,1 @@
-"""The run folder: its format, its one writer, reading it, and what decides a run's numbers."""
+"""The run folder: its format, its one writer, its readers, and what decides a run's numbers."""

@@ -16,13 +16,13 @@ _MICRO_BATCH = "train.micro_batch"
 
 
 def decisive(config: RunConfig) -> dict[str, Any]:
-    """Every key that decides the run's numbers, by its whole name, and its value.
+    """Every key that decides the run's numbers, by its full name, with its value.
 
     ``train.micro_batch`` is one of them where the model says so
     (:attr:`.ModelShape.micro_batch_decides`).
 
     Raises:
-        ConfigError: no such model (see :func:`.models.model_shape`).
+        ConfigError: there is no such model (see :func:`.models.model_shape`).
     """
     free = _FREE if model_shape(config).micro_batch_decides else _FREE | {_MICRO_BATCH}
     return dict(_decisive(asdict(config), free))

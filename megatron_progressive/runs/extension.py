@@ -1,7 +1,7 @@
-"""``run.extend``: a run of a WSD schedule gets more steps, as if it had had them from the start.
+"""``run.extend``: a run with a WSD schedule gets more steps, as if it had had them from the start.
 
-It goes on from before its decay. What both schedules share until then is what makes the same bits:
-the steps of the warmup and of expansions, which are therefore those of the configuration that the
+The run goes on from before its decay. What both schedules share until then makes the same bits: the
+steps of the warmup and of the expansions, which are therefore those of the configuration that the
 run has had so far.
 """
 
@@ -22,12 +22,13 @@ from megatron_progressive.runtime.files import fsync_path
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """The configuration that ``run.extend`` makes of ``config``: warmup and expansions at the steps
-    where the run in the folder has them. Without ``run.extend`` it is ``config``.
+    """The configuration that ``run.extend`` makes of ``config``, in which warmup and expansions are
+    at the steps where the run in the folder has them. Without ``run.extend`` it is ``config``
+    itself.
 
     Raises:
-        ConfigError: no run in the folder, a schedule that falls all along, no more steps than it
-            has, or something else that is not as it was.
+        ConfigError: there is no run in the folder, its schedule falls all along, there are no more
+            steps than it has, or something else has changed.
     """
     if not config.run.extend:
         return config
@@ -77,7 +78,7 @@ def _difference(config: RunConfig, present: RunConfig) -> tuple[str, object, obj
 
 
 def _extended(present: RunConfig, config: RunConfig) -> RunConfig:
-    """``config`` with warmup and expansions at the steps of ``present``."""
+    """The configuration ``config`` with the steps of warmup and expansions that ``present`` has."""
     if config.train.steps == present.train.steps:
         warmup, taus = present.schedule.warmup, [e.at for e in present.expansion]
     else:
@@ -98,10 +99,10 @@ def extends(config: RunConfig, present: RunConfig) -> bool:
 
 
 def branch(folder: Path, present: RunConfig) -> Path:
-    """The newest checkpoint of a run folder that a longer schedule shares.
+    """The newest checkpoint of a run folder that a longer schedule shares with the present one.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such checkpoint.
     """
     saved, last = checkpoints(folder), last_stable_step(present)
     shared = [path for path in saved if step_of(path) <= last]
@@ -116,7 +117,7 @@ def branch(folder: Path, present: RunConfig) -> Path:
 
 
 def kept_for_extension(config: RunConfig, step: int) -> list[int]:
-    """Steps of the checkpoints that pruning must leave for an extension, at ``step``: once the
+    """The steps of the checkpoints that pruning at ``step`` must leave for an extension: once the
     decay has begun, the newest one from before it."""
     last = last_stable_step(config)
     if not decay_steps(config) or step <= last:
@@ -125,8 +126,9 @@ def kept_for_extension(config: RunConfig, step: int) -> list[int]:
 
 
 def set_aside(folder: Path, present: RunConfig, position: TrainingPosition) -> Path:
-    """Keep what the run has come to after ``position``: copies of its files, and the checkpoints
-    themselves, in ``until_STEPS``; returns it. May be done again where it was interrupted.
+    """Keep in ``until_STEPS`` what the run has come to after ``position``: copies of its files, and
+    the checkpoints themselves. Returns that folder. This may be done again where it was
+    interrupted.
     """
     later = [path for path in checkpoints(folder) if step_of(path) > position.step]
     for aside in _names(folder, present.train.steps):

@@ -1,5 +1,5 @@
-"""What a run writes beside its checkpoints, ``metrics.jsonl`` and ``summary.json``, as it is read:
-by whoever goes on with the run and by whoever reports it."""
+"""What a run writes beside its checkpoints, ``metrics.jsonl`` and ``summary.json``, as it is read
+by whoever goes on with the run or reports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 _NUMBERED = ("train", "eval", "checkpoint", "expansion", "resume")
-"""Events that are nothing without their step."""
+"""The events that mean nothing without their step."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Metrics:
 
     events: list[dict[str, Any]] = field(default_factory=list)
     damaged: dict[int, bytes] = field(default_factory=dict)
-    """Lines that hold no event, by their number from 1. A last line that is not ended is none of
-    them: a kill cut it, or the run is about to write its rest."""
+    """The lines that hold no event, by their number from 1. A last line without an end does not
+    count as such: a kill cut it, or the run is about to write the rest of it."""
 
     def describe_damage(self) -> str:
-        """One line of text; empty where all lines hold events."""
+        """The damage in one line of text; empty where all lines hold events."""
         if not self.damaged:
             return ""
         numbers = [str(number) for number in self.damaged]
@@ -36,7 +36,7 @@ class Metrics:
 
 def read_metrics(folder: Path) -> Metrics:
     """The metrics of a run folder; empty where it has none. Lines that a disk or an editor has
-    broken are left out and said (:attr:`Metrics.damaged`); what follows them is not."""
+    broken are left out and named (:attr:`Metrics.damaged`); the lines after them are read."""
     path, found = folder / METRICS_FILE, Metrics()
     if not path.is_file():
         return found
@@ -67,8 +67,8 @@ def _event(line: bytes) -> dict[str, Any] | None:
 def read_summary(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The ``summary.json`` of a run folder, and what is wrong with it in one line.
 
-    Returns: None where there is none, or where it is empty, cut or no object; the line is empty
-        where nothing is wrong.
+    Returns: The summary, or None where there is none, or where it is empty, cut or no object; and a
+        line that is empty where nothing is wrong.
     """
     path = folder / SUMMARY_FILE
     try:
@@ -83,15 +83,15 @@ def read_summary(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def finite(value: Any) -> float | None:
-    """``value`` where it is a number that is one; else None."""
+    """The value itself where it is a finite number; else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def is_finished(summary: dict[str, Any] | None, last_step: int) -> bool:
-    """Whether a summary is of a run that came to ``last_step`` or further and has a result there: a
-    validation loss that is a number."""
+    """Whether a summary is of a run that came to ``last_step`` or further and has a result there,
+    which is a validation loss that is a number."""
     if summary is None or finite(summary.get("final_eval_loss")) is None:
         return False
     steps = summary.get("steps")
@@ -99,6 +99,7 @@ def is_finished(summary: dict[str, Any] | None, last_step: int) -> bool:
 
 
 def validation_at(events: list[dict[str, Any]], step: int) -> float | None:
-    """Loss of the validation after ``step``; None where there was none, or none that is finite."""
+    """The loss of the validation after ``step``; None where there was none, or where it is not
+    finite."""
     found = [e.get("loss") for e in events if e["event"] == "eval" and e["step"] == step]
     return finite(found[-1]) if found else None

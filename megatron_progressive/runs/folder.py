@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics and summary, and what resuming does to them."""
+"""The run folder: its configuration, metrics and summary, and what resuming does to them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from megatron_progressive.runtime.files import json_text, write_atomically, writ
 from megatron_progressive.runtime.folder_lock import LOCK_NAME
 
 DAMAGED_FILE = "metrics.damaged"
-"""Lines of ``metrics.jsonl`` that could not be read when the run was resumed, as they were."""
+"""The file with the lines of ``metrics.jsonl`` that could not be read when the run was resumed, as
+they were."""
 
 # What a run that has not begun yet may have left, or is writing.
 _OWN = (LOCK_NAME, f".{CONFIG_FILE}.")
 
 
 def check_folder(config: RunConfig) -> TrainingPosition | None:
-    """Where a run would start: the position to resume from, or None for a fresh start.
+    """Where a run would start: the position from which to resume, or None for a fresh start.
+    Nothing is created.
 
     Creates nothing.
 
     Raises:
-        ConfigError: the folder holds something else, another configuration, or checkpoints of
-            which none is whole.
+        ConfigError: the folder holds something else, another configuration, or checkpoints of which
+            none is whole.
     """
     folder = config.folder
     if not folder.exists():
@@ -60,8 +62,8 @@ def _checked(config: RunConfig, folder: Path) -> TrainingPosition | None:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run ended (its summary is written last), with its last step or a later one, and
-    has a result. One that is to be extended has not."""
+    """Whether the run has ended (its summary is written last) with its last step or a later one,
+    and has a result. A run that is to be extended has not."""
     file = config.folder / CONFIG_FILE
     if config.run.extend and file.is_file() and extends(config, load(file)):
         return False
@@ -72,7 +74,8 @@ def look(config: RunConfig) -> tuple[TrainingPosition | None, bool]:
     """Where a run would start (:func:`check_folder`), and whether it is finished already.
 
     Raises:
-        ConfigError: see :func:`check_folder`; it is to stop before the step where it is.
+        ConfigError: see :func:`check_folder`; also where the run is to stop before the step that it
+            has reached.
     """
     position, finished = check_folder(config), is_finished(config)
     if position is not None and not finished and position.step > config.last_step:
@@ -84,13 +87,13 @@ def look(config: RunConfig) -> tuple[TrainingPosition | None, bool]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Events of a run so far (:func:`.state.run_files.read_metrics`)."""
+    """The events of a run so far (:func:`.runs.files.read_metrics`)."""
     return run_files.read_metrics(folder).events
 
 
 def _done(event: dict[str, Any], position: TrainingPosition, config: RunConfig) -> bool:
-    """Whether an event lies before a checkpoint. One made right before an expansion lies
-    before that step's validation too."""
+    """Whether an event lies before a checkpoint. A checkpoint made right before an expansion lies
+    before the validation of that step, too."""
     step, taus = event.get("step", 0), config.expansion_steps()
     expands_again = taus[position.expansions : position.expansions + 1] == [position.step]
     if step == position.step and expands_again:
@@ -99,18 +102,21 @@ def _done(event: dict[str, Any], position: TrainingPosition, config: RunConfig) 
 
 
 class Recorder:
-    """Writes the run folder. Only rank 0 has one that writes; the others' do nothing."""
+    """The one writer of the run folder. Only rank 0 has one that writes; those of other ranks do
+    nothing."""
 
     def __init__(self, config: RunConfig, position: TrainingPosition | None, writes: bool) -> None:
-        """Make the folder ready to go on after ``position``: to be called when that has loaded,
-        because what came after it is given up (or set aside, where the run is extended)."""
+        """Make the folder ready to go on after ``position``. This is to be called once that
+        position has loaded, because what came after it is given up (or set aside, where the run is
+        extended)."""
         self.folder = config.folder
         self.notes: list[str] = []
-        """What to tell: of an extension."""
+        """What the user should be told about an extension."""
         self.warnings: list[str] = []
-        """What was wrong with the folder's files."""
+        """What was wrong with the files of the folder."""
         self.validation: float | None = None
-        """Of the step that it goes on after, where it has been validated."""
+        """The validation loss of the step after which the run goes on, where that step has been
+        validated."""
         self._file: TextIO | None = None
         if not writes:
             return
@@ -149,7 +155,8 @@ class Recorder:
             )
 
     def _remove_summary(self) -> None:
-        """Of a run that was stopped early and goes on, or that has no result in it."""
+        """Remove the summary of a run that was stopped early and goes on, or one that has no result
+        in it."""
         summary, problem = read_summary(self.folder)
         if problem:
             self.warnings.append(problem)
@@ -168,14 +175,15 @@ class Recorder:
             self._trackers.event(kind, values)
 
     def sync(self) -> None:
-        """Flush to disk: called before a checkpoint, which must not be ahead of the metrics."""
+        """Flush the metrics to disk, which is done before a checkpoint: that must not be ahead of
+        them."""
         if self._file is not None:
             with writing(f"writing {self.folder / METRICS_FILE}"):
                 os.fsync(self._file.fileno())
             self._trackers.flush()
 
     def summary(self, **values: Any) -> None:
-        """Write ``summary.json``: the run is finished."""
+        """Write ``summary.json``, which says that the run is finished."""
         if self._file is not None:
             self.sync()
             write_json(self.folder / SUMMARY_FILE, values)

@@ -1,4 +1,4 @@
-"""Read run folders (their format: README.md, "A run")."""
+"""Reading run folders; :mod:`.files` describes their format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Values by step, in order: float64 arrays of one length, by name."""
+    """Values by step, in order, as float64 arrays of one length by name."""
 
     values: dict[str, NDArray[np.float64]]
 
@@ -51,16 +51,17 @@ class Run:
     folder: Path
     config: RunConfig
     train: Curve
-    """Every step: ``step``, cumulative ``flops``, ``loss`` (nats per token or image), ``lr``."""
+    """Every step, with ``step``, cumulative ``flops``, ``loss`` (nats per token or image) and
+    ``lr``."""
     evals: Curve
-    """Validations: ``step``, ``tokens``, ``flops``, ``loss``."""
+    """The validations, with ``step``, ``tokens``, ``flops`` and ``loss``."""
     expansions: list[dict[str, Any]] = field(default_factory=list)
-    """``expansion`` events."""
+    """The ``expansion`` events."""
     warnings: list[str] = field(default_factory=list)
     summary: dict[str, Any] | None = None
-    """``summary.json``; None where the run has not finished."""
+    """The content of ``summary.json``; None where the run has not finished."""
     trained_on: DataIdentity | None = None
-    """The content of its data; None where a version that did not record it ran it."""
+    """The content of its data; None where a version that did not record this ran it."""
 
     @property
     def name(self) -> str:
@@ -72,29 +73,29 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Steps recorded so far."""
+        """The number of steps recorded so far."""
         return int(self.train["step"][-1]) if len(self.train) else 0
 
     @property
     def final_loss(self) -> float | None:
-        """Final validation loss; None where the run has not finished."""
+        """The final validation loss; None where the run has not finished."""
         return None if self.summary is None else _number(self.summary.get("final_eval_loss"))
 
     @cached_property
     def planned_flops(self) -> int:
-        """Training FLOPs of the whole run, counted from its configuration."""
+        """The training FLOPs of the whole run, counted from its configuration."""
         return flops.total_flops(self.config)
 
     @property
     def total_flops(self) -> float | None:
-        """Training FLOPs, as recorded; None where the run has not finished."""
+        """The training FLOPs as recorded; None where the run has not finished."""
         return None if self.summary is None else _number(self.summary.get("total_flops"))
 
     @property
     def train_wall(self) -> float | None:
-        """Seconds of training steps and expansion pauses; None where it has not finished.
+        """The seconds of training steps and expansion pauses; None where the run has not finished.
 
-        Start-up, validation and saving are left out: they are alike for every arm and would
+        Start-up, validation and saving are left out, since they are alike for every arm and would
         hide the difference in a short run.
         """
         recorded = None if self.summary is None else _number(self.summary.get("train_wall_s"))
@@ -104,18 +105,18 @@ class Run:
 
     @cached_property
     def target(self) -> ModelShape:
-        """The model that the run ends with."""
+        """The shape of the model that the run ends with."""
         depth = self.config.expansion[-1].to_layers if self.config.expansion else None
         return model_shape(self.config, depth)
 
     @property
     def unit(self) -> str:
-        """``tokens`` or ``images``."""
+        """What its samples are made of: ``tokens`` or ``images``."""
         return self.target.unit
 
     @property
     def depths(self) -> list[int]:
-        """Layers of each phase, as configured."""
+        """The number of layers in each phase, as configured."""
         return [
             model_shape(self.config).num_layers,
             *(e.to_layers for e in self.config.expansion),
@@ -123,12 +124,12 @@ class Run:
 
     @property
     def params(self) -> list[int]:
-        """Parameters of each phase, all of them."""
+        """The number of all parameters in each phase."""
         return [parameter_count(model_shape(self.config, depth)) for depth in self.depths]
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step, or images."""
+        """The number of tokens (or images) in a step."""
         return flops.step_tokens(self.target, self.config)
 
 
@@ -137,11 +138,11 @@ def _number(value: Any) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder. A last metrics line that a kill has cut is left out; a damaged one, or a
-    damaged summary, is named in :attr:`Run.warnings`.
+    """Read one run folder. A last line of metrics that a kill has cut is left out; a damaged line,
+    or a damaged summary, is named in :attr:`Run.warnings`.
 
     Raises:
-        ConfigError: no run folder, no metrics in it, or a configuration that cannot be read.
+        ConfigError: there is no run folder, it has no metrics, or its configuration cannot be read.
     """
     check_readable("RUN", folder)
     if not folder.is_dir():
@@ -202,8 +203,9 @@ def _warning(event: dict[str, Any]) -> str:
 
 
 def _summary(folder: Path, evals: Curve) -> tuple[dict[str, Any] | None, str]:
-    """The run's summary, and what is wrong with it. One without a validation loss that is a number
-    is none, unless that is what the last validation found: then the run has diverged."""
+    """The summary of a run, and what is wrong with it. A summary without a validation loss that is
+    a number does not count, unless that is what the last validation found: then the run has
+    diverged."""
     summary, problem = read_summary(folder)
     if summary is None or finite(summary.get("final_eval_loss")) is not None:
         return summary, problem

@@ -1,4 +1,4 @@
-"""One job a run folder: who may begin to train in it, and from where."""
+"""One job in a run folder: who may begin to train in it, and from where."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from megatron_progressive.runtime.folder_lock import (
 
 @dataclass(frozen=True)
 class Start:
-    """What rank 0 found in the run folder once it was this job's."""
+    """What rank 0 found in the run folder once the folder was this job's."""
 
     position: TrainingPosition | None = None
-    """To resume from; None for a fresh start."""
+    """The position from which to resume; None for a fresh start."""
     finished: bool = False
     """Whether another job has finished the run meanwhile."""
     refusal: str = ""
     """Why this job cannot begin."""
     failure: str = ""
-    """What the disk said, where that is why."""
+    """What the disk said, where the disk is the reason."""
     lock: FolderLock | None = None
-    """Of rank 0."""
+    """The lock of the folder, on rank 0."""
 
 
 def check_free(config: RunConfig) -> None:
-    """Whether no job trains in the run folder; only looks.
+    """Check that no job trains in the run folder, by a mere look at it.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: a job trains in it.
     """
     owner = owner_of(config.folder / LOCK_NAME)
     if owner is not None:
@@ -59,13 +59,13 @@ def _in_use(config: RunConfig, owner: Owner) -> str:
 
 @contextmanager
 def sole_job(config: RunConfig) -> Iterator[Start]:
-    """The run folder is this job's alone, meanwhile. Collective over all ranks: rank 0 has the
-    lock, and reads the folder when nobody else can write it any more.
+    """A context in which the run folder belongs to this job alone. Collective over all ranks: rank
+    0 has the lock, and reads the folder once nobody else can write to it.
 
     Raises:
-        ConfigError: on rank 0: another job has it, or has made something else of it, or it cannot
-            be written. The other ranks end without a word, with the same exit code.
-        WriteFailed: the same where the disk is full or fails.
+        ConfigError: on rank 0, where another job has the folder or has changed it, or where it
+            cannot be written. The other ranks end without a word, with the same exit code.
+        WriteFailed: on rank 0, where the disk is full or fails; the other ranks end likewise.
     """
     first = dist.get_rank() == 0
     lock = FolderLock(config.folder / LOCK_NAME)

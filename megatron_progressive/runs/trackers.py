@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases beside ``metrics.jsonl``: the same numbers, off by default.
+"""TensorBoard and Weights & Biases beside ``metrics.jsonl``: the same numbers, which are off by
+default.
 
 Both write inside the run folder and need no network: Weights & Biases runs offline unless
 ``WANDB_MODE`` says otherwise (``wandb sync RUN/wandb/offline-run-…`` sends it later). Only rank 0
@@ -16,11 +17,11 @@ from typing import Any, Protocol
 from megatron_progressive.config import ConfigError, RunConfig
 
 EVENTS = ("train", "eval", "expansion")
-"""What trackers get, of the events of ``metrics.jsonl``."""
+"""The events of ``metrics.jsonl`` that trackers get."""
 
 
 class Tracker(Protocol):
-    """Takes numbers by name (``train/loss``) at steps."""
+    """A tracker takes numbers by name (``train/loss``) at steps."""
 
     def log(self, numbers: dict[str, float], step: int) -> None: ...
     def flush(self) -> None: ...
@@ -28,8 +29,8 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files in ``RUN/tensorboard``. A resumed run adds one, whose steps replace those that
-    were done after its checkpoint."""
+    """A tracker that writes event files in ``RUN/tensorboard``. A resumed run adds a file, whose
+    steps replace those that were done after its checkpoint."""
 
     def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +52,8 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases in ``RUN/wandb``; a resumed one has the same id there."""
+    """A tracker that writes a run of Weights & Biases in ``RUN/wandb``; a resumed run has the same
+    id there."""
 
     def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
         import wandb
@@ -87,10 +89,10 @@ TRACKERS: dict[str, Callable[[RunConfig, int | None], Tracker]] = {
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Whether the packages of ``train.trackers`` are there.
+    """Check that the packages of ``train.trackers`` are installed.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one of them is not.
     """
     for name in config.train.trackers:
         if importlib.util.find_spec(name) is None:
@@ -101,13 +103,13 @@ def check_trackers(config: RunConfig) -> None:
 
 
 class Trackers:
-    """Those of a run, fed with its events."""
+    """The trackers of a run, which get its events."""
 
     def __init__(self, config: RunConfig, resumed_step: int | None) -> None:
         self._trackers = [TRACKERS[name](config, resumed_step) for name in config.train.trackers]
 
     def event(self, kind: str, values: dict[str, Any]) -> None:
-        """Numbers of an event; anything else in it is left out."""
+        """Pass on the numbers of an event; anything else in it is left out."""
         if kind not in EVENTS:
             return
         numbers = {

@@ -1,1 +1,1 @@
-"""Training: the loop, the job around it, the console, failure signatures."""
+"""Training: the loop, the job around it, the console, and failure signatures."""

@@ -17,10 +17,10 @@ __all__ = ["Monitor", "short_time"]
 
 
 class Monitor:
-    """Progress with the time left, estimated from the FLOPs that remain.
+    """The progress of a run, with the time left as estimated from the FLOPs that remain.
 
-    Steps before and after τ cost very differently, so the time left is the FLOPs left over
-    the rate of the current phase, not steps.
+    Steps before and after τ differ much in cost, so the time left is computed from the FLOPs that
+    are left and the rate of the current phase, and not from steps.
     """
 
     def __init__(
@@ -31,7 +31,8 @@ class Monitor:
         shows: bool,
         unit: str,
     ):
-        """``step_flops[i]`` is the cost of step i + 1; ``unit`` is what speed is of."""
+        """Begin to show a run. ``step_flops[i]`` is the cost of step i + 1, and ``unit`` is what
+        speed is counted in."""
         self._config, self._shows, self._unit = config, shows, unit
         self._remaining = [0.0] * (len(step_flops) + 1)
         for i in range(len(step_flops) - 1, -1, -1):
@@ -53,7 +54,7 @@ class Monitor:
             )
 
     def note(self, text: str) -> None:
-        """One line that stays: an expansion, a warning, a save."""
+        """Print one line that stays, such as an expansion, a warning or a save."""
         with outlives_its_reader():
             if self._live is not None:
                 self._live.console.print(text, highlight=False)
@@ -61,7 +62,7 @@ class Monitor:
                 print(f"{self._config.run.name}: {text}", file=sys.stderr, flush=True)
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float) -> None:
-        """A training step is done."""
+        """Show that a training step is done."""
         now = time.monotonic()
         rate = self._step_flops[step - 1] / max(1e-9, now - self._last)
         self._last = now
@@ -79,12 +80,12 @@ class Monitor:
             self.note(f"step {step}/{total}  {line}")
 
     def phase(self) -> None:
-        """The next step costs something else: forget the rate."""
+        """Forget the rate, because the next step has another cost."""
         self._rate = None
         self._last = time.monotonic()
 
     def resume_clock(self) -> None:
-        """Time spent outside of steps does not count into the rate."""
+        """Leave the time spent outside of steps out of the rate."""
         self._last = time.monotonic()
 
     def close(self) -> None:

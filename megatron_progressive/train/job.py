@@ -38,12 +38,13 @@ from megatron_progressive.runtime.signals import outlives_its_reader
 def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: bool = False) -> int:
     """Train; returns the exit code.
 
-    Under torchrun or Slurm this process is one rank of the job. Otherwise ``nproc`` local
-    workers are started with ``arguments`` (those of ``mprog``), or, for one, none (with ``apart``
-    also for one: several runs in a row then share no process).
+    Under torchrun or Slurm this process is one rank of the job. Otherwise ``nproc`` local workers
+    are started with ``arguments`` (those of ``mprog``). A single rank runs in this process, unless
+    ``apart`` asks for a worker, so that several runs in a row share no process.
 
     Raises:
-        ConfigError: before any process group or file is created.
+        ConfigError: the run cannot be trained; this is raised before any process group or file is
+            created.
     """
     place = place_from_environment()
     if place is not None and nproc is not None and place.world != nproc:
@@ -82,7 +83,8 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
 
 
 def _say_finished(config: RunConfig, place: Place | None) -> None:
-    """That there is nothing to do; also of a corpus that the finished run was not trained on."""
+    """Say that there is nothing to do, and also where the corpus is not the one that the finished
+    run was trained on."""
     if place is not None and place.rank != 0:
         return
     print(f"{config.run.name}: finished before, nothing to do", file=sys.stderr)
@@ -96,7 +98,8 @@ def _say_finished(config: RunConfig, place: Place | None) -> None:
 
 
 def _settled(config: RunConfig, position: TrainingPosition | None) -> list[Any]:
-    """What the run is trained on, as JSON can hold it, and what is to be said of that."""
+    """What the run is trained on, as JSON can hold it, and what the user should be told about
+    that."""
     begun = None
     if position is None:
         check_tokenizer(config)
@@ -116,11 +119,11 @@ def _rank(
     changes: list[str],
     trained_on: data.DataIdentity,
 ) -> int:
-    """One rank of the job.
+    """Run one rank of the job.
 
     Args:
-        warnings: said first of a fresh run.
-        changes: said first of one that goes on.
+        warnings: what is said first of a fresh run.
+        changes: what is said first of a run that goes on.
     """
     import torch
 
@@ -171,6 +174,6 @@ def _say_cause(rank: int, error: Exception) -> None:
 
 
 def _last_line(line: str) -> None:
-    """Names the rank and the cause."""
+    """Print the last line, which names the rank and the cause."""
     with outlives_its_reader():
         print(line, file=sys.stderr, flush=True)

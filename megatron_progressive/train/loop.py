@@ -34,7 +34,7 @@ from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
 
 DONE, STOPPED = 0, 75
-"""Exit codes of a run: finished, or stopped by a signal after saving."""
+"""The exit codes of a run: it has finished, or it was stopped by a signal after saving."""
 
 
 class TrainingFailed(RuntimeError):
@@ -42,7 +42,7 @@ class TrainingFailed(RuntimeError):
 
 
 class _Run:
-    """One run on this rank: what the loop needs behind names."""
+    """One run on this rank, with everything that the loop needs under names."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class _Run:
         return model_shape(self.config, self.config.expansion[expansions - 1].to_layers)
 
     def build(self, expansions: int) -> Engine:
-        """A new engine for the phase after that many expansions, with unset weights."""
+        """A new engine, whose weights are unset, for the phase after that many expansions."""
         layout = make_layout(self.config.parallel_after(expansions), self.world)
         return make_engine(self.config, self.shape(expansions), layout)
 
@@ -130,7 +130,7 @@ class _Run:
         return engine
 
     def _name_kernels(self) -> None:
-        """Say which kernels the engine uses, where that is not what was said last."""
+        """Say which kernels the engine uses, where this differs from what was said last."""
         line = kernels_line(self.config, self.engine.shape, self.engine.layout)
         if line != self.kernels:
             self.kernels = line
@@ -141,7 +141,7 @@ class _Run:
         self.monitor.note(f"warning: {cause}")
 
     def train_step(self, step: int, wants_stop: bool) -> bool:
-        """One optimizer step, recorded; returns whether any rank wants to stop."""
+        """Do and record one optimizer step; returns whether any rank wants to stop."""
         config, size = self.config, self.config.train.global_batch
         batch = GlobalBatch(self.data.train_batch, (step - 1) * size, size)
         lr = learning_rate(config, step)
@@ -186,7 +186,7 @@ class _Run:
         return done < len(self.taus) and step == self.taus[done]
 
     def expand(self, step: int) -> None:
-        """The hook: replace the engine by a deeper one after step τ."""
+        """Call the expansion hook, which replaces the engine by a deeper one, after step τ."""
         done = self.position.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
@@ -223,7 +223,7 @@ class _Run:
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        """Validate after ``step``, and record it."""
+        """Validate after ``step``, and record the loss."""
         train = self.config.train
         size = train.global_batch
         batches = in_batches(self.data.validation_batch, self.eval_samples, size)
@@ -244,7 +244,7 @@ class _Run:
             self.save(step)
 
     def evaluate_end(self) -> None:
-        """The last step's validation, where none was made in this job: it may have ended between
+        """Validate after the last step, where this job has not done so: it may have ended between
         its last checkpoint and its summary, or before a step that was not to be its last one."""
         last = self.config.last_step
         if self.evaluated == last:
@@ -257,7 +257,8 @@ class _Run:
             self.eval_loss, self.evaluated = found[0], last
 
     def check_folder_is_ours(self) -> None:
-        """On rank 0, before it writes what others might write.
+        """Check, on rank 0, that the folder is still this job's before it writes what others might
+        write.
 
         Raises:
             TrainingFailed: the lock is gone.
@@ -327,17 +328,17 @@ def train(
     """Run or continue a run, inside the world process group; returns the exit code.
 
     Args:
-        resumed: position of the newest checkpoint (:func:`.run_folder.check_folder`), or None.
-            Where its content is damaged, the run goes on from the one before.
-        warnings: recorded first: what preflight found of a fresh run, what has changed of one
-            that goes on.
-        trained_on: its data, prepared (:func:`.data.settle`).
-        lock: of the run folder, on rank 0; looked at before each save.
+        resumed: the position of the newest checkpoint (:func:`.runs.folder.check_folder`), or None.
+            Where the content of that checkpoint is damaged, the run goes on from the one before.
+        warnings: what is recorded first: what preflight found in a fresh run, or what has changed
+            in a run that goes on.
+        trained_on: the data of the run, which is prepared (:func:`.data.settle`).
+        lock: the lock of the run folder, on rank 0, which is looked at before each save.
 
     Raises:
-        ConfigError: on every rank: no checkpoint of the run, or that of ``run.init_from``, is
-            whole.
-        TrainingFailed: a training loss, or the last validation's, is not finite; or the folder is
+        ConfigError: on every rank, where no checkpoint of the run is whole, or the one of
+            ``run.init_from`` is not.
+        TrainingFailed: a training loss or the last validation loss is not finite, or the folder is
             no longer this job's.
     """
     damaged: dict[Path, str] = {}

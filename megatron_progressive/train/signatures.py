@@ -1,4 +1,4 @@
-"""Failure signatures that a run names by itself, with their likely cause."""
+"""The failure signatures that a run names by itself, with their likely cause."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from megatron_progressive.expansion.hook import ExpansionEvent
 from megatron_progressive.optim.schedule import decay_steps
 
 SPIKE = 2.0
-"""A loss after the expansion above this many times the loss before is a failure."""
+"""A loss after the expansion that is above this many times the loss before it counts as a
+failure."""
 
 
 def after_expansion(config: RunConfig, step: int, event: ExpansionEvent) -> str | None:
-    """The warning that an expansion earns; None for the usual, passing spike."""
+    """The warning that an expansion calls for; None for the usual spike, which passes."""
     if not math.isfinite(event.loss_after):
         return f"loss is {event.loss_after} after the expansion; likely cause: unstable new layers"
     if event.loss_after <= SPIKE * event.loss_before:
@@ -37,7 +38,7 @@ def after_step(loss: float, grad_norm: float) -> str | None:
 
 
 def after_validation(loss: float) -> str | None:
-    """Why the last validation is no result; None where it is one."""
+    """Why the last validation gives no result; None where it gives one."""
     if math.isfinite(loss):
         return None
     return (

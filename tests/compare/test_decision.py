@@ -44,30 +44,40 @@ def test_one_seed_under_several_names_is_one_pair() -> None:
     assert same.outcome == "open"
 
 
-def test_every_control_that_is_there_has_to_be_undercut() -> None:
+def test_every_control_has_to_be_undercut() -> None:
     below = against("the short control", [(1, -5.0), (2, -5.2), (3, -4.9)])
     level = against("the source", [(1, -0.1), (2, 0.2), (3, -0.2)])
     above = against("the source", [(1, 5.0), (2, 5.2), (3, 4.9)])
     none = against("the source", [])
     assert [one.outcome for one in (below, level, above, none)] == [
-        "pays", "open", "does not pay", "open",
+        "below", "open", "not below", "open",
     ]  # fmt: skip
+    assert overall([below, below]) == "pays"
     assert overall([below, level]) == "open"
     assert overall([below, above]) == overall([level, above]) == "does not pay"
-    assert overall([below, none]) == "pays"
-    assert overall([none]) == overall([]) == "open"
+    # without one of them nothing pays; that it does not needs no other
+    assert overall([below, none]) == overall([none]) == overall([]) == "open"
+    assert overall([none, above]) == "does not pay"
 
 
 def test_a_run_that_diverged_keeps_the_others_from_paying() -> None:
     pairs = [(1, -5.0), (2, -5.2), (3, -4.9)]
     assert against("c", pairs, left_out=["seed 4: it diverged"], diverged=True).outcome == "open"
     lost = [(seed, -gap) for seed, gap in pairs]
-    assert against("c", lost, diverged=True).outcome == "does not pay"
+    assert against("c", lost, diverged=True).outcome == "not below"
+
+
+def test_a_control_of_which_a_part_is_missing_shows_only_what_is_lost_to_it() -> None:
+    pairs = [(1, -5.0), (2, -5.2), (3, -4.9)]
+    one = against("c", pairs, lacking=["seed 1: no never-grown run of 4 layers"])
+    assert one.outcome == "open"
+    lost = [(seed, -gap) for seed, gap in pairs]
+    assert against("c", lost, lacking=["seed 1: no run"]).outcome == "not below"
 
 
 def test_a_bound_other_than_zero_is_what_the_difference_is_taken_from() -> None:
     gaps = [(1, 0.1), (2, 0.2), (3, 0.15)]
     one = against("fixed-size", gaps, bound=0.5)
-    assert one.outcome == "pays"  # above it, and within what is allowed
+    assert one.outcome == "below"  # above it, and within what is allowed
     assert one.pairs_needed == pairs_needed(0.15 - 0.5, 0.05)
-    assert against("fixed-size", gaps).outcome == "does not pay"
+    assert against("fixed-size", gaps).outcome == "not below"

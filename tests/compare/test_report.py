@@ -23,17 +23,18 @@ from megatron_progressive.compare.report import (
     verdict_fields,
 )
 from megatron_progressive.config import ConfigError, load
-from megatron_progressive.cost.flops import total_flops
-from megatron_progressive.plan.controls import fixed_size, short_control
+from megatron_progressive.cost.flops import step_flops, total_flops
+from megatron_progressive.models import model_shape
+from megatron_progressive.plan.controls import fixed_size, never_grown, short_control
 from megatron_progressive.runtime.folder_lock import LOCK_NAME, FolderLock
-from tests.runs.synthetic import progressive_config, three_arms, with_seed, write_run
+from tests.runs.synthetic import four_arms, progressive_config, with_seed, write_run
 
 
 @pytest.fixture(scope="module")
 def losing(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path, Report]:
-    """Three arms of which the short control ends below the progressive run."""
+    """All arms, of which the short control ends below the progressive run."""
     folder = tmp_path_factory.mktemp("losing")
-    arms = three_arms(folder / "runs", {"progressive": 2.55, "fixed": 2.5, "short": 2.525})
+    arms = four_arms(folder / "runs", {"progressive": 2.55, "fixed": 2.5, "short": 2.525})
     out = folder / "out"
     return arms, out, make_report(list(arms.values()), out)
 
@@ -44,13 +45,16 @@ def test_verdict_is_the_arithmetic_of_the_arms(
     arms, _, report = losing
     (verdict,) = report.verdicts
     config = progressive_config(arms["progressive"].parent)
-    assert [row.arm for row in report.rows] == ["progressive", "fixed-size", "short control"]
+    assert [row.arm for row in report.rows] == [
+        "progressive", "fixed-size", "short control", "never-grown",
+    ]  # fmt: skip
     assert report.complete
     assert verdict.speedup_flops == pytest.approx(
         total_flops(fixed_size(config)) / total_flops(config)
     )
     assert verdict.loss_gap_percent == pytest.approx(2.0)
     assert verdict.short_gap_percent == pytest.approx(100 * (2.55 / 2.525 - 1))
+    assert verdict.never_gap_percent == pytest.approx(100 * (2.55 / 2.7 - 1))
     assert verdict.outcome == "open"  # one seed
     walls = {
         arm: json.loads((folder / "summary.json").read_text())["train_wall_s"]
@@ -75,14 +79,19 @@ def test_one_seed_is_told_with_its_number_and_decides_nothing(
         assert "At equal FLOPs it ends 0.99 % above the short control" in text
         assert "Whether growing pays at equal FLOPs is open" in text
         assert "against the short control: +0.99 % (one seed" in text
+        assert "against the source never grown: -5.56 % (one seed" in text
+        assert "At equal FLOPs it ends 5.6 % below 0 layers that never grow" in text
         assert "did not mix" in text
         assert not VERDICTS.findall(text)
-    assert "0.99 % above the short control: open (1 pair)" in report.title
+    assert (
+        "0.99 % above the short control and 5.6 % below the source never grown: open (1 pair)"
+        in report.title
+    )
 
 
 @pytest.mark.parametrize("end", [2.5, 2.59987, 2.6, 2.7])
 def test_no_size_of_a_difference_is_enough_for_one_seed(tmp_path: Path, end: float) -> None:
-    arms = three_arms(tmp_path / "runs", {"progressive": end, "fixed": 2.5, "short": 2.6})
+    arms = four_arms(tmp_path / "runs", {"progressive": end, "fixed": 2.5, "short": 2.6})
     report = make_report(list(arms.values()), tmp_path / "out")
     verdict = report.verdicts[0]
     assert verdict.outcome == "open"
@@ -92,36 +101,93 @@ def test_no_size_of_a_difference_is_enough_for_one_seed(tmp_path: Path, end: flo
     assert f"{gap:+.2f} % (one seed" in verdict.verdict
 
 
+LOWER, LEVEL, HIGHER = [2.50, 2.51, 2.49, 2.52], [2.57, 2.62, 2.56, 2.60], [2.66, 2.68, 2.65, 2.67]
+"""Losses of four seeds below, level with and above those of the controls."""
+CONTROL_LOSSES = [2.6, 2.61, 2.59, 2.62]
+"""They differ more between seeds than runs do from their own."""
+
+
 @pytest.mark.parametrize(
-    ("ends", "outcome"),
+    ("ends", "never", "outcome"),
     [
-        ([2.50, 2.51, 2.49, 2.52], "pays"),
-        ([2.57, 2.62, 2.56, 2.60], "open"),
-        ([2.66, 2.68, 2.65, 2.67], "does not pay"),
+        (LOWER, 1.01, "pays"),  # below both
+        (LOWER, 0.9, "does not pay"),  # below the short control alone
+        (HIGHER, 1.1, "does not pay"),  # below the source alone
+        (LEVEL, 1.1, "open"),
+        (HIGHER, 0.9, "does not pay"),
+        (LOWER, None, "open"),  # the source was not trained
+        (HIGHER, None, "does not pay"),
     ],
 )
-def test_seeds_decide_by_the_paired_difference(
-    tmp_path: Path, ends: list[float], outcome: str
+def test_seeds_decide_by_the_paired_differences_to_both_controls(
+    tmp_path: Path, ends: list[float], never: float | None, outcome: str
 ) -> None:
-    """The controls differ more between seeds than the runs do from their own."""
-    config, shorts = progressive_config(tmp_path / "runs"), [2.6, 2.61, 2.59, 2.62]
+    config = progressive_config(tmp_path / "runs")
     folders = []
-    for seed, (end, short) in enumerate(zip(ends, shorts, strict=True), 1):
+    for seed, (end, short) in enumerate(zip(ends, CONTROL_LOSSES, strict=True), 1):
         seeded = with_seed(config, seed)
         folders += [write_run(seeded, end), write_run(short_control(seeded), short)]
+        if never is not None:
+            folders += [write_run(c, never * short) for c in never_grown(seeded)]
     report = make_report(folders, tmp_path / "out")
-    gaps = [100 * (end / short - 1) for end, short in zip(ends, shorts, strict=True)]
-    low, high = ttest_1samp(gaps, 0).confidence_interval(0.95)
-    for verdict in report.verdicts:
-        (short,) = verdict.controls
-        assert short.values == pytest.approx(gaps)
-        assert (short.low, short.high) == pytest.approx((low, high))
-        assert verdict.outcome == short.outcome == outcome
-        needed = f"over 4 pairs; {short.pairs_needed} needed for 80 % power at a spread of "
-        assert needed in verdict.verdict
+    for factor, index in ((1.0, 0), (never, 1)):
+        if factor is None:
+            continue
+        pairs = zip(ends, CONTROL_LOSSES, strict=True)
+        gaps = [100 * (end / (factor * loss) - 1) for end, loss in pairs]
+        low, high = ttest_1samp(gaps, 0).confidence_interval(0.95)
+        for verdict in report.verdicts:
+            against = verdict.controls[index]
+            assert against.values == pytest.approx(gaps)
+            assert (against.low, against.high) == pytest.approx((low, high))
+            said = "below" if high < 0 else "not below" if low > 0 else "open"
+            assert against.outcome == said
+            needed = f"over 4 pairs; {against.pairs_needed} needed for 80 % power at a spread of "
+            assert needed in verdict.verdict
+    assert {verdict.outcome for verdict in report.verdicts} == {outcome}
     words = f"Growing {outcome} at equal FLOPs" if outcome != "open" else "is open"
     assert words in report.verdicts[0].verdict
-    assert f": {outcome} (4 pairs)" in report.title
+    lacking = "" if never is not None else ", without the source never grown"
+    assert f": {outcome} (4 pairs{lacking})" in report.title
+    if never is None:
+        for text in (report.verdicts[0].verdict, (tmp_path / "out" / "report.html").read_text()):
+            assert "Growing pays" not in text
+            assert "no never-grown run of 0 layers (not among the runs)" in text
+
+
+def test_of_a_run_in_stages_the_best_source_counts(tmp_path: Path) -> None:
+    """It ends below the two-layer source and above the four-layer one."""
+    config = progressive_config(tmp_path / "runs")
+    first = replace(config.expansion[0], at=0.3, to_layers=4)
+    stages = [first, replace(config.expansion[0], at=0.6, to_layers=8)]
+    config = replace(config, model=replace(config.model, num_layers=2), expansion=stages)
+    folders = []
+    for seed in (1, 2, 3):
+        seeded = with_seed(config, seed)
+        two, four = never_grown(seeded)
+        assert (two.model.num_layers, four.model.num_layers) == (2, 4)
+        end = 2.5 + 0.001 * seed
+        folders += [write_run(seeded, end), write_run(short_control(seeded), 1.05 * end + 0.01)]
+        folders += [write_run(two, 1.04 * end + 0.01 * seed)]
+        if seed != 2:
+            folders += [write_run(four, 0.97 * end - 0.001 * seed)]
+    report = make_report(folders, tmp_path / "out")
+    first_verdict = report.verdicts[0]
+    assert "% above 4 layers that never grow" in first_verdict.verdict
+    assert "% below 2 layers that never grow" in first_verdict.verdict
+    _, never = first_verdict.controls
+    assert never.values[0] > 0 > never.values[1]
+    assert never.lacking == ["seed 2: tiny_seed1_never_grown_4 has seed 1"]
+    # two-layer sources alone are no proof, though each is undercut
+    left = [f for f in folders if not f.name.endswith("never_grown_4")]
+    report = make_report(left, tmp_path / "left")
+    verdict = report.verdicts[0]
+    words = "no never-grown run of 4 layers"
+    assert verdict.controls[1].lacking == [f"seed {seed}: {words}" for seed in (1, 2, 3)]
+    assert [f"no {m.words}" for m in report.missing if m.arm == "never-grown"] == [words] * 3
+    assert verdict.controls[1].high is not None
+    assert verdict.controls[1].high < 0
+    assert verdict.outcome == "open"
 
 
 def test_pairs_have_one_seed_and_one_set_of_validation_samples(tmp_path: Path) -> None:
@@ -135,8 +201,9 @@ def test_pairs_have_one_seed_and_one_set_of_validation_samples(tmp_path: Path) -
     other = replace(other, train=replace(other.train, eval_samples=64))
     folders.append(write_run(other, 2.6))
     verdict = make_report(folders, tmp_path / "out").verdicts[0]
-    (control,) = verdict.controls
+    control, never = verdict.controls
     assert control.seeds == [1]
+    assert never.mean is None
     assert verdict.outcome == "open"
     assert "left out seed 2: tiny_short" in verdict.verdict.replace("_seed3", "")
     assert "is validated on other samples" in verdict.verdict
@@ -163,7 +230,7 @@ def test_seeds_that_diverged_are_not_forgotten(tmp_path: Path) -> None:
 
 
 def test_mixing_is_told_with_its_number(tmp_path: Path) -> None:
-    arms = three_arms(tmp_path / "runs", {"progressive": 2.5, "fixed": 2.5, "short": 2.6})
+    arms = four_arms(tmp_path / "runs", {"progressive": 2.5, "fixed": 2.5, "short": 2.6})
     verdict = make_report(list(arms.values()), tmp_path / "out").verdicts[0]
     assert verdict.mixing is not None
     assert verdict.mixing.mixed
@@ -171,7 +238,7 @@ def test_mixing_is_told_with_its_number(tmp_path: Path) -> None:
 
 
 def test_equal_loss_says_where_fixed_size_got_there_and_its_learning_rate(tmp_path: Path) -> None:
-    arms = three_arms(tmp_path / "runs", {"progressive": 2.9, "fixed": 2.5, "short": 2.6})
+    arms = four_arms(tmp_path / "runs", {"progressive": 2.9, "fixed": 2.5, "short": 2.6})
     verdict = make_report(list(arms.values()), tmp_path / "out").verdicts[0]
     evals = [
         event
@@ -243,7 +310,7 @@ def test_json_has_the_fixed_keys_and_no_nan(losing: tuple[dict[str, Path], Path,
     assert {key: values[key] for key in fields} == fields
     assert values["verdicts"][0]["outcome"] == "open"
     assert values["verdicts"][0]["controls"][0]["control"] == "the short control"
-    assert len(values["runs"]) == 3
+    assert len(values["runs"]) == 4
     assert verdict_fields(report, arms["fixed"]) == {}
 
 
@@ -256,7 +323,9 @@ def test_missing_controls_come_with_the_commands_that_make_them(tmp_path: Path) 
     assert "Incomplete: no fixed-size" in report.verdicts[0].verdict
     page = (tmp_path / "out" / "report.html").read_text()
     for missing, control in zip(
-        report.missing, (fixed_size(config), short_control(config)), strict=True
+        report.missing,
+        (fixed_size(config), short_control(config), *never_grown(config)),
+        strict=True,
     ):
         program, verb, path, *words = missing.command.replace("'", "").split()
         assert (program, verb) == ("mprog", "train")
@@ -279,7 +348,7 @@ def test_unfinished_runs_are_shown_and_not_judged(tmp_path: Path) -> None:
     assert [row.finished for row in report.rows] == [False, True, False]
     assert "unfinished at step 140 of 300" in report.title
     assert report.verdicts[0].speedup_flops is None
-    assert [m.arm for m in report.missing] == ["short control"]
+    assert [m.arm for m in report.missing] == ["short control", "never-grown"]
     assert report.missing[0].command == f"mprog train {folders[2] / 'config.yaml'}"
 
 
@@ -317,7 +386,33 @@ def test_controls_that_differ_are_noted_and_wrong_ones_not_taken(tmp_path: Path)
     report = make_report(folders, tmp_path / "out")
     assert [row.arm for row in report.rows] == ["progressive", "fixed-size", "other", "other"]
     assert any("optim.lr 0.02 (instead of 0.01)" in note for note in report.notes)
-    assert [m.arm for m in report.missing] == ["short control"]
+    assert [m.arm for m in report.missing] == ["short control", "never-grown"]
+
+
+def test_a_source_that_never_grows_has_the_flops_to_one_of_its_steps(tmp_path: Path) -> None:
+    config = progressive_config(tmp_path / "runs")
+    (never,) = never_grown(config)
+
+    def arms_with(name: str, steps: int, **model: int) -> list[str]:
+        other = replace(
+            never,
+            run=replace(never.run, name=name),
+            train=replace(never.train, steps=steps),
+            model=replace(never.model, **model),
+        )
+        report = make_report([config.folder, write_run(other, 2.5)], tmp_path / f"{name}_out")
+        assert ("never-grown" in [m.arm for m in report.missing]) is (report.rows[1].arm == "other")
+        return [row.arm for row in report.rows]
+
+    write_run(config, 2.5)
+    steps = never.train.steps
+    assert arms_with("same", steps) == ["progressive", "never-grown"]
+    assert arms_with("longer", steps + 1) == ["progressive", "never-grown"]
+    assert arms_with("too_long", steps + 2) == ["progressive", "other"]
+    assert arms_with("too_short", steps - 1) == ["progressive", "other"]
+    deeper = replace(never, model=replace(never.model, num_layers=1))
+    equal = total_flops(config) // step_flops(model_shape(deeper), deeper)
+    assert arms_with("deeper", equal, num_layers=1) == ["progressive", "other"]
 
 
 def test_flops_that_the_configuration_does_not_count_to_are_noted(tmp_path: Path) -> None:
@@ -330,7 +425,7 @@ def test_flops_that_the_configuration_does_not_count_to_are_noted(tmp_path: Path
 
 
 def test_diverged_run_is_no_result(tmp_path: Path) -> None:
-    arms = three_arms(tmp_path / "runs")
+    arms = four_arms(tmp_path / "runs")
     summary = json.loads((arms["progressive"] / "summary.json").read_text())
     summary["final_eval_loss"] = float("nan")
     (arms["progressive"] / "summary.json").write_text(json.dumps(summary))

@@ -18,11 +18,23 @@ NONE = against("the source", [])
 
 
 def test_the_sentence_names_every_control_that_is_there_and_those_that_lack() -> None:
-    text = sentence([BELOW, NONE])
-    assert text.startswith("Growing pays at equal FLOPs (without the source), against the short")
-    assert "against the source" in sentence([BELOW, ABOVE])
+    assert sentence([BELOW, NONE]).startswith(
+        "Whether growing pays at equal FLOPs is open (without the source), against the short "
+        "control: below, -5.03 %"
+    )
+    assert "against the source: not below, +5.03 %" in sentence([BELOW, ABOVE])
+    assert sentence([BELOW, BELOW]).startswith("Growing pays at equal FLOPs, against")
+    assert short_text([BELOW, NONE]).endswith(
+        "5.0 % below the short control: open (3 pairs, without the source)"
+    )
     assert "whether it pays is open" in short_text([NONE])
     assert short_text([BELOW, LEVEL]).endswith("the source: open (3 pairs)")
+
+
+def test_the_sentence_says_what_of_a_control_is_missing() -> None:
+    pairs = [(1, -5.0), (2, -5.2), (3, -4.9)]
+    one = against("c", pairs, lacking=["seed 1: no never-grown run of 4 layers"])
+    assert sentence([one]).endswith("; seed 1: no never-grown run of 4 layers.")
 
 
 def test_the_sentence_says_that_pairs_without_a_spread_do_not_differ() -> None:
@@ -39,8 +51,8 @@ def test_titles_have_the_outcome_of_each_recipe() -> None:
     )
     fixed = against("fixed-size", [(1, 0.1), (2, 0.2), (3, 0.15)], bound=0.5)
     assert study_title("s", [[BELOW, NONE], [NONE]], [fixed, NONE]) == (
-        "s: at equal FLOPs growing pays in 1 of 1 comparison, against the short control; against "
-        "fixed-size pays in 1 of 1 comparison"
+        "s: at equal FLOPs growing pays in 0 of 1 comparison, open in 1, against the short control "
+        "(without the source); for fewer FLOPs within 0.5 % of fixed-size in 1 of 1"
     )
     assert study_title("s", [[NONE]], []).endswith("so whether growing pays is open")
 

@@ -28,7 +28,7 @@ from megatron_progressive.grid.run import Launch, run_grid
 from megatron_progressive.grid.state import Study
 from megatron_progressive.runtime.files import write_json
 from tests.data.small_corpora import make_documents, write_json_lines
-from tests.runs.synthetic import progressive_config, three_arms, write_run, write_study
+from tests.runs.synthetic import four_arms, progressive_config, write_run, write_study
 
 NOTHING = Launch(srun="false")  # no cell can run
 
@@ -242,7 +242,7 @@ def test_reports_leave_out_cells_on_other_data(grid: Path) -> None:
 
 
 def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
-    folders = three_arms(tmp_path / "runs", content="a")
+    folders = four_arms(tmp_path / "runs", content="a")
     report = make_report(list(folders.values()), tmp_path / "out")
     assert (report.complete, report.notes) == (True, [])
     short = folders["short"]
@@ -269,8 +269,8 @@ def test_runs_on_other_data_are_not_compared(tmp_path: Path) -> None:
     report = make_report(list(folders.values()), tmp_path / "out")
     assert report.complete
     assert report.notes == [
-        "What tiny, tiny_fixed, tiny_short had for data was not recorded: their corpora are "
-        "compared by name alone"
+        "What tiny, tiny_fixed, tiny_short, tiny_never_grown_0 had for data was not recorded: "
+        "their corpora are compared by name alone"
     ]
 
 

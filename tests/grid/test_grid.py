@@ -15,7 +15,7 @@ import yaml
 
 from megatron_progressive import cli
 from megatron_progressive.cost.flops import total_flops
-from megatron_progressive.grid import cells
+from megatron_progressive.grid import fingerprint as fingerprints
 from megatron_progressive.grid.cells import Cell
 from megatron_progressive.grid.grid import load_grid
 from megatron_progressive.grid.state import Study
@@ -45,8 +45,8 @@ def grid_file(tmp_path: Path, corpus: Path | None = None, **changes: Any) -> Pat
 
 
 def test_arms_and_their_controls(tmp_path: Path) -> None:
-    arms = ["fixed", "zero_layer", "one_layer", "short_control", "g_stack", "gradual_stack",
-            "function_preserving"]  # fmt: skip
+    arms = ["fixed", "zero_layer", "one_layer", "short_control", "never_grown", "g_stack",
+            "gradual_stack", "function_preserving"]  # fmt: skip
     grid = load_grid(grid_file(tmp_path, sizes=[{"name": "a", "to_layers": 8}], arms=arms,
                                tau=[0.4, 0.6], seeds=[1, 2]))  # fmt: skip
     assert len({cell.name for cell in grid.cells}) == len(grid.cells)
@@ -54,14 +54,23 @@ def test_arms_and_their_controls(tmp_path: Path) -> None:
     progressive = [cell for cell in grid.cells if cell.config.expansion]
     # 2 seeds x (2 taus x 3 arms from 0 or 1 layers, and the two stackings)
     assert len(progressive) == 2 * (2 * 3 + 2)
-    assert len(grid.cells) == 2 * (1 + 2 * 8)
+    # each with its short control and one for each depth before the full one
+    assert len(grid.cells) == 2 * (1 + 2 * 8 + 9)
     for cell in grid.cells:
-        if cell.arm == "short_control":
+        if cell.arm in ("short_control", "never_grown"):
             assert cell.control_of is not None
             one_step = cell.flops / cell.config.train.steps
             assert 0 <= by_name[cell.control_of].flops - cell.flops < one_step
         assert cell.flops == total_flops(cell.config)
         assert cell.config.run.seed == cell.seed
+    for cell in progressive:
+        mine = [c for c in grid.cells if c.control_of == cell.name]
+        assert [c.config.model.num_layers for c in mine if c.arm == "short_control"] == [8]
+        depths = [cell.config.model.num_layers, *(e.to_layers for e in cell.config.expansion)]
+        never = [c for c in mine if c.arm == "never_grown"]
+        assert [c.config.model.num_layers for c in never] == depths[:-1]
+    assert "a-never_grown_of_gradual_stack_4-s1" in by_name
+    assert "a-never_grown_of_zero_layer-tau0.4-random_0-s2" in by_name
     depths = [e.to_layers for e in by_name["a-gradual_stack-s1"].config.expansion]
     assert (by_name["a-gradual_stack-s1"].config.model.num_layers, depths) == (2, [4, 8])
     assert by_name["a-g_stack-s2"].config.model.num_layers == 2
@@ -76,7 +85,7 @@ def test_a_key_that_a_later_version_adds_undoes_no_finished_cell(
     before = found()
     for value in (None, 1):
         later = lambda config, value=value: decisive(config) | {"model.new": value}  # noqa: E731
-        monkeypatch.setattr(cells, "decisive", later)
+        monkeypatch.setattr(fingerprints, "decisive", later)
         assert (found() == before) is (value is None)
 
 

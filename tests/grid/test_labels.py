@@ -14,7 +14,7 @@ from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cell_runs import one_a_run
 from megatron_progressive.grid.cells import ARMS
 from megatron_progressive.grid.grid import Grid, load_grid
-from megatron_progressive.grid.labels import arm_meaning, arm_words, families
+from megatron_progressive.grid.labels import arm_meaning, arm_words, families, is_control
 from megatron_progressive.grid.report.report import make_grid_report
 from megatron_progressive.grid.state import Study
 from megatron_progressive.grid.submit import JobOptions, plan_jobs
@@ -66,6 +66,23 @@ def test_a_label_says_each_axis_that_the_grid_spans(tmp_path: Path) -> None:
         "2-layer τ=0.5 random top insert inherit state wsd"
     )
     assert len(set(found.values())) == len(found)
+
+
+def test_a_source_never_grown_is_named_by_the_run_it_controls(tmp_path: Path) -> None:
+    """By the stage and not the depth, which two sizes have in different stages."""
+    sizes = [{"name": "a", "to_layers": 8}, {"name": "b", "to_layers": 16}]
+    arms = ["one_layer", "gradual_stack", "never_grown"]
+    grid = load_grid(grid_file(tmp_path, sizes=sizes, arms=arms, tau=[0.3, 0.5]))
+    found = families(grid.cells)
+    for size, first, second in (("a", 2, 4), ("b", 4, 8)):
+        stack = f"{size}-never_grown_of_gradual_stack"
+        assert found[f"{stack}_{first}-s1"] == "never-grown of gradual stacking, stage 1"
+        assert found[f"{stack}_{second}-s1"] == "never-grown of gradual stacking, stage 2"
+        one = f"{size}-never_grown_of_one_layer-tau0.3-copying_1-s1"
+        assert found[one] == "never-grown of one-layer τ=0.3"
+    assert is_control("never-grown of one-layer", "never_grown")
+    assert not is_control("never-grown of one-layer", "short_control")
+    assert not is_control("one-layer")
 
 
 def test_sizes_of_another_kind_are_another_family(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def test_every_grid_has_a_plan_and_a_tiny_twin(path: Path) -> None:
     causes = {warning.rpartition("likely cause: ")[2] for warning in grid.warnings}
     assert causes == expected.get(path.stem.removesuffix("_tiny"), set()), grid.warnings
     if path.stem.endswith("_tiny"):
-        # two cores do 15 demos' FLOPs in half an hour; the ladders' twins take longer
+        # two cores do 20 demos' FLOPs in some 40 minutes; the ladders' twins take longer
         cost = sum(cell.flops for cell in grid.cells) / total_flops(load(ROOT / "demo.yaml"))
-        assert cost < (45 if path.stem in ("llama3_tiny", "deepseek_v3_tiny") else 15)
+        assert cost < (65 if path.stem in ("llama3_tiny", "deepseek_v3_tiny") else 20)
         return
     twin = "gpt2_tiny" if path.stem == "gpt2_7b" else f"{path.stem}_tiny"
     small = load_grid(ROOT / "grids" / f"{twin}.yaml")

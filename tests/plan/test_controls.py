@@ -56,6 +56,27 @@ def test_short_control_costs_as_much_within_one_step(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("config", CASES)
+def test_each_depth_before_the_full_one_never_grows_for_as_much(config: RunConfig) -> None:
+    depths = [config.model.num_layers, *(one.to_layers for one in config.expansion)]
+    found = controls.never_grown(config)
+    assert [control.model.num_layers for control in found] == depths[:-1]
+    for phase, control in enumerate(found):
+        one_step = step_flops(model_shape(control), control)
+        assert 0 <= total_flops(config) - total_flops(control) < one_step
+        assert control.train.steps > config.last_step
+        assert (control.expansion, control.train.stop_after) == ([], None)
+        assert control.parallel == config.parallel_after(phase)
+        assert control.run.name == f"run_never_grown_{depths[phase]}"
+
+
+def test_a_depth_counts_once_and_the_full_one_is_no_source() -> None:
+    moves = [(100, 2), (200, 2), (300, 6), (400, 6)]  # layouts may change without layers
+    config = progressive(2, [{"at": at, "to_layers": depth} for at, depth in moves])
+    assert controls.depths_before(config) == [2]
+    assert [c.model.num_layers for c in controls.never_grown(config)] == [2]
+
+
+@pytest.mark.parametrize("config", CASES)
 def test_fixed_size_is_the_target_on_the_last_layout(config: RunConfig) -> None:
     fixed = controls.fixed_size(config)
     last = config.expansion[-1]
@@ -71,11 +92,11 @@ def test_fixed_size_is_the_target_on_the_last_layout(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("config", CASES)
-@pytest.mark.parametrize("make", [controls.fixed_size, controls.short_control])
-def test_the_command_makes_the_control(config: RunConfig, make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1, 2, -1])
+def test_the_command_makes_the_control(config: RunConfig, number: int, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    control = make(config)
+    control = controls.all_controls(config)[number]
     program, verb, read, *words = shlex.split(controls.control_command(str(path), config, control))
     assert (program, verb) == ("mprog", "train")
     assert load(read, words) == control

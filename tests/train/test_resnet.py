@@ -20,7 +20,7 @@ from megatron_progressive.checkpoints.checkpoint import checkpoint_path
 from megatron_progressive.checkpoints.init_from import with_initial_model
 from megatron_progressive.config import RunConfig, to_yaml
 from megatron_progressive.cost.flops import total_flops
-from megatron_progressive.plan.controls import fixed_size, short_control
+from megatron_progressive.plan.controls import all_controls
 from tests.data.test_images import image_folder
 from tests.expansion.offline_on_ranks import loaded
 from tests.expansion.test_atomic import trajectory
@@ -144,7 +144,7 @@ def test_saved_expanded_offline_and_inspected(
     assert "family resnet" in capsys.readouterr().err
 
 
-def test_an_image_folder_and_the_report_of_three_arms(
+def test_an_image_folder_and_the_report_of_four_arms(
     pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a model without blocks, on pictures of a folder: three classes by their colour."""
@@ -154,7 +154,7 @@ def test_an_image_folder_and_the_report_of_three_arms(
         "expansion.0.at=15", "train.eval_every=3", "train.save_every=0",
         data={"corpus": str(folder), "image_size": 8, "num_classes": 3},
     )  # fmt: skip
-    arms = [progressive, fixed_size(progressive), short_control(progressive)]
+    arms = [progressive, *all_controls(progressive)]
     for arm in arms:
         pool.run(1, train_here, arm)
     evals = events(arms[1].folder, "eval")
@@ -164,7 +164,7 @@ def test_an_image_folder_and_the_report_of_three_arms(
     assert cli.main(["report", *(str(arm.folder) for arm in arms), "--out", str(out)]) == 0
     page, report = (out / "report.html").read_text(), json.loads((out / "report.json").read_text())
     assert report["complete"] is True
-    assert [row["unit"] for row in report["runs"]] == ["images"] * 3
+    assert [row["unit"] for row in report["runs"]] == ["images"] * 4
     assert "nats per image" in page
     assert "<th>images</th>" in page
     assert "token" not in page
@@ -182,7 +182,7 @@ def test_a_grid_of_residual_networks(
                 "train": {"steps": 20, "global_batch": 8, "micro_batch": 8, "eval_every": 2,
                           "eval_samples": 16, "save_every": 0}},
         "sizes": [{"name": "w4", "to_layers": 2, "model.hidden_size": 4}],
-        "arms": ["fixed", "zero_layer", "one_layer", "short_control"],
+        "arms": ["fixed", "zero_layer", "one_layer", "short_control", "never_grown"],
         "tau": [0.5],
     }  # fmt: skip
     file = tmp_path / "grid.yaml"

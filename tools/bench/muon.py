@@ -52,9 +52,9 @@ EMBEDDINGS = {ALL: "muon", LAYERS: "adamw"}
 class Arm:
     name: str
     under_muon: str = ""
-    """:data:`ALL`, :data:`LAYERS`, or nothing."""
+    """Which matrices are under Muon: :data:`ALL`, :data:`LAYERS`, or none where it is empty."""
     precision: str = ""
-    """Of Newton-Schulz."""
+    """The type that Newton-Schulz computes in."""
     words: tuple[str, ...] = ()
 
     @property
@@ -111,7 +111,7 @@ def bench_config(args: argparse.Namespace, arm: Arm) -> RunConfig:
 
 
 class Contestant:
-    """One engine, and how long its steps and their optimizer's part took, in seconds."""
+    """One engine, and the seconds that its steps and their optimizer's part took."""
 
     def __init__(self, args: argparse.Namespace, arm: Arm) -> None:
         import muon_peers as peers
@@ -161,8 +161,8 @@ class Contestant:
 
 
 def newton_schulz(args: argparse.Namespace) -> Any:
-    """Batched by shape against one at a time, of this rank's model, on its device and in the type
-    that the run computes in."""
+    """Time Newton-Schulz batched by shape against one matrix at a time, for this rank's model, on
+    its device and in the type that the run computes in."""
     import torch
     from rich.table import Table
 
@@ -205,7 +205,7 @@ def newton_schulz(args: argparse.Namespace) -> Any:
 
 
 def milliseconds(times: list[float]) -> tuple[str, str]:
-    """The median and the first tenth of seconds."""
+    """The median and the first tenth of some seconds, in milliseconds."""
     tenth = sorted(times)[len(times) // 10]
     return f"{1e3 * statistics.median(times):.1f}", f"{1e3 * tenth:.1f}"
 
@@ -241,7 +241,7 @@ def steps_table(found: dict[Arm, Contestant]) -> Any:
 
 
 def arms_here(args: argparse.Namespace) -> tuple[list[Arm], list[str]]:
-    """Those to run, and notes on them."""
+    """The arms to run, and notes on them."""
     import muon_peers as peers
 
     arms, notes = ARMS, []

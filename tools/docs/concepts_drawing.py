@@ -8,7 +8,6 @@ The learning rate is the project's own schedule and the FLOPs are its own count,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +20,7 @@ from megatron_progressive.config import RunConfig, load
 from megatron_progressive.cost.flops import step_flops, total_flops
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim.schedule import learning_rate
-from megatron_progressive.plan.controls import fixed_size, short_control
+from megatron_progressive.plan.controls import fixed_size, never_grown, short_control
 
 ROOT = Path(__file__).resolve().parents[2]
 SHALLOW, DEEP, RATE = "#9ecae1", "#3182bd", "#636363"
@@ -32,13 +31,6 @@ def phases(config: RunConfig) -> list[tuple[int, int, int]]:
     borders = [0, *config.expansion_steps(), config.last_step]
     depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
     return [(borders[i], borders[i + 1], depth) for i, depth in enumerate(depths)]
-
-
-def never_grown(config: RunConfig) -> RunConfig:
-    """The source depth alone, for as many steps as the growing run's FLOPs pay for."""
-    alone = replace(config, expansion=[])
-    steps = round(total_flops(config) / step_flops(model_shape(alone), alone))
-    return replace(alone, train=replace(alone.train, steps=steps))
 
 
 def draw_schedule(axes: Axes, config: RunConfig) -> None:
@@ -63,7 +55,7 @@ def draw_runs(axes: Axes, config: RunConfig) -> None:
         ("fixed-size: full depth, equal steps", fixed_size(config)),
         ("growing: the run that is judged", config),
         ("short control: full depth, equal FLOPs", short_control(config)),
-        ("never grown: source depth, equal FLOPs", never_grown(config)),
+        ("never grown: source depth, equal FLOPs", never_grown(config)[0]),
     ]
     deepest = max(depth for _, run in runs for *_, depth in phases(run))
     for row, (name, run) in enumerate(reversed(runs)):

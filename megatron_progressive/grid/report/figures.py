@@ -16,27 +16,31 @@ from megatron_progressive.compare.drawing import (
     FIXED_COLOURS,
     GROWN_COLOURS,
     INK,
+    NEVER_COLOURS,
     SHORT_COLOURS,
+    TEXT,
     count_tick,
     dress,
     label_ends,
     new_figure,
     save,
 )
-from megatron_progressive.grid.cells import FIXED
+from megatron_progressive.grid.cells import FIXED, NEVER, SHORT
 from megatron_progressive.grid.labels import arm_words, is_control
 from megatron_progressive.grid.report.laws import Law, Saving, frontier, usable
 from megatron_progressive.grid.results import Result, of_families
 from megatron_progressive.laws.fits import Fit, losses_of, rows_of
 
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_PALETTES = {FIXED: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
+_SHIFTS = {SHORT: 1, NEVER: 2}
+MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8
-"""Families that one picture can tell apart."""
+"""The number of families that one picture can tell apart."""
 _TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
 _POINTS = 80
 _FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)  # that an axis names
 _WIDE = 0.5
-"""Share of the picture's height from which a law's band would only hide the others."""
+"""The share of the picture's height from which the band of a law would only hide the others."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,13 @@ class Look:
     colour: str
     marker: str
     name: str
-    """That a picture has room for: the family, or its arm where there are many."""
+    """The name for which a picture has room: that of the family, or that of its arm where there are
+    many families."""
 
 
 def looks(results: Sequence[Result]) -> dict[str, Look]:
-    """A colour for each family, and another marker where the colours have been used up. Families
-    of more than can be told apart look as their arm does."""
+    """A colour for each family, and another marker where the colours have been used up. Where there
+    are more families than can be told apart, each looks as its arm does."""
     members = of_families(results)
     many = len(members) > MANY
     counts: dict[tuple[str, ...], int] = {}
@@ -60,13 +65,12 @@ def looks(results: Sequence[Result]) -> dict[str, Look]:
     for family, cells in members.items():
         name = arm_words(cells[0].cell.arm) if many else family
         if name not in known:
-            palette = SHORT_COLOURS if is_control(family) else GROWN_COLOURS
-            palette = FIXED_COLOURS if cells[0].cell.arm == FIXED else palette
+            palette = _PALETTES.get(cells[0].cell.arm, GROWN_COLOURS)
             index = counts.get(palette, 0)
             counts[palette] = index + 1
             # controls differ from what they control in shape as well
-            shift = 1 if is_control(family) else 0
-            marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
+            shift = _SHIFTS.get(cells[0].cell.arm, 0)
+            marker = MARKERS[(index // len(palette) + shift) % len(MARKERS)]
             known[name] = Look(palette[index % len(palette)], marker, name)
         found[family] = known[name]
     return found
@@ -79,8 +83,8 @@ def laws(
     title: str,
     path: Path,
 ) -> bool:
-    """Loss against total FLOPs of each family with its law and the law's band; False where no cell
-    is finished."""
+    """Draw the loss against total FLOPs of each family, with its law and the law's band; False
+    where no cell is finished."""
     done = usable(results)
     if not done:
         return False
@@ -135,7 +139,8 @@ def _points(members: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _band(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """FLOPs over the cells, and there the lower end of the band, the law and the upper end."""
+    """The FLOPs over the range of the cells, and for each the lower end of the band, the law and
+    the upper end."""
     x = np.geomspace(fit.inputs[0][0], fit.inputs[0][1], _POINTS)
     rows = rows_of(fit)
     losses = np.array([losses_of(rows, np.array([one])) for one in x])
@@ -146,7 +151,7 @@ def _band(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def _log_flops(
     axes: Axes, flops: Sequence[float], labels: Sequence[tuple[float, float, str, str]]
 ) -> None:
-    """A logarithmic axis of FLOPs with room for the labels."""
+    """Give axes a logarithmic axis of FLOPs with room for the labels."""
     axes.set_xscale("log")
     low, high = min(flops), max(flops)
     decades = max(0.5, np.log10(high / low))
@@ -163,7 +168,8 @@ def _log_flops(
 
 
 def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path: Path) -> bool:
-    """All finished cells and the frontier of those that no other beats in FLOPs and loss."""
+    """Draw all finished cells, and the frontier of those that no other one beats in FLOPs and
+    loss."""
     done = usable(results)
     if not done:
         return False
@@ -199,10 +205,12 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
 
 
 def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, path: Path) -> bool:
-    """Compute-efficiency factors against size, one panel a kind of reference; False without any."""
+    """Draw compute-efficiency factors against size, one panel for each kind of reference; False
+    where there are none."""
     panels = [
-        (name, [s for s in savings if is_control(s.reference) is control])
-        for name, control in (("fixed-size", False), ("its own short control", True))
+        ("fixed-size", [s for s in savings if not is_control(s.reference)]),
+        ("its own short control", [s for s in savings if is_control(s.reference, SHORT)]),
+        ("its source never grown", [s for s in savings if is_control(s.reference, NEVER)]),
     ]
     panels = [(name, found) for name, found in panels if found]
     if not panels:
@@ -214,8 +222,11 @@ def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, p
     ):
         values = [s.efficiency.factor.value for s in savings if s.efficiency.factor.value]
         least, most = min([*values, 0.8]), max([*values, 1.2])
-        _efficiency_panel(axes, found, styles, (0.45 * _on_axis(least), 2.2 * _on_axis(most)))
-        dress(axes, f"FLOPs of {name} over its own, at equal loss", "parameters at full depth")
+        limits = (0.45 * _on_axis(least), 2.2 * _on_axis(most))
+        _efficiency_panel(axes, found, styles, limits, width=1 / len(panels))
+        dress(axes, f"against {name}", "parameters at full depth")
+    axes = figure.axes[0]
+    axes.set_ylabel("FLOPs of the control over its own, at equal loss", **TEXT)  # type: ignore[arg-type]
     save(figure, path)
     return True
 
@@ -228,24 +239,28 @@ def factor_text(factor: float) -> str:
 
 
 def _on_axis(factor: float) -> float:
-    """A factor, or the end of the axis beyond which it lies: laws that hardly come down to a loss
-    give any power of ten."""
+    """A factor, or the end of the axis beyond which it lies: a law that hardly comes down to a loss
+    gives any power of ten."""
     return min(max(factor, _FACTORS[0]), _FACTORS[-1])
 
 
 def _efficiency_panel(
-    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float]
-) -> None:
-    labels, families = [], list(dict.fromkeys(s.family for s in found))
+    axes: Axes, found: Sequence[Saving], styles: dict[str, Look], limits: tuple[float, float],
+    width: float,
+) -> None:  # fmt: skip
+    """One panel, which has ``width`` of the picture."""
+    labels, lines = [], list(dict.fromkeys((s.family, s.reference) for s in found))
     sizes = sorted({s.params for s in found})
-    for number, family in enumerate(families):
+    for number, (family, reference) in enumerate(lines):
         look = styles[family]
+        # of several depths of one source each has its own line
+        stage = reference.rpartition(", ")[2] if sum(one == family for one, _ in lines) > 1 else ""
         # beside each other, so that intervals can be told apart
-        nudge = 1 + 0.02 * (number - (len(families) - 1) / 2)
+        nudge = 1 + 0.02 * (number - (len(lines) - 1) / 2)
         x, y = [], []
         for saving in found:
             factor, hollow = saving.efficiency.factor, saving.efficiency.extrapolated
-            if saving.family != family or not factor.value:
+            if (saving.family, saving.reference) != (family, reference) or not factor.value:
                 continue
             x.append(saving.params * nudge)
             y.append(_on_axis(factor.value))
@@ -258,12 +273,13 @@ def _efficiency_panel(
             )  # fmt: skip
         axes.plot(x, y, color=look.colour, linewidth=1, alpha=0.5)
         if x:
-            labels.append((x[-1], y[-1], f"{family} {last}", look.colour))
+            text = " ".join(filter(None, (family, stage, last)))
+            labels.append((x[-1], y[-1], text, look.colour))
     axes.axhline(1, color=INK, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(*limits)
-    room = 0.017 * max((len(text) for _, _, text, _ in labels), default=0)
+    room = min(0.65, 0.0085 / width * max((len(text) for _, _, text, _ in labels), default=0))
     decades = max(0.2, np.log10(sizes[-1] / sizes[0]))
     axes.set_xlim(
         sizes[0] / 10 ** (0.06 * decades), sizes[-1] * 10 ** (decades * room / (1 - room))

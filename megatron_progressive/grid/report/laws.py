@@ -1,4 +1,4 @@
-"""Scaling laws of a study: one fit per family over its sizes, and what families save."""
+"""The scaling laws of a study: one fit for each family over its sizes, and what families save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.grid.cells import FIXED, SHORT
+from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
 from megatron_progressive.grid.results import Result, of_families, once, sizes_of
 from megatron_progressive.laws.efficiency import Efficiency, efficiency_at_compute, pareto
 from megatron_progressive.laws.fits import Fit, fit_compute, fit_size_tokens
@@ -21,30 +21,30 @@ class Law:
 
     family: str
     cells: list[str]
-    """Names of the finished cells that it is fitted to."""
+    """The names of the finished cells to which the law is fitted."""
     fit: Fit | None
     refused: str = ""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Compute of a family against a reference at equal loss, at one size."""
+    """The compute of a family against that of a reference at equal loss, at one size."""
 
     family: str
     reference: str
     size: str
     params: int
     efficiency: Efficiency
-    """At the loss that the reference has with the FLOPs of its run of this size."""
+    """The efficiency at the loss that the reference has with the FLOPs of its run of this size."""
 
 
 def usable(results: Sequence[Result]) -> list[Result]:
-    """Those with a final loss that is a number."""
+    """The results whose final loss is a number."""
     return [r for r in results if r.loss is not None and np.isfinite(r.loss) and r.flops]
 
 
 def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
-    """``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
+    """The law ``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
     laws = []
     for family, members in of_families(results).items():
         say(f"law of {family} over FLOPs")
@@ -60,9 +60,10 @@ def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 
 def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
-    """``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: of all runs from scratch
-    of one setting together (fixed-size and short controls are one recipe at several D), and of
-    each family that grows, whose D are all its tokens."""
+    """The laws ``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: one for all
+    runs from scratch of one setting together with their full depths (fixed-size and short controls
+    are one recipe at several D), one for each source that never grows, with its own N, and one for
+    each family that grows, whose D counts all of its tokens."""
     scratch = [r for r in results if r.cell.arm in (FIXED, SHORT)]
     settings = list(dict.fromkeys(r.cell.setting for r in scratch))
     groups: dict[str, list[Result]] = {}
@@ -74,7 +75,7 @@ def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
         family: members
         for family, members in of_families(results).items()
         if members[0].cell.arm not in (FIXED, SHORT)
-    }
+    }  # a source of no layers is no small one of the sizes: it would bend their law
     laws = []
     for family, members in groups.items():
         say(f"law of {family} over sizes and data")
@@ -91,16 +92,17 @@ def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 
 def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
-    """Compute-efficiency factors of every family that grows, against fixed-size (of its own
-    setting) and against its own short control, at each size that the reference has finished."""
+    """The compute-efficiency factors of every family that grows, against fixed-size training of its
+    own setting and against its own controls of equal FLOPs, at each size that the reference has
+    finished."""
     fits = {law.family: law.fit for law in laws}
     by_family = of_families(results)
     found = []
     for family, members in by_family.items():
         fit = fits[family]
-        if members[0].cell.arm in (FIXED, SHORT) or fit is None:
+        if members[0].cell.arm in SCRATCH or fit is None:
             continue
-        for reference in references(members[0], results):
+        for reference in references(members, results):
             other = fits.get(reference)
             if other is None:
                 continue
@@ -112,16 +114,17 @@ def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
     return found
 
 
-def references(grown: Result, results: Sequence[Result]) -> list[str]:
-    """Families that one that grows is compared with: fixed-size, then its short control."""
-    fixed = [
-        r.family for r in results if r.cell.arm == FIXED and r.cell.setting == grown.cell.setting
-    ]
-    short = [r.family for r in results if r.cell.control_of == grown.cell.name]
-    return [*fixed[:1], *short[:1]]
+def references(members: Sequence[Result], results: Sequence[Result]) -> list[str]:
+    """The families with which a family that grows is compared: fixed-size, its short control, and
+    its source never grown at each of its depths."""
+    setting, names = members[0].cell.setting, {r.cell.name for r in members}
+    fixed = [r.family for r in results if r.cell.arm == FIXED and r.cell.setting == setting]
+    mine = [r for r in results if r.cell.control_of in names]
+    equal = [r.family for arm in (SHORT, NEVER) for r in mine if r.cell.arm == arm]
+    return list(dict.fromkeys([*fixed[:1], *equal]))
 
 
 def frontier(results: Sequence[Result]) -> list[Result]:
-    """Finished cells that no other beats in both FLOPs and loss, by FLOPs."""
+    """The finished cells that no other one beats in both FLOPs and loss, by FLOPs."""
     done = usable(results)
     return [done[i] for i in pareto([r.flops or 0 for r in done], [r.loss or 0 for r in done])]

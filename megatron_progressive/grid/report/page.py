@@ -7,13 +7,14 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from megatron_progressive.compare.data_words import counted, data_text, held_out, per_unit
-from megatron_progressive.compare.decision import POWER
+from megatron_progressive.compare.decision import BELOW, NOT_BELOW, POWER
 from megatron_progressive.compare.gaps import MIXED_PERCENT
 from megatron_progressive.compare.page import document, items, picture, table
 from megatron_progressive.compare.verdict_words import gap_text, needed_text
 from megatron_progressive.cost.flops import step_tokens
 from megatron_progressive.grid.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.grid.labels import arm_meaning, arm_words
+from megatron_progressive.grid.report import crossings
 from megatron_progressive.grid.report.figures import factor_text
 from megatron_progressive.grid.report.judged import partial, refusals
 from megatron_progressive.grid.report.laws import Law
@@ -31,13 +32,15 @@ _SHOWN = 12  # sentences that a reader may want to read before the figures
 
 
 def render(report: GridReport) -> str:
-    """The page: answer, what was run, laws, savings, mixing, sweeps, and every cell."""
+    """The page: the answer, what was run, laws, savings, mixing, sweeps, and every cell."""
     parts = [f"<h1>{escape(report.title)}</h1>"]
     if not report.complete:
         parts.append(
             f'<div class="missing"><strong>Partial.</strong> {escape(partial(report))}</div>'
         )
-    parts += [_answer(report), _what_was_run(report), _pilot(report)]
+    parts += [_missing(report), _answer(report)]
+    parts += [crossings.section(report.crossings, report.pictures.get("crossing"))]
+    parts += [_what_was_run(report), _pilot(report)]
     parts += [_laws(report), _savings(report)]
     parts += [_figure(report, "mixing", "After the expansion", _no_mixing(report))]
     parts += [_figure(report, "tau", "Where to expand", ""), _ablation(report)]
@@ -49,21 +52,20 @@ def _answer(report: GridReport) -> str:
     if not report.findings:
         return "<h2>Does growing pay?</h2><p>No run that grows is finished.</p>"
     controls = [control.control for control in report.findings[0].controls]
-    head = ["size", "run that grows", "parameters", "FLOPs of fixed-size", "loss to fixed-size",
-            "pays?"]  # fmt: skip
+    head = ["size", "run that grows", "parameters", "pays?", "FLOPs of fixed-size",
+            "loss to fixed-size", f"within {MIXED_PERCENT} %?"]  # fmt: skip
     for control in controls:
-        head += [f"loss to {control}", "pays?", "pairs needed"]
-    head += ["below all of them"] * (len(controls) > 1) + ["mixed", "seeds"]
+        head += [f"loss to {control}", "below?", "pairs needed"]
+    head += ["mixed", "seeds"]
     rows = []
     for one in report.findings:
         row = [
-            one.size, one.family, short_counts([one.params])[0],
+            one.size, one.family, short_counts([one.params])[0], one.outcome,
             "–" if one.flops_share is None else f"{100 * one.flops_share:.0f} %",
-            gap_text(one.to_fixed), one.to_fixed.outcome,
+            gap_text(one.to_fixed), _yes(one.to_fixed.outcome),
         ]  # fmt: skip
         for against in one.controls:
-            row += [gap_text(against), against.outcome, needed_text(against)]
-        row += [one.outcome] * (len(controls) > 1)
+            row += [gap_text(against), _yes(against.outcome), needed_text(against)]
         row += [
             f"{sum(one.mixed)} of {len(one.mixed)}" if one.mixed else "–",
             ", ".join(map(str, one.seeds)),
@@ -80,19 +82,41 @@ def _answer(report: GridReport) -> str:
     ]
     return (
         f"<h2>Does growing pay?</h2>{table(head, rows)}"
-        f"<p>Losses are final validation losses; a minus is in favour of growing. Against "
-        f"fixed-size growing pays where it has fewer FLOPs and ends within {MIXED_PERCENT} %; "
-        f"against {' and '.join(controls)}, of the same FLOPs, where it ends lower. What is "
+        f"<p>Losses are final validation losses; a minus is in favour of growing. A run pays "
+        f"where it ends below {' and '.join(controls)}, each of the same FLOPs; it does not where "
+        "it does not end below one of them, and without one of them nothing pays. Of a source "
+        "with several depths the best counts. What is "
         "compared are pairs of runs with one seed, and so one order of data. Over several pairs "
         f"the mean difference is given with its {100 * LEVEL:.0f} % interval (Student's t), which "
         "decides: what it leaves undecided is open, and so is everything with one pair, for two "
         "seeds of one recipe differ as well. Pairs needed: with so many a difference of this size, "
-        f"at the spread that was seen, would be found with {100 * POWER:.0f} % power. The small "
-        "model that is never grown may be cheaper than all of these: train the run's configuration "
-        "with 'expansion=[]' before believing that growing pays. Whether a run mixed is not told "
+        f"at the spread that was seen, would be found with {100 * POWER:.0f} % power. Within "
+        f"{MIXED_PERCENT} %: for fewer FLOPs than fixed-size. Whether a run mixed is not told "
         "(–) where too few validations follow τ.</p>"
         f"{shown}<details><summary>Each run in full sentences</summary>"
         f"{''.join(details)}</details>"
+    )
+
+
+def _yes(outcome: str) -> str:
+    return {BELOW: "yes", NOT_BELOW: "no"}.get(outcome, outcome)
+
+
+def _missing(report: GridReport) -> str:
+    """Controls that runs which grow lack, by the command that makes them."""
+    lacking: dict[str, list[str]] = {}
+    for one in report.missing:
+        lacking.setdefault(one.command, []).append(f"{one.run}: no {one.words} ({one.reason})")
+    if not lacking:
+        return ""
+    shown = "".join(
+        f"<li>{'; '.join(map(escape, texts))}. Make it: <code>{escape(command)}</code></li>"
+        for command, texts in lacking.items()
+    )
+    return (
+        '<div class="missing"><strong>Controls are missing</strong>: without them nothing is said '
+        f"to pay.<details><summary>Which, and what makes them</summary><ul>{shown}</ul></details>"
+        "</div>"
     )
 
 
@@ -132,7 +156,7 @@ def _sizes(results: list[Result]) -> str:
     for size, params in sizes_of(results).items():
         mine = [r for r in results if r.cell.size == size]
         longest = max(mine, key=lambda r: r.cell.config.train.steps).cell.config
-        layers = mine[0].cell.config
+        layers = max(mine, key=lambda r: r.params).cell.config  # of the full depth
         depth = layers.expansion[-1].to_layers if layers.expansion else layers.model.num_layers
         shape = model_shape(layers, depth)
         tokens = longest.train.steps * step_tokens(shape, longest)
@@ -205,8 +229,8 @@ def _law_table(laws: list[Law], names: tuple[str, ...]) -> str:
 
 
 def _parameter(fit: Fit, name: str) -> str:
-    """A parameter of a law; of one that the cells do not determine no number, which a reader would
-    take for a finding."""
+    """The text of a law's parameter. For a parameter that the cells do not determine it has no
+    number, which a reader would take for a finding."""
     return "not determined" if name in fit.undetermined else _interval(fit.parameters[name])
 
 
@@ -220,7 +244,8 @@ def _digits(value: float | None) -> str:
 
 
 def _factor(found: Interval) -> str:
-    """A factor and its interval; powers of ten that no run could have are ends without a number."""
+    """The text of a factor and its interval. An end that is a power of ten which no run could have
+    is given without a number."""
     value, low, high = (
         "open" if number is None else factor_text(number) if number else "0"
         for number in (found.value, found.low, found.high)
@@ -303,7 +328,7 @@ def _problems(report: GridReport) -> str:
 
 
 def _unit(report: GridReport) -> str:
-    """``tokens`` or ``images``: a grid has one family."""
+    """What samples are made of, ``tokens`` or ``images``; a grid has one family."""
     return model_shape(report.results[0].cell.config).unit
 
 

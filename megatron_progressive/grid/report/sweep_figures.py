@@ -23,7 +23,7 @@ from megatron_progressive.compare.drawing import (
     save,
 )
 from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_curve, gap_percent
-from megatron_progressive.grid.cells import FIXED, SHORT, TAU
+from megatron_progressive.grid.cells import FIXED, SCRATCH, TAU
 from megatron_progressive.grid.labels import arm_words, families
 from megatron_progressive.grid.report.figures import MANY, Look
 from megatron_progressive.grid.report.laws import usable
@@ -39,8 +39,9 @@ def mixing(
     results: Sequence[Result], compared: dict[str, Comparison], styles: dict[str, Look],
     title: str, path: Path,
 ) -> bool:  # fmt: skip
-    """The gap to fixed-size against tokens after the last expansion, one panel a size (and arm,
-    where there are many families); False where no fixed-size run is there to compare with."""
+    """Draw the gap to fixed-size against tokens after the last expansion, with one panel for each
+    size (and arm, where there are many families); False where there is no fixed-size run to compare
+    with."""
     many = len({result.family for result in results}) > MANY
     curves: dict[tuple[str, str], list[_Curve]] = {}
     for result in results:
@@ -80,9 +81,9 @@ class _Curve:
     family: str
     label: str
     tokens: np.ndarray
-    """After the last expansion."""
+    """The tokens after the last expansion."""
     gap: np.ndarray
-    """%"""
+    """The gap to fixed-size, in %."""
     unit: str
     """What ``tokens`` counts."""
 
@@ -117,8 +118,8 @@ def _mixing_panel(
 
 
 def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
-    """Final loss and gap to fixed-size against τ, a line for each size and family but for τ (seeds
-    averaged); False where fewer than two τ of any line are finished."""
+    """Draw final loss and gap to fixed-size against τ, with a line for each size and family apart
+    from τ (seeds averaged); False where fewer than two τ of any line are finished."""
     names = families([result.cell for result in results], without=[TAU])
     fixed: dict[tuple[str, _Setting], list[float]] = {}
     points: dict[tuple[str, str, _Setting], dict[float, list[float]]] = {}
@@ -126,7 +127,7 @@ def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
         cell, loss = result.cell, result.loss or 0.0
         if cell.arm == FIXED:
             fixed.setdefault((cell.size, cell.setting), []).append(loss)
-        elif cell.tau and cell.arm != SHORT:
+        elif cell.tau and cell.arm not in SCRATCH:
             tau = cell.config.expansion_steps()[-1] / cell.config.train.steps
             key = (cell.size, names[cell.name], cell.setting)
             points.setdefault(key, {}).setdefault(tau, []).append(loss)

@@ -1,23 +1,31 @@
-"""Does growing pay? Each run that grows against fixed-size training and against the short control
-of equal FLOPs: by size and family, for each seed and over seeds."""
+"""Does growing pay? Each run that grows against fixed-size training and against the controls of
+equal FLOPs: by size and family, for each seed and over seeds."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_progressive.compare.arms import FIXED as FIXED_ARM
+from megatron_progressive.compare.arms import NEVER as NEVER_ARM
 from megatron_progressive.compare.arms import SHORT as SHORT_ARM
-from megatron_progressive.compare.arms import Comparison, Missing
-from megatron_progressive.compare.decision import DOES_NOT_PAY, Against, overall
-from megatron_progressive.compare.verdict import Verdict, paired, verdicts
-from megatron_progressive.compare.verdict_words import study_sentence, study_title
-from megatron_progressive.grid.cells import FIXED, SHORT
+from megatron_progressive.compare.arms import Comparison, Missing, depth_words
+from megatron_progressive.compare.decision import NOT_BELOW, Against, overall
+from megatron_progressive.compare.pairs import paired
+from megatron_progressive.compare.verdict import Verdict, verdicts
+from megatron_progressive.compare.verdict_words import sentence, study_sentence, study_title
+from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
+from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.results import Result, sizes_of
 from megatron_progressive.runs.reading import Run
 from megatron_progressive.runtime.progress import Say
+
+NOT_IN_THE_GRID = "not in the grid"
+"""Why a control is missing that the grid's arms do not name."""
 
 
 @dataclass(frozen=True)
@@ -28,59 +36,75 @@ class Finding:
     params: int
     family: str
     seeds: list[int]
-    """Finished ones."""
+    """The seeds that are finished."""
     flops_share: float | None
-    """Its total FLOPs over fixed-size's."""
+    """The family's total FLOPs over those of fixed-size training."""
     to_fixed: Against
-    """Its outcome: whether it has fewer FLOPs and ends within 0.5 % of fixed-size."""
+    """The comparison with fixed-size training; its outcome is ``below`` where the run has fewer
+    FLOPs and ends within 0.5 % of it."""
     controls: list[Against]
-    """Against each control of equal FLOPs."""
+    """The comparisons with each control of equal FLOPs."""
     outcome: str
-    """Whether it ends below every one of these that is there: ``pays``, ``does not pay``,
-    ``open``."""
+    """Whether it ends below every one of these controls: ``pays``, ``does not pay`` or ``open``."""
     mixed: list[bool]
-    """Of each seed whose mixing could be measured."""
+    """Whether it mixed, for each seed whose mixing could be measured."""
     sentence: str
     verdicts: list[Verdict] = field(default_factory=list)
-    """Of each seed."""
+    """The verdict on each seed."""
 
 
-def comparisons(results: Sequence[Result], grid_file: str) -> dict[str, Comparison]:
+def comparisons(results: Sequence[Result], grid: Grid) -> dict[str, Comparison]:
     """The comparison of each run that grows and is finished, by its cell's name."""
     found = {}
     for result in results:
-        if result.cell.arm in (FIXED, SHORT) or result.run is None or not result.run.finished:
+        if result.cell.arm in SCRATCH or result.run is None or not result.run.finished:
             continue
-        fixed = _counterpart(result, results, FIXED_ARM)
-        short = _counterpart(result, results, SHORT_ARM)
+        fixed = [r for r in results if r.cell.arm == FIXED and _alike(r, result)][:1]
+        mine = [r for r in results if r.cell.control_of == result.cell.name]
+        short, never = ([r for r in mine if r.cell.arm == arm] for arm in (SHORT, NEVER))
         missing = [
-            Missing(
-                result.cell.name, arm, other.status.state if other else "not in the grid",
-                f"mprog grid run {grid_file}" + (f" --cell {other.cell.name}" if other else ""),
+            one
+            for arm, key, controls in (
+                (FIXED_ARM, FIXED, fixed), (SHORT_ARM, SHORT, short), (NEVER_ARM, NEVER, never),
             )
-            for arm, other in ((FIXED_ARM, fixed), (SHORT_ARM, short))
-            if _finished(other) is None
+            if key != FIXED or not grid.crossings  # whose depths alone are the controls
+            for one in _missing(result, arm, key, controls, grid)
         ]  # fmt: skip
         found[result.cell.name] = Comparison(
-            result.run, _finished(fixed), _finished(short), [], missing
-        )
+            result.run, next(iter(_finished(fixed)), None), next(iter(_finished(short)), None),
+            _finished(never), [], missing,
+        )  # fmt: skip
     return found
 
 
-def _finished(result: Result | None) -> Run | None:
-    return None if result is None or result.loss is None else result.run
+def _alike(fixed: Result, grown: Result) -> bool:
+    cell, other = grown.cell, fixed.cell
+    return (other.size, other.seed, other.setting) == (cell.size, cell.seed, cell.setting)
 
 
-def _counterpart(grown: Result, results: Sequence[Result], arm: str) -> Result | None:
-    cell = grown.cell
-    for other in results:
-        if arm == SHORT_ARM and other.cell.control_of == cell.name:
-            return other
-        same = (other.cell.size, other.cell.seed) == (cell.size, cell.seed)
-        setting = other.cell.setting == cell.setting
-        if arm == FIXED_ARM and other.cell.arm == FIXED and same and setting:
-            return other
-    return None
+def _finished(results: Sequence[Result]) -> list[Run]:
+    return [r.run for r in results if r.loss is not None and r.run is not None]
+
+
+def _missing(
+    grown: Result, arm: str, key: str, controls: Sequence[Result], grid: Grid
+) -> list[Missing]:
+    """The controls of a run that grows, as far as they are not finished, with the commands that
+    make them."""
+    command = ["mprog", "grid", "run", str(grid.file), *grid.overrides]
+    name = grown.cell.name
+    if not controls:
+        arms = json.dumps([*grid.arms, key], separators=(",", ":"))
+        words = [word for word in command if not word.startswith("arms=")]
+        return [Missing(name, arm, NOT_IN_THE_GRID, shlex.join([*words, f"arms={arms}"]))]
+    return [
+        Missing(
+            name, arm, one.status.state, shlex.join([*command, "--cell", one.cell.name]),
+            depth_words(one.cell.config) if arm == NEVER_ARM else "",
+        )
+        for one in controls
+        if one.loss is None
+    ]  # fmt: skip
 
 
 def findings(results: Sequence[Result], compared: dict[str, Comparison], say: Say) -> list[Finding]:
@@ -105,8 +129,9 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
     to_fixed, controls = paired(compared)
     speedups = [v.speedup_flops for v in mine if v.speedup_flops]
     share = 1 / float(np.mean(speedups)) if speedups else None
+    has_fixed = any(c.fixed or any(m.arm == FIXED_ARM for m in c.missing) for c in compared)
     if share is not None and share >= 1:  # as FLOPs are counted, no seed changes that
-        to_fixed = replace(to_fixed, outcome=DOES_NOT_PAY)
+        to_fixed = replace(to_fixed, outcome=NOT_BELOW)
     return Finding(
         size=first.cell.size,
         params=first.params,
@@ -117,13 +142,15 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
         controls=controls,
         outcome=overall(controls),
         mixed=[v.mixing.mixed for v in mine if v.mixing is not None],
-        sentence=study_sentence(share, to_fixed, controls),
+        sentence=study_sentence(share, to_fixed, controls)
+        if has_fixed  # a crossing study has none
+        else sentence(controls).removesuffix("."),
         verdicts=mine,
     )
 
 
 def distinct(found: Sequence[Finding]) -> list[Finding]:
-    """Findings of different runs: those that cells share under several names count once."""
+    """The findings of different runs; runs that cells share under several names count once."""
     first: dict[tuple[str, ...], Finding] = {}
     for one in found:
         runs = tuple(verdict.run for verdict in one.verdicts)

@@ -1,1 +1,1 @@
-"""Each family's configuration and tensors as transformers has them."""
+"""The configuration and the tensors of each family, as transformers has them."""

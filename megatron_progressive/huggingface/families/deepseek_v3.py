@@ -1,8 +1,8 @@
 """DeepSeek-V3 as ``DeepseekV3ForCausalLM``.
 
-Multi-token prediction modules are the layers behind the model's own, with copies of the
-embedding and the head, as the published checkpoints keep them; transformers loads them on demand
-only.
+Multi-token prediction modules are the layers behind the model's own layers, with copies of the
+embedding and the head, as the published checkpoints keep them; transformers loads these layers only
+on demand.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from megatron_progressive.huggingface.values import Values
 from megatron_progressive.models.base import MLA, MOE, MoE, TransformerShape
 
 _EPSILON = 1e-6
-"""The class has no other one in the norms of latent attention."""
+"""The epsilon of the norms of latent attention, which the class does not let one set."""
 _BIAS_UPDATE_RATE = 0.001
-"""Of an imported model: the report's for most of training (arXiv 2412.19437, section 4.2)."""
+"""The update rate of an imported model, which is the report's for most of its training (arXiv
+2412.19437, section 4.2)."""
 _MTP_LOSS = 0.1
 
 _LAYER = "model.layers.*"
@@ -127,8 +128,8 @@ def _shape_of(config: Values) -> TransformerShape:
 
 
 def _modules_are_alike(shape: TransformerShape) -> bool:
-    """Whether prediction modules have the last layer's kind, as ours do: theirs follow their
-    number."""
+    """Whether prediction modules have the kind of the last layer, as ours do; the kind of theirs
+    follows from their number."""
     assert shape.moe is not None
     if not shape.mtp_depth:
         return True

@@ -1,4 +1,5 @@
-"""GPT-2 as ``GPT2LMHeadModel``: transposed linears with biases, one tensor for QKV."""
+"""GPT-2 as ``GPT2LMHeadModel``, with transposed linears, biases, and one tensor for queries, keys
+and values."""
 
 from __future__ import annotations
 

@@ -51,20 +51,20 @@ ROTARY_BUFFERS = (
 
 
 def decoder_map(shape: TransformerShape, rules: Rules) -> NameMap:
-    """The map of a family without tensors of its own kind on either side."""
+    """The map of a family that has no tensors of its own kind on either side."""
     entries = tuple(entries_of(shape, rules))
     return NameMap(entries, copies=tied_head(shape, entries, HEAD))
 
 
 def tied_head(shape: TransformerShape, entries: tuple[Entry, ...], head: str) -> tuple[Copy, ...]:
-    """Some files of a tied model have the head nevertheless."""
+    """The head that some files of a tied model have nevertheless."""
     return (Copy(head, entries[0], written=False),) if shape.tie_embeddings else ()
 
 
 def decoder_sizes(config: Values) -> dict[str, Any]:
-    """Sizes of attention, vocabulary and norms, by their field of the shape.
+    """The sizes of attention, vocabulary and norms, by their field of the shape.
 
-    What is missing, of another kind, or an option that no family here has is noted.
+    A size that is missing or of the wrong type, and an option that no family here has, is noted.
     """
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     if not config.has("head_dim") and hidden % heads and config.findings.sizes_are_known:
@@ -88,7 +88,7 @@ def decoder_sizes(config: Values) -> dict[str, Any]:
 
 
 def decoder_values(shape: TransformerShape) -> dict[str, Any]:
-    """The keys that all decoders have in common; the inverse of :func:`decoder_sizes`."""
+    """The keys that all decoders have in common; this is the inverse of :func:`decoder_sizes`."""
     assert shape.rope is not None
     return {
         "num_hidden_layers": shape.num_layers,

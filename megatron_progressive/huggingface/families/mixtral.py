@@ -1,4 +1,4 @@
-"""Mixtral as ``MixtralForCausalLM``: experts in every layer, by the names that its files have."""
+"""Mixtral as ``MixtralForCausalLM``, with experts in every layer under the names in its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_progressive.huggingface.values import Values
 from megatron_progressive.models.base import MoE, TransformerShape
 
 _THETA = 1000000.0
-"""Base period of ``MixtralConfig``."""
+"""The base of the rotation in ``MixtralConfig``."""
 _AUX_LOSS = 0.001
 _TOP_K = "from 2 (it gives a single expert the weight 1; Megatron-core its softmax)"
 

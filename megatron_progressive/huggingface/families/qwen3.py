@@ -1,4 +1,4 @@
-"""Qwen3 as ``Qwen3ForCausalLM``: LLaMA's tensors, and norms of queries and keys."""
+"""Qwen3 as ``Qwen3ForCausalLM``: LLaMA's tensors, with norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_progressive.huggingface.values import Values
 from megatron_progressive.models.base import TransformerShape
 
 _HEAD_DIM = 128
-"""Of ``Qwen3Config``, whatever the width."""
+"""The width of a head in ``Qwen3Config``, whatever the width of the model."""
 
 _NORMS: Rules = {
     "decoder.layers.*.self_attention.q_layernorm.weight": (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import warnings
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from scipy.stats import ttest_1samp
 
 from megatron_progressive import cli
 from megatron_progressive.compare import mixing
+from megatron_progressive.grid.cells import params_of
 from megatron_progressive.grid.grid import load_grid
 from megatron_progressive.grid.report import figures as grid_figures
 from megatron_progressive.grid.report import page as grid_page
@@ -128,7 +131,8 @@ def test_verdict_of_each_size_is_the_arithmetic_of_its_cells(
         short = by_name[f"{one.size}-short_control_of_{arm}-tau0.5-{init}-s1"]
         fixed = by_name[f"{one.size}-fixed-s1"]
         ours = planted_loss(arm, grown.flops)
-        (to_short,) = one.controls
+        to_short, to_never = one.controls
+        assert to_never.mean is None  # the grid has none
         assert to_short.mean == pytest.approx(
             100 * (ours / planted_loss("short_control", short.flops) - 1)
         )
@@ -138,9 +142,11 @@ def test_verdict_of_each_size_is_the_arithmetic_of_its_cells(
         assert one.flops_share == pytest.approx(grown.flops / fixed.flops)
         assert one.outcome == to_short.outcome == one.to_fixed.outcome == "open"
         assert "one seed decides nothing" in one.sentence
+        assert "is open (without the source never grown)" in one.sentence
         assert f"against the short control: {to_short.mean:+.2f} %" in one.sentence
     lower = sum(one.controls[0].mean < 0 for one in report.findings)
-    assert "pays in 0 of 8 comparisons, open in 8, against the short control" in report.title
+    words = "open in 8, against the short control (without the source never grown)"
+    assert f"pays in 0 of 8 comparisons, {words}" in report.title
     assert f"(one seed each; {lower} end below)" in report.title
     page = (study.folder / "report.html").read_text()
     assert not re.search(r"\b(wins|loses|LOSES|beats)\b|Growing (pays|does not)", page)
@@ -164,6 +170,34 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.depth.pop() == tag
+
+
+def test_sources_never_grown_have_laws_and_are_measured_against(tmp_path: Path) -> None:
+    """Over sizes of the full depth; alone, where parameters are counted."""
+    arms = ["fixed", "gradual_stack", "short_control", "never_grown"]
+    sizes = [{**size, "to_layers": 8} for size in SIZES]
+    study = study_of(tmp_path, arms=arms, sizes=sizes)
+    write_study(study.grid)
+    report = make_grid_report(study)
+    full = {c.size: params_of(c) for c in study.grid.cells if c.arm == "fixed"}
+    families = [f"never-grown of gradual stacking, stage {stage}" for stage in (1, 2)]
+    laws = {law.family: law.fit for law in report.laws}
+    for family in families:
+        fit = laws[family]
+        assert fit is not None
+        assert fit.parameters["alpha"].value == pytest.approx(PLANTED["never_grown"][1], rel=0.02)
+        mine = [saving for saving in report.savings if saving.reference == family]
+        assert {saving.size: saving.params for saving in mine} == full
+    assert {one.size: one.params for one in report.findings} == full
+    scratch, *others = report.size_token_laws
+    assert not any("never_grown" in name for name in scratch.cells)
+    assert [law.family for law in others if "never" in law.family] == families
+    values = json.loads((study.folder / "report.json").read_text())
+    params = {c["cell"]: c["params"] for c in values["cells"]}
+    assert params["w16-never_grown_of_gradual_stack_2-s1"] < full["w16"] / 2
+    page = (study.folder / "report.html").read_text()
+    assert f"<td>{families[0]}</td>" in page
+    assert "<li>never-grown: " in page
 
 
 def test_the_page_is_whole_and_needs_nothing(planted: tuple[Study, GridReport]) -> None:
@@ -242,7 +276,22 @@ def test_a_partial_grid_gives_a_partial_report(tmp_path: Path, capsys: Any) -> N
     assert found["w64", "zero-layer"]["controls"][0]["mean"] is None
     assert found["w32", "zero-layer"]["to_fixed"]["mean"] is None
     assert "(no the short control" not in json.dumps(values)
-    assert "is open (without the short control)" in found["w64", "zero-layer"]["sentence"]
+    without = "is open (without the short control and the source never grown)"
+    assert without in found["w64", "zero-layer"]["sentence"]
+    # what makes them: the cell of its own, or the grid with the arm that it lacks
+    commands = {(one["run"], one["arm"]): one["command"] for one in values["missing"]}
+    cell = "w64-short_control_of_zero_layer-tau0.5-random-s1"
+    program = f"mprog grid run {study.grid.file}"
+    assert (
+        commands["w64-zero_layer-tau0.5-random-s1", "short control"] == f"{program} --cell {cell}"
+    )
+    *_, word = shlex.split(commands["w16-one_layer-tau0.5-copying-s1", "never-grown"])
+    more = load_grid(study.grid.file, [word])
+    assert {c.arm for c in more.cells} == {*study.grid.arms, "never_grown"}
+    assert {c.run_name for c in more.cells} > {c.run_name for c in study.grid.cells}
+    line = commands["w16-one_layer-tau0.5-copying-s1", "never-grown"]
+    assert f"the grid has no never-grown run, without which nothing pays: {line}" in said
+    assert escape(line) in text
 
 
 def test_nothing_finished_is_said(tmp_path: Path) -> None:
@@ -254,30 +303,52 @@ def test_nothing_finished_is_said(tmp_path: Path) -> None:
     json.loads((study.folder / "report.json").read_text())
 
 
-def test_seeds_give_an_interval_and_leave_open_what_it_does_not_decide(tmp_path: Path) -> None:
-    arms = ["fixed", "zero_layer", "short_control"]
+@pytest.mark.parametrize(
+    ("grown", "never", "decided"),
+    [
+        ([2.9, 2.92, 2.88], 1.01, "pays"),  # below both
+        ([2.9, 2.92, 2.88], 0.9, "does not pay"),  # below the short control alone
+        ([3.1, 3.12, 3.08], 1.1, "does not pay"),  # below the source alone
+        ([2.99, 2.98, 3.05], 1.1, "open"),
+        ([2.9, 2.92, 2.88], None, "open"),  # the source is not trained
+    ],
+)
+def test_seeds_give_an_interval_and_leave_open_what_it_does_not_decide(
+    tmp_path: Path, grown: list[float], never: float | None, decided: str
+) -> None:
+    arms = ["fixed", "zero_layer", "short_control", "never_grown"]
     study = study_of(tmp_path, sizes=SIZES[1:2], seeds=[1, 2, 3], arms=arms)
-    write_study(study.grid)
-    controls = {1: 3.0, 2: 3.01, 3: 2.99}
-    for grown, decided in (({1: 2.9, 2: 2.92, 3: 2.88}, "pays"),
-                           ({1: 2.99, 2: 2.98, 3: 3.05}, "open"),
-                           ({1: 3.1, 2: 3.12, 3: 3.08}, "does not pay")):  # fmt: skip
-        for seed, loss in grown.items():
-            set_loss(study, f"w32-zero_layer-tau0.5-random-s{seed}", loss)
-            short = f"w32-short_control_of_zero_layer-tau0.5-random-s{seed}"
-            set_loss(study, short, controls[seed])
-        (one,) = make_grid_report(study).findings
-        gaps = [100 * (grown[seed] / controls[seed] - 1) for seed in (1, 2, 3)]
-        (to_short,) = one.controls
-        assert to_short.values == pytest.approx(gaps)
-        expected = ttest_1samp(gaps, 0).confidence_interval(0.95)
-        assert (to_short.low, to_short.high) == pytest.approx(tuple(expected))
-        assert to_short.outcome == one.outcome == decided
-        assert f"over 3 pairs; {to_short.pairs_needed} needed for 80 % power" in one.sentence
-    assert "Growing does not pay at equal FLOPs, against the short control" in one.sentence
+    write_study(study.grid, skip=["never"] if never is None else [])
+    controls = [3.0, 3.01, 2.99]
+    for seed, (loss, short) in enumerate(zip(grown, controls, strict=True), 1):
+        what = f"zero_layer-tau0.5-random{{}}-s{seed}"
+        set_loss(study, f"w32-{what.format('')}", loss)
+        set_loss(study, f"w32-short_control_of_{what.format('')}", short)
+        if never is not None:
+            set_loss(study, f"w32-never_grown_of_{what.format('_0')}", never * short)
+    report = make_grid_report(study)
+    (one,) = report.findings
+    gaps = [100 * (loss / short - 1) for loss, short in zip(grown, controls, strict=True)]
+    to_short, to_never = one.controls
+    assert to_short.values == pytest.approx(gaps)
+    expected = ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert (to_short.low, to_short.high) == pytest.approx(tuple(expected))
+    if never is not None:
+        gaps = [100 * (a / (never * b) - 1) for a, b in zip(grown, controls, strict=True)]
+        assert to_never.values == pytest.approx(gaps)
+    assert one.outcome == decided
     page = (study.folder / "report.html").read_text()
-    assert f"<td>{to_short.pairs_needed}</td>" in page
-    assert "w32-zero_layer-tau0.5-random-s1" in (study.folder / "report.html").read_text()
+    for control in one.controls:
+        if control.mean is not None:
+            assert f"over 3 pairs; {control.pairs_needed} needed for 80 % power" in one.sentence
+            assert f"<td>{control.pairs_needed}</td>" in page
+    words = f"Growing {decided} at equal FLOPs, against" if decided != "open" else "is open"
+    assert words in one.sentence
+    assert f"growing {'pays in 1' if decided == 'pays' else 'pays in 0'} of 1 comp" in report.title
+    assert "w32-zero_layer-tau0.5-random-s1" in page
+    if never is None:
+        assert "Controls are missing" in page
+        assert "Growing pays at equal" not in page
 
 
 def test_sweeps_of_tau_init_and_schedule(tmp_path: Path) -> None:
