@@ -202,7 +202,8 @@ def _numbers(key: str, values: Any, what: str) -> list[float]:
 
 def budget_text(flops: float) -> str:
     """A budget as names of cells have it: ``2e12``."""
-    return f"{flops:.6g}".replace("e+", "e")
+    digits, _, power = f"{flops:.6g}".partition("e")
+    return f"{digits}e{int(power)}" if power else digits
 
 
 def crossings_of(asked: Asked, bases: Sequence[SizeCells], folder: Path) -> list[GridCrossing]:
