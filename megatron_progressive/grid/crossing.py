@@ -30,6 +30,7 @@ from megatron_progressive.grid.cells import (
     Span,
 )
 from megatron_progressive.laws.crossing import LEAST_BUDGETS, Crossing, distinct, find_crossing
+from megatron_progressive.laws.fits import LEVEL
 from megatron_progressive.models import model_shape
 from megatron_progressive.plan.preflight import check_run, smallest_world
 from megatron_progressive.runs.files import is_finished, read_summary
@@ -115,14 +116,14 @@ class GridCrossing:
 
 def interval_text(found: Crossing) -> str:
     """The interval of a crossing; an end that is open lies beyond the budgets."""
-    low, high = found.compute.low, found.compute.high
+    low, high, level = found.compute.low, found.compute.high, f"{100 * LEVEL:.0f} %"
     if low is None and high is None:
-        return "95 %: anywhere among the budgets, or beyond"
+        return f"{level}: anywhere among the budgets, or beyond"
     if low is None:
-        return f"95 %: up to {flops_text(high or 0)}, from below the budgets"
+        return f"{level}: up to {flops_text(high or 0)}, from below the budgets"
     if high is None:
-        return f"95 %: from {flops_text(low)} to above the budgets"
-    return f"95 %: {flops_text(low)} to {flops_text(high)}"
+        return f"{level}: from {flops_text(low)} to above the budgets"
+    return f"{level}: {flops_text(low)} to {flops_text(high)}"
 
 
 def _finished(cell: Cell) -> dict[str, Any] | None:
