@@ -68,18 +68,13 @@ class GridCrossing:
 
     def found(self) -> Crossing | None:
         """The crossing; None until every one of :attr:`cells` is finished."""
-        summaries = [[_finished(cell) for cell in pair] for pair in self.pairs]
-        done = [
-            (shallow, deep)
-            for shallow, deep in summaries
-            if shallow is not None and deep is not None
-        ]
-        if len(done) < len(self.pairs):
+        losses = [[_final_loss(cell) for cell in pair] for pair in self.pairs]
+        done = [(low, high) for low, high in losses if low is not None and high is not None]
+        if len(done) < len(losses):
             return None
-        return find_crossing(
-            [(s["total_flops"] + d["total_flops"]) / 2 for s, d in done],
-            *([float(one[at]["final_eval_loss"]) for one in done] for at in (0, 1)),
-        )
+        shallow, deep = zip(*done, strict=True)
+        flops = [(low.flops + high.flops) / 2 for low, high in self.pairs]
+        return find_crossing(flops, shallow, deep)
 
     def span(self, factor: float, found: Crossing | None) -> Span:
         """The FLOPs of runs that grow at ``factor`` times the crossing."""
@@ -104,7 +99,7 @@ class GridCrossing:
     def finding(self, found: Crossing | None) -> str:
         """What the cells say, in one line without the size's name."""
         if found is None:
-            done = sum(_finished(cell) is not None for cell in self.cells)
+            done = sum(_final_loss(cell) is not None for cell in self.cells)
             return f"{done} of {len(self.cells)} cells of depths alone are finished"
         if found.compute.value is None:
             return self.why_none(found)
@@ -126,10 +121,12 @@ def interval_text(found: Crossing) -> str:
     return f"{level}: {flops_text(low)} to {flops_text(high)}"
 
 
-def _finished(cell: Cell) -> dict[str, Any] | None:
-    """The summary of a finished cell."""
+def _final_loss(cell: Cell) -> float | None:
+    """The final validation loss of a finished cell."""
     summary, _ = read_summary(cell.folder)
-    return summary if is_finished(summary, cell.config.last_step) else None
+    if summary is None or not is_finished(summary, cell.config.last_step):
+        return None
+    return float(summary["final_eval_loss"])
 
 
 @dataclass(frozen=True)
