@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from tests.cuda.conftest import Run
 
 STEP = """
@@ -46,7 +48,7 @@ DENSE = [
 
 
 def count(on_device: Run, cases: list[tuple[str, list[str]]]) -> Any:
-    cases = [(family, ["model.num_layers=4", *words]) for family, words in cases]
+    """Of each case, for a step of one micro-batch and one of four: waits by name, kernels."""
     done = on_device("counting", "-c", STEP, json.dumps(cases))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -54,6 +56,22 @@ def count(on_device: Run, cases: list[tuple[str, list[str]]]) -> Any:
 
 def test_a_step_waits_once_whatever_the_micro_batches(on_device: Run) -> None:
     """For the loss, the norm and the wish to stop, behind everything that the step launches."""
-    for case, counted in zip(DENSE, count(on_device, DENSE), strict=True):
+    cases = [(family, ["model.num_layers=4", *words]) for family, words in DENSE]
+    for case, counted in zip(cases, count(on_device, cases), strict=True):
         for waits, _ in counted:
             assert sum(waits.values()) == 1, (case, waits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_muon_launches_as_much_for_many_layers_as_for_few(on_device: Run, family: str) -> None:
+    """Each for all tensors at once: momentum, decay and application (of tensors that the stand-in
+    counts: what is done with small ones it computes);
+    tensors of one shape are cut, orthogonalised and normalised together."""
+    words = ["model.hidden_size=256", "model.ffn_hidden_size=1024"]
+    cases = [(family, [f"model.num_layers={layers}", *words]) for layers in (4, 12)]
+    besides = []
+    for (_, one), (_, four) in count(on_device, cases):
+        micro_batch = (four - one) / 3
+        besides.append(one - micro_batch)
+    few, many = besides
+    assert many - few < 24  # three for each layer that is more: batches of bounded size

@@ -48,7 +48,8 @@ def _key(result: Result) -> _Key:
     copied = last.init != "random"
     return (
         _arm(result.cell), result.cell.tau or taus, last.init,
-        last.order if copied else "–", last.insert, last.optimizer_state, config.schedule.name,
+        last.order if copied else "–", last.insert + f" {last.block}" * (last.block is not None),
+        last.optimizer_state, config.schedule.name,
     )  # fmt: skip
 
 
