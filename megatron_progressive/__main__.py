@@ -1,11 +1,11 @@
-"""``python -m megatron_progressive`` is ``mprog``."""
+"""``python -m megatron_progressive`` runs ``mprog``."""
 
 import sys
 
 
 def main() -> int:
-    """Run ``mprog``'s command; returns the exit code. Nothing is imported before it can be
-    interrupted without a traceback."""
+    """Run a command of ``mprog``; returns the exit code. Nothing is imported outside of the part in
+    which an interrupt ends it without a traceback."""
     try:
         from megatron_progressive.runtime.tied import end_with_starter
 

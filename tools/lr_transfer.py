@@ -2,8 +2,9 @@
 
 Trains tiny GPT-2s of several widths (at one depth) and depths (at one width), or of all pairs of
 them with ``--product``, at learning rates a factor of 2 apart, with muP and without, and draws the
-final validation loss against the learning rate. No checkpoints; a line of ``results.jsonl`` a
-finished cell, which is not run again: the same command goes on where it was interrupted.
+final validation loss against the learning rate. It writes no checkpoints. Each finished cell has a
+line in ``results.jsonl`` and is not run again, so the same command goes on where it was
+interrupted.
 
     python tools/lr_transfer.py OUT [--steps N] [--product] [--workers N] [key=value …]
 
@@ -35,7 +36,7 @@ ARMS: dict[str, dict[str, bool]] = {"mup": {"mup": True}, "standard": {"mup": Fa
 TITLES = {"mup": "with muP", "standard": "without"}
 HEAD_DIM = 16
 SPECIAL = 8.0
-"""Loss that stands for a diverged run."""
+"""The loss that stands for a diverged run."""
 
 Cell = dict[str, Any]
 
@@ -65,7 +66,8 @@ def configured(out: Path, words: list[str], cell: Cell) -> RunConfig:
 
 
 def final_loss(config: RunConfig) -> float:
-    """Validation loss after training, nats per token; :data:`SPECIAL` if it diverged."""
+    """The validation loss after training, in nats per token; :data:`SPECIAL` if the run
+    diverged."""
     import torch.distributed as dist
 
     from megatron_progressive.engines import make_engine
@@ -94,8 +96,8 @@ def final_loss(config: RunConfig) -> float:
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """An arm after the other, its cheapest shapes first, so that an interrupted study is a complete
-    smaller one."""
+    """The cells of one arm after the other, its cheapest shapes first, so that an interrupted study
+    is a complete smaller one."""
     if args.product:
         shapes = [(w, d) for w in args.widths for d in args.depths]
     else:
@@ -121,15 +123,16 @@ def key(cell: Cell) -> tuple[Any, ...]:
 
 
 def whole_shapes(results: list[Cell], todo: list[Cell]) -> list[Cell]:
-    """The results among ``todo`` of the shapes that have one at every learning rate there: of the
-    others the best rate is not known yet."""
+    """The results among ``todo`` of the shapes that have a result at every learning rate there; for
+    other shapes the best rate is not known yet."""
     wanted, done = {key(cell) for cell in todo}, {key(cell) for cell in results}
     parts = {key(cell)[:3] for cell in todo if key(cell) not in done}
     return [cell for cell in results if key(cell) in wanted and key(cell)[:3] not in parts]
 
 
 def best(results: list[Cell]) -> dict[tuple[str, int, int], tuple[float, float, bool]]:
-    """(learning rate, loss, whether it is inside the grid) of each arm, width and depth."""
+    """The best learning rate, its loss, and whether it is inside of the grid, for each arm, width
+    and depth."""
     found: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
     for cell in results:
         place = (cell["arm"], cell["width"], cell["depth"])
@@ -143,7 +146,7 @@ def best(results: list[Cell]) -> dict[tuple[str, int, int], tuple[float, float, 
 
 
 def interpolated(points: list[tuple[float, float]]) -> float | None:
-    """Least point of the parabola through the best (learning rate, loss) and its neighbours, in
+    """The least point of the parabola through the best (learning rate, loss) and its neighbours, in
     log2 of the learning rate; None at the edge of the grid or beside a diverged run."""
     points = sorted(points)
     at = min(range(len(points)), key=lambda i: points[i][1])
@@ -156,7 +159,8 @@ def interpolated(points: list[tuple[float, float]]) -> float | None:
 
 
 def table(results: list[Cell]) -> str:
-    """Markdown: a row a shape and arm, the loss at each learning rate, the best one in bold."""
+    """A table in Markdown with a row for each shape and arm: the loss at each learning rate, the
+    best one in bold."""
     rates = sorted({cell["lr"] for cell in results})
     losses = {key(cell)[:4]: cell["loss"] for cell in results}
     lines = [
@@ -192,8 +196,9 @@ def verdict(results: list[Cell]) -> list[str]:
 
 
 def draw(results: list[Cell], path: Path) -> None:
-    """A column an arm, a row a width, a line a depth; shaded is where the best rates of all shapes
-    of the arm are. A run that diverged is a cross at the upper edge."""
+    """Draw a column for each arm, a row for each width and a line for each depth. The best rates of
+    all shapes of an arm lie in the shaded range, and a run that diverged is a cross at the upper
+    edge."""
     from matplotlib import colormaps
 
     from megatron_progressive.compare.drawing import FAINT, INK, dress, new_figure, save
@@ -251,7 +256,7 @@ def draw(results: list[Cell], path: Path) -> None:
 
 
 def train(args: argparse.Namespace, todo: list[Cell], label: str) -> None:
-    """Train the cells that OUT has no line of."""
+    """Train the cells for which OUT has no line."""
     path = args.out / "results.jsonl"
     done = {key(cell) for cell in read(path)}
     left = [cell for cell in todo if key(cell) not in done]

@@ -37,15 +37,15 @@ COLOURS = (GROWN_COLOURS[0], SHORT_COLOURS[0], *FIXED_COLOURS)
 
 
 def final_loss(run: Run) -> float:
-    """Validation loss of the last step, nats per token."""
+    """The validation loss of the last step, in nats per token."""
     return float(run.evals["loss"][-1])
 
 
 def first_reached(tokens: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-    """Tokens at which a curve first reaches a loss; None where it does not.
+    """The tokens at which a curve first reaches a loss; None where it does not.
 
     Args:
-        tokens, losses: of the validations, float [validations].
+        tokens, losses: the tokens and losses of the validations, float [validations].
     """
     below = np.flatnonzero(losses <= target)
     if not len(below):

@@ -1,4 +1,4 @@
-"""``mprog``: parse, call, print; one file a group of commands, and no logic."""
+"""``mprog``: parse, call, print. One file has one group of commands, and no logic."""
 
 from megatron_progressive.cli.command_line import main
 

@@ -14,7 +14,7 @@ from megatron_progressive.config.values import shown
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are one line, as all others."""
+    """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')} ({self.prog} --help says more)")
@@ -39,10 +39,11 @@ def positive(text: str) -> float:
 
 
 Call = Callable[[argparse.Namespace, list[str]], int]
-"""A command: its parsed words and all of them as they were given; returns the exit code."""
+"""A command: it gets its parsed arguments and all of them as they were given, and returns the exit
+code."""
 
 type Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-"""Where a group adds its commands."""
+"""The parser to which a group adds its commands."""
 
 
 def command(commands: Commands, name: str, call: Call, text: str) -> argparse.ArgumentParser:
@@ -56,14 +57,14 @@ def command(commands: Commands, name: str, call: Call, text: str) -> argparse.Ar
 def takes_config(sub: argparse.ArgumentParser) -> None:
     """Add a configuration and words that replace fields of it."""
     sub.add_argument("config", metavar="CONFIG", help="a YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields of it")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields of the file")
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     """The configuration of a command, with the model of ``run.init_from`` where it names one.
 
     Raises:
-        ConfigError: it cannot be read, or a value of it is not accepted.
+        ConfigError: the configuration cannot be read, or a value in it is not accepted.
     """
     from megatron_progressive.checkpoints.init_from import with_initial_model
     from megatron_progressive.runs.extension import resolved
@@ -74,14 +75,14 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path:
-    """The checkpoint of a command; of a run folder its newest one."""
+    """The checkpoint of a command; for a run folder its newest one."""
     from megatron_progressive.checkpoints.checkpoint import newest_checkpoint
 
     return newest_checkpoint(place("CHECKPOINT", args.checkpoint))
 
 
 def out_of(args: argparse.Namespace) -> Path:
-    """The folder of ``--out``, which is made where it is not there."""
+    """The folder that ``--out`` names, which is made where it is not there."""
     out = place("--out", args.out)
     check_writable("--out", out)
     return out

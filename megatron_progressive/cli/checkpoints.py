@@ -1,4 +1,4 @@
-"""``mprog checkpoint …``, ``export``, ``import``: models on disk."""
+"""``mprog checkpoint …``, ``export`` and ``import``: models on disk."""
 
 from __future__ import annotations
 
@@ -56,22 +56,26 @@ def _import_hf(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of models on disk."""
-    checkpoint = commands.add_parser("checkpoint", help="inspect it, or expand it on disk")
+    """Add the commands for models on disk."""
+    checkpoint = commands.add_parser(
+        "checkpoint", help="inspect a checkpoint, or expand it on disk"
+    )
     verbs = checkpoint.add_subparsers(dest="checkpoint_command", required=True, metavar="COMMAND")
-    inspect = command(verbs, "inspect", _checkpoint_inspect, "what a checkpoint holds")
+    inspect = command(verbs, "inspect", _checkpoint_inspect, "show what a checkpoint holds")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
-    inspect.add_argument("--json", action="store_true", help="one JSON object")
-    expand = command(verbs, "expand", _checkpoint_expand, "a deeper checkpoint, without a job")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    expand = command(verbs, "expand", _checkpoint_expand, "make a deeper checkpoint, without a job")
     expand.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
     expand.add_argument("out", metavar="OUT", help="folder of the new checkpoint")
-    expand.add_argument("--to-layers", metavar="N", required=True, help="depth of the new one")
+    expand.add_argument(
+        "--to-layers", metavar="N", required=True, help="depth of the new checkpoint"
+    )
     defaults = ExpansionSection()
     for field, what in (
         ("init", "new layers' weights: random, copying, zero, copying_zeroL, copying_zeroN"),
-        ("order", "of copied layers: stack, inter, last"),
-        ("insert", "new layers go to the bottom, the top or the middle"),
-        ("optimizer_state", "inherit, copy, reset"),
+        ("order", "order of copied layers: stack, inter, last"),
+        ("insert", "where new layers go: bottom, top, middle"),
+        ("optimizer_state", "optimizer state after it: inherit, copy, reset"),
     ):
         default = getattr(defaults, field)
         option = f"--{field.replace('_', '-')}"
@@ -85,21 +89,24 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     exporting = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
     exports = exporting.add_subparsers(dest="export_command", required=True, metavar="FORMAT")
-    export = command(exports, "hf", _export_hf, "a Hugging Face model folder of a checkpoint")
+    export = command(exports, "hf", _export_hf, "make a Hugging Face model folder")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/step_0001200")
-    export.add_argument("out", metavar="OUT", help="folder to make")
+    export.add_argument("out", metavar="OUT", help="the folder to make")
     export.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="float32 (master weights where there are) or bfloat16 (default: the model's)",
+        help="type of the weights: float32 (the master weights, where there are any) or bfloat16 "
+        "(default: the model's)",
     )
     export.add_argument(
-        "--tokenizer", metavar="FOLDER", help="default: the one that the checkpoint keeps"
+        "--tokenizer", metavar="FOLDER", help="default: the tokenizer that the checkpoint keeps"
     )
     importing = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
     imports = importing.add_subparsers(dest="import_command", required=True, metavar="FORMAT")
-    imported = command(imports, "hf", _import_hf, "a checkpoint of a Hugging Face model folder")
-    imported.add_argument("folder", metavar="FOLDER", help="with config.json and safetensors")
+    imported = command(imports, "hf", _import_hf, "make a checkpoint of a model folder")
+    imported.add_argument(
+        "folder", metavar="FOLDER", help="a folder with config.json and safetensors"
+    )
     imported.add_argument("out", metavar="OUT_CHECKPOINT", help="folder of the new checkpoint")
     imported.add_argument(
         "--allow", action="append", default=[], metavar="KEY",

@@ -1,4 +1,4 @@
-"""The whole command line: its groups of commands, how errors end it, its exit codes."""
+"""The whole command line: its groups of commands, how errors end a command, and its exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPS = (
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Without argparse's own list of commands: the groups stand in the description."""
+    """Help without argparse's own list of commands, since the description has the groups."""
 
     def add_argument(self, action: argparse.Action) -> None:
         if not isinstance(action, argparse._SubParsersAction):

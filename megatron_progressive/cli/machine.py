@@ -15,5 +15,5 @@ def _env(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of the machine."""
-    command(commands, "env", _env, "versions, devices, and what the fast path lacks")
+    """Add the commands for the machine."""
+    command(commands, "env", _env, "show versions, devices, and what the fast path lacks")

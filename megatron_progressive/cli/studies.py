@@ -1,4 +1,4 @@
-"""``mprog grid …``, ``coordcheck``: studies of many runs."""
+"""``mprog grid …`` and ``coordcheck``: studies of many runs."""
 
 from __future__ import annotations
 
@@ -106,18 +106,18 @@ def _coordcheck(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of studies."""
+    """Add the commands for studies."""
     grid = commands.add_parser("grid", help="studies of many runs").add_subparsers(
         dest="grid_command", required=True, metavar="COMMAND"
     )
     for name, text in (
-        ("plan", "the cells of a grid and what they cost; trains nothing"),
+        ("plan", "show the cells of a grid and what they cost"),
         ("pilot", "measure the grid's mixing time, which gives cells with tau: pilot their τ"),
-        ("run", "the pilot, then the cells that are not finished"),
-        ("submit", "the pilot, the cells and the report as jobs of Slurm"),
-        ("status", "how far every cell is, and how long the rest takes"),
-        ("collect", "results of the finished cells, also as results.json"),
-        ("report", "report.html, figures and report.json of the finished cells"),
+        ("run", "train the pilot, then the cells that are not finished"),
+        ("submit", "submit the pilot, the cells and the report as jobs of Slurm"),
+        ("status", "show how far every cell is, and how long the rest takes"),
+        ("collect", "print the results of the finished cells, and write results.json"),
+        ("report", "write report.html, figures and report.json of the finished cells"),
     ):
         sub = command(grid, name, _grid, text)
         sub.add_argument("grid", metavar="GRID", help="a YAML file")
@@ -127,42 +127,63 @@ def add(commands: Commands) -> None:
         )  # fmt: skip
         if name in ("pilot", "run"):
             sub.add_argument(
-                "--workers", type=count, default=1, metavar="N", help="cells at a time"
+                "--workers",
+                type=count,
+                default=1,
+                metavar="N",
+                help="number of cells that run at a time",
             )
-            sub.add_argument("--nproc", type=count, default=1, metavar="N", help="ranks of a cell")
+            sub.add_argument(
+                "--nproc", type=count, default=1, metavar="N", help="number of ranks of each cell"
+            )
             sub.add_argument(
                 "--srun", default="", metavar="COMMAND",
                 help="inside a Slurm job: srun and its options, to run a cell on the job's tasks",
             )  # fmt: skip
         if name == "submit":
-            sub.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes of a cell")
+            sub.add_argument(
+                "--nodes", type=count, default=1, metavar="N", help="number of nodes of each cell"
+            )
             sub.add_argument(
                 "--sbatch", default="", metavar="OPTIONS",
                 help="more options of sbatch for every job: --sbatch='--time=4:00:00 …'",
             )  # fmt: skip
-            sub.add_argument("--array-limit", type=count, metavar="K", help="cells at a time")
-            sub.add_argument("--dry-run", action="store_true", help="print the commands alone")
+            sub.add_argument(
+                "--array-limit", type=count, metavar="K", help="number of cells that run at a time"
+            )
+            sub.add_argument(
+                "--dry-run", action="store_true", help="print the commands, submit nothing"
+            )
         if name == "run":
             sub.add_argument(
                 "--cell", action="append", default=[], metavar="NAME_OR_INDEX",
                 help="run this cell alone, of those that plan prints; may be given several times",
             )  # fmt: skip
         if name == "status":
-            sub.add_argument("--watch", action="store_true", help="on a terminal: until all ended")
+            sub.add_argument(
+                "--watch",
+                action="store_true",
+                help="on a terminal, go on until all cells have ended",
+            )
     coordcheck = command(
         commands, "coordcheck", _coordcheck, "check activations and updates against width and depth"
     )
     takes_config(coordcheck)
     for name, what in (("widths", "1, 2, 4 times the model's"), ("depths", "1,2,4,8")):
         coordcheck.add_argument(f"--{name}", metavar="N,N,…", help=f"default: {what}")
-    coordcheck.add_argument("--steps", type=count, default=16, metavar="N", help="default: 16")
+    coordcheck.add_argument(
+        "--steps", type=count, default=16, metavar="N", help="number of steps (default: 16)"
+    )
     coordcheck.add_argument(
         "--slope",
         type=positive,
         default=0.2,
         metavar="S",
-        help="largest that passes (default: 0.2)",
+        help="largest slope that passes (default: 0.2)",
     )
     coordcheck.add_argument(
-        "--out", metavar="FOLDER", default="coordcheck", help="where to write (default: it)"
+        "--out",
+        metavar="FOLDER",
+        default="coordcheck",
+        help="folder to write to (default: coordcheck)",
     )

@@ -1,4 +1,4 @@
-"""``mprog init``, ``data``, ``train``, ``plan``, ``pilot``, ``report``: a single run."""
+"""``mprog init``, ``data``, ``train``, ``plan``, ``pilot`` and ``report``: a single run."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.cost.cluster import make_cluster
+    from megatron_progressive.plan import dry_run
     from megatron_progressive.plan.plan import make_plan
     from megatron_progressive.plan.plan_text import render
 
@@ -58,7 +59,13 @@ def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
         for name in ("gpu_memory_gib", "peak_tflops", "mfu", "link_gb_per_s")
     }
     cluster = make_cluster(args.gpu, numbers)
-    print(render(make_plan(config, args.nproc, args.link_gb_per_s, cluster, args.search)))
+    if args.dry_run:
+        dry_run.check_available()
+    plan = make_plan(config, args.nproc, args.link_gb_per_s, cluster, args.search)
+    print(render(plan), flush=True)
+    if args.dry_run:
+        gib = cluster.memory_gib if cluster else dry_run.H100_GIB
+        print("\n" + dry_run.render(dry_run.dry_run(plan.config, plan.world, gib=gib), gib))
     return 0
 
 
@@ -90,7 +97,7 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def add(commands: Commands) -> None:
-    """Add the commands of a single run."""
+    """Add the commands for a single run."""
     init = command(commands, "init", _init, "write a commented first configuration")
     init.add_argument("file", metavar="FILE", help="the YAML file to make")
     init.add_argument(
@@ -103,29 +110,37 @@ def add(commands: Commands) -> None:
     data = commands.add_parser("data", help="prepare text for training").add_subparsers(
         dest="data_command", required=True, metavar="COMMAND"
     )
-    takes_config(command(data, "prepare", _data_prepare, "corpus to Megatron's indexed dataset"))
-    train = command(commands, "train", _train, "train a run; goes on where it has a checkpoint")
+    takes_config(command(data, "prepare", _data_prepare, "prepare the corpus for training"))
+    train = command(
+        commands, "train", _train, "train a run, from its newest checkpoint if it has one"
+    )
     takes_config(train)
     train.add_argument("--nproc", type=count, metavar="N", help="start N local workers")
-    plan = command(
-        commands, "plan", _plan, "parameters, FLOPs, memory, time and saving; trains nothing"
-    )
+    plan = command(commands, "plan", _plan, "show parameters, FLOPs, memory, time and saving")
     takes_config(plan)
-    plan.add_argument("--nproc", "--gpus", type=count, metavar="N", help="ranks of the job")
+    plan.add_argument(
+        "--nproc", "--gpus", type=count, metavar="N", help="number of ranks of the job"
+    )
     plan.add_argument(
         "--link-gb-per-s",
         type=positive,
         metavar="G",
-        help="1e9 bytes per second that a rank sends and receives at an expansion, and to other "
-        "nodes (default: the GPU's network adapter, or 25)",
+        help="rate at which a rank sends and receives at an expansion, and to other nodes, in 1e9 "
+        "bytes per second (default: the GPU's network adapter, or 25)",
     )
-    plan.add_argument("--gpu", metavar="NAME", help="a100, h100 or h200: memory and time as well")
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="plan memory and time for it: a100, h100 or h200"
+    )
+    plan.add_argument(
+        "--dry-run", action="store_true",
+        help="run the first, a middle and the last rank without a GPU: memory by torch's allocator",
+    )  # fmt: skip
     plan.add_argument(
         "--search", action="store_true", help="look for the quickest layouts that fit"
     )
     for name, what in (
-        ("gpu-memory-gib", "memory of a GPU"),
-        ("peak-tflops", "its dense bf16 peak, 1e12 FLOPs per second"),
+        ("gpu-memory-gib", "memory of the GPU in GiB"),
+        ("peak-tflops", "dense bf16 peak of the GPU in 1e12 FLOPs per second"),
         ("mfu", "assumed share of the peak that computing reaches (default: 0.4)"),
     ):
         plan.add_argument(f"--{name}", type=positive, metavar="X", help=what)
@@ -142,10 +157,10 @@ def add(commands: Commands) -> None:
         "--at",
         type=positive,
         metavar="T",
-        help="where one of them is expanded, likewise (default: the end of the warmup)",
+        help="where one of them is expanded, in the same form (default: the end of the warmup)",
     )
     report = command(commands, "report", _report, "compare runs: report.html, figures, report.json")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one comparison")
     report.add_argument(
-        "--out", metavar="FOLDER", default="report", help="where to write (default: ./report)"
+        "--out", metavar="FOLDER", default="report", help="folder to write to (default: ./report)"
     )

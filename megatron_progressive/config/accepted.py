@@ -10,6 +10,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.resnet.stem": (None, "cifar", "imagenet"),
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
     "train.precision": ("fp32", "bf16"),
+    "kernels.attention": (None, "flash", "fused", "unfused"),
     "train.trackers": ("tensorboard", "wandb"),  # of each
     "optim.name": ("muon_nsgd", "adamw"),
     "optim.ns_coefficients": ("jordan", "polar_express", "deepseek_v4"),

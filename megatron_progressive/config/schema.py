@@ -246,9 +246,16 @@ class OptimSection:
 @dataclass(frozen=True)
 class KernelsSection:
     """Fast kernels of the Megatron engine, on CUDA only. Each but CUDA graphs is on by default
-    where the model has a use for it; ``true`` is refused without CUDA. In fp32 the layers are
-    Megatron-core's local ones, without TF32. They have not run on a GPU yet."""
+    where the model has a use for it; ``true`` is refused without CUDA, and where it could not be
+    had. In fp32 the layers are Megatron-core's local ones, without TF32. They have not run on a GPU
+    yet."""
 
+    transformer_engine: Optional[bool] = None
+    """Whether layers are Transformer Engine's (in bf16), where it is installed; otherwise they are
+    Megatron-core's local ones."""
+    attention: Optional[str] = None
+    """The attention of Transformer Engine: ``flash`` (the package flash-attn), ``fused`` (cuDNN) or
+    ``unfused``; by default it takes the fastest that can do the sizes."""
     cross_entropy: Optional[bool] = None
     """Whether the cross-entropy is fused (in bf16 only: it rounds the gradient of the logits)."""
     rope: Optional[bool] = None
@@ -266,7 +273,11 @@ class KernelsSection:
     overlap_parameters: Optional[bool] = None
     """Whether parameters are gathered during the forward pass (with the distributed optimizer)."""
     cuda_graphs: Optional[bool] = None
-    """Whether layers are captured as CUDA graphs; each expansion captures them anew."""
+    """Whether layers are captured as CUDA graphs: not possible with Megatron-core 0.19.2, whose
+    graphs belong to the process and not to a model that an expansion may replace."""
+    deterministic: Optional[bool] = None
+    """Whether only kernels are used that give the same bits each time, which is slower. Without it
+    a run on GPUs that is resumed, or repeated, differs from an unbroken one by rounding."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Studies: the cells of a grid, running and submitting them, their state and their results."""
+"""Studies: the cells of a grid, how they are run and submitted, their state and their results."""

@@ -1,4 +1,5 @@
-"""One run a fingerprint: cells that are the same run under several names share its folder."""
+"""One run for each fingerprint: cells that are the same run under several names share its
+folder."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ def one_a_run(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def share_runs(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """The cells, those of one fingerprint with one run: the first one's, or the one that is there.
+    """The cells, where those of one fingerprint have one run: that of the first cell, or the one
+    that is already there.
 
     Args:
-        folder: of the study's run folders, where a run may be under a name that the grid had for
-            it before (of a size that was renamed, say): finished before unfinished.
+        folder: the folder of the study's run folders. A run may lie there under a name that the
+            grid had for it before, for example that of a size which was renamed; finished runs go
+            before unfinished ones.
     """
     there: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*-*")):
@@ -46,12 +49,12 @@ def share_runs(cells: Sequence[Cell], folder: Path) -> list[Cell]:
 
 
 def _digits(run_name: str) -> str:
-    """The fingerprint that a run folder is named by: without the content of its data where no
+    """The fingerprint that a run folder is named by. It leaves out the content of the data where no
     folder of that name is trained on something else."""
     return run_name.rpartition("-")[2]
 
 
 def _rank(run: Path, own: str) -> tuple[bool, bool, bool, str]:
-    """Finished runs first, then those that have begun, the one of the cell's own name before
-    others."""
+    """The rank of a run: finished runs come first, then those that have begun; a run under the
+    cell's own name comes before others."""
     return not (run / SUMMARY_FILE).is_file(), not run.is_dir(), run.name != own, run.name

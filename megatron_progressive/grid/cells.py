@@ -6,6 +6,7 @@ two grids that are the same run share a folder's name, and a finished one is nev
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from megatron_progressive.config import ConfigError, RunConfig, check_value, fro
 from megatron_progressive.config.loading import Override
 from megatron_progressive.config.places import check_name, check_run_name
 from megatron_progressive.config.values import converted, shown
-from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.cost.flops import steps_within, total_flops
 from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.grid.data import StudyData
 from megatron_progressive.grid.fingerprint import fingerprint
@@ -26,34 +27,41 @@ from megatron_progressive.plan import controls
 from megatron_progressive.runs.decisive import decisive
 
 FIXED, SHORT, NEVER = "fixed", "short_control", "never_grown"
+ALONE = "alone"
+"""The arm of a crossing study's two depths, which no list of arms names."""
 ZERO_LAYER, ONE_LAYER, FUNCTION_PRESERVING = "zero_layer", "one_layer", "function_preserving"
 G_STACK, GRADUAL_STACK, MULTI_STAGE = "g_stack", "gradual_stack", "multi_stage"
 ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING,
         MULTI_STAGE)  # fmt: skip
-SCRATCH = (FIXED, SHORT, NEVER)
+SCRATCH = (FIXED, SHORT, NEVER, ALONE)
 """Arms that do not grow."""
 DEEPER_SOURCE = re.compile(r"([2-9]|[1-9]\d+)_layers")
-"""Arms of deeper sources: ``2_layers``, ``4_layers``, ..."""
+"""The names of arms with deeper sources: ``2_layers``, ``4_layers``, ..."""
 PILOT = "pilot"
-"""Instead of a τ: the one that follows from the mixing time that the pilot measures."""
+"""What stands for a τ that follows from the mixing time which the pilot measures."""
 
 G_STACK_FACTOR, G_STACK_AT = 4, 0.1
-"""Growth of G_stack: four times the layers, early (Du et al. 2024, arXiv 2405.15319)."""
+"""The growth of G_stack: to four times the layers, early (Du et al. 2024, arXiv 2405.15319)."""
 GRADUAL_STAGES = 3
-"""Depths L/4, L/2, L of gradual stacking, for equal numbers of steps, each growth a copy of the
-layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively stacking")."""
+"""The number of depths of gradual stacking: L/4, L/2 and L, for equal numbers of steps. Each growth
+copies the layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively
+stacking")."""
 MULTI_STAGE_LAYERS = 2
-"""Middle depth of multi_stage (0, 2, L layers), from τ / 2 on (arXiv 2511.04981)."""
+"""The middle depth of multi_stage, which has 0, 2 and L layers; it begins at τ / 2 (arXiv
+2511.04981)."""
 _AFTER = "expansion.parallel."
-"""Keys of a size with this prefix are the layout of the full depth."""
+"""The prefix of a size's keys that give the layout of the full depth."""
 EXPANSION_KEYS = ("order", "insert", "optimizer_state")
-"""Fields of an expansion that a grid spans by lists of its own."""
+"""The fields of an expansion over which a grid spans by lists of its own."""
 TAU, INIT, SCHEDULE = "tau", "init", "schedule"
-EXPANSION_AXES = (TAU, INIT, *EXPANSION_KEYS)
-"""Axes of a cell that runs from scratch have no value of."""
+DEPTH, BUDGET, AROUND = "depth", "budget", "around"
+"""The axes of a crossing study: of the depths alone, and of what grows around their crossing."""
+EXPANSION_AXES = (TAU, INIT, AROUND, *EXPANSION_KEYS)
+"""The axes of which a cell that runs from scratch has no value."""
 
 TauOf = Callable[[RunConfig], tuple[int, str]]
-"""The pilot's τ, in steps, of a configuration, and why it is not known (then it is assumed)."""
+"""Gives the pilot's τ of a configuration, in steps, and why it is not known; then the τ is
+assumed."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +69,23 @@ class Cell:
     """One run of a grid."""
 
     name: str
-    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-SCHEDULE]-sSEED``."""
+    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-xFACTOR][-SCHEDULE]-sSEED``, and of a depth
+    alone ``SIZE-alone-LAYERS-BUDGET[-SCHEDULE]-sSEED``."""
     size: str
     arm: str
     seed: int
     config: RunConfig
     """``run.dir`` is the study's folder of cells, ``run.name`` the cell's folder in it."""
     control_of: str | None = None
-    """Of a control of equal FLOPs: the name of the cell whose FLOPs it has."""
+    """The name of the cell whose FLOPs a control of equal FLOPs has."""
     axes: Mapping[str, str] = field(default_factory=dict)
     """Where the cell lies among those of its size, arm and seed: a value for each axis that the
     grid can span (:data:`EXPANSION_AXES`, the schedule, and what :func:`.kinds.kind_keys` says of
-    the sizes). Two cells that differ in any are never two seeds of one run. Of a control of equal
-    FLOPs: those of the cell that it controls."""
+    the sizes). Two cells that differ in any value are never two seeds of one run. A control of
+    equal FLOPs has the values of the cell that it controls."""
     unknown: str = ""
-    """Why τ is not known. Such a cell is not run; its configuration has an assumed τ."""
+    """Why τ, or the number of steps, is not known. Such a cell is not run; its configuration has an
+    assumed one."""
     trained_on: DataIdentity | None = None
     """What the study is trained on; None where that is not settled yet."""
 
@@ -85,7 +95,7 @@ class Cell:
 
     @property
     def tau(self) -> str:
-        """As the grid has it, of an arm that spans several; of a control its cell's."""
+        """The τ as the grid has it, where the arm spans several; a control has that of its cell."""
         return self.axes.get(TAU, "")
 
     @property
@@ -95,7 +105,7 @@ class Cell:
 
     @property
     def run_name(self) -> str:
-        """Of its run, which other cells with its fingerprint share."""
+        """The name of the cell's run, which other cells with its fingerprint share."""
         return self.config.run.name
 
     @property
@@ -108,13 +118,26 @@ class Cell:
 
 
 def params_of(cell: Cell) -> int:
-    """Parameters of a cell's last model."""
+    """The number of parameters of a cell's last model."""
     expansion = cell.config.expansion
     return parameter_count(model_shape(cell.config, expansion[-1].to_layers if expansion else None))
 
 
+@dataclass(frozen=True)
+class Span:
+    """What the runs that grow cost in all, where a grid spans them around a crossing."""
+
+    factor: str
+    """The multiple of the crossing, as names have it."""
+    flops: float
+    unknown: str = ""
+    """Why the crossing is not known; then the FLOPs are assumed."""
+
+
 class SizeCells:
     """The cells of one size, seed and schedule."""
+
+    _span: Span | None = None
 
     def __init__(
         self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
@@ -165,14 +188,34 @@ class SizeCells:
         self._setting = {SCHEDULE: self.config.schedule.name}
 
     def distinguish(self, kinds: Sequence[str]) -> None:
-        """Make axes of keys that make another kind of run (:func:`.kinds.kind_keys`)."""
+        """Make axes of the keys that make another kind of run (:func:`.kinds.kind_keys`)."""
         decides = decisive(self.config)
         self._setting |= {key: str(decides.get(key, "")) for key in kinds}
+
+    def around(self, span: Span) -> SizeCells:
+        """The same, with runs that grow for as many steps as ``span`` pays for."""
+        other = copy.copy(self)
+        other._span, other._mark = span, f"-x{span.factor}{self._mark}"
+        other._setting = {**self._setting, AROUND: span.factor}
+        return other
+
+    def alone(self, depth: int, budget: str, flops: float) -> Cell:
+        """The cell of ``depth`` layers from scratch, with a complete schedule of as many steps as
+        ``flops`` pay for (at least one); ``budget`` is how its name has them."""
+        config = self._config_of(depth, [])
+        steps = max(1, steps_within(config, flops))
+        config = replace(config, train=replace(config.train, steps=steps, stop_after=None))
+        axes = {DEPTH: str(depth), BUDGET: budget}
+        return self._named(f"{ALONE}-{depth}-{budget}", ALONE, config, axes)
+
+    @property
+    def schedule(self) -> str:
+        return self._setting[SCHEDULE]
 
     def cells(
         self, arms: list[str], taus: list[Any], inits: list[str], tau_of: TauOf
     ) -> Iterator[Cell]:
-        """The cells of ``arms``, controls last."""
+        """The cells of ``arms``; controls come last."""
         progressive: list[Cell] = []
         for arm in arms:
             if arm == FIXED:
@@ -213,7 +256,10 @@ class SizeCells:
         values["model"]["num_layers"] = source
         if expansion:
             expansion[-1]["parallel"] = self._after
-        else:
+            if self._span is not None:
+                config = from_dict(values, resolved=True)
+                values["train"]["steps"] = max(1, steps_within(config, self._span.flops))
+        elif source == self.layers:
             values["parallel"].update(self._after)
         return from_dict(values, resolved=True)
 
@@ -222,6 +268,7 @@ class SizeCells:
         unknown: str = "",
     ) -> Cell:  # fmt: skip
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
+        unknown = unknown or (self._span.unknown if self._span is not None else "")
         trained_on = self.trained_on(config)
         folder = name if unknown else self.choose_name(name, config, [""])
         check_run_name(f"cell {name}", folder)
@@ -237,9 +284,9 @@ class SizeCells:
         return None if self._data is None else self._data.known(config)
 
     def choose_name(self, name: str, config: RunConfig, endings: Sequence[str]) -> str:
-        """``name`` with the run's fingerprint: without the content of its data, which is not known
-        at first, or with it where run folders of that name (with one of ``endings``) are known to
-        be trained on something else."""
+        """The name ``name`` with the run's fingerprint. The content of the run's data, which is not
+        known at first, is part of it only where run folders of that name (with one of ``endings``)
+        are known to be trained on something else."""
         known = self.trained_on(config)
         named = f"{name}-{fingerprint(config)}"
         found = [
@@ -256,7 +303,8 @@ class SizeCells:
     def _grown(
         self, arm: str, source: int, taus: list[Any], inits: list[str], tau_of: TauOf
     ) -> Iterator[Cell]:
-        """Cells that expand from ``source`` layers at τ; multi_stage has grown to them before."""
+        """The cells that expand from ``source`` layers at τ; those of multi_stage have grown to
+        that depth before."""
         for tau, init in itertools.product(taus, inits):
             at, unknown = tau_of(self.config) if tau == PILOT else (tau, "")
             text = tau if tau == PILOT else f"{tau:g}"
@@ -271,8 +319,9 @@ class SizeCells:
                 yield self._named(what, arm, config, axes, unknown)
 
     def _choices(self, source: int, init: str) -> list[dict[str, str]]:
-        """Combinations of the axes, without what makes no difference: the order in which fewer
-        than two layers are copied, a side of no layers, the optimizer state of no copies."""
+        """The combinations of the axes, without those that make no difference: the order in which
+        fewer than two layers are copied, a side of no layers, and the optimizer state of no
+        copies."""
         copied = init.startswith("copying")
         axes = {
             key: [v for v in values if copied or (key, v) != ("optimizer_state", "copy")]

@@ -1,8 +1,8 @@
-"""What a study's cells are trained on: one prepared corpus for all that ask for the same one.
+"""What a study's cells are trained on: one prepared corpus for all cells that ask for the same one.
 
-The first run of a study settles it, in its folder ``data/``: one file for each ``data`` section of
-its cells (their sizes may change it). From then on every cell is trained on that, however often
-the study is taken up again.
+The first run of a study settles this in the study's folder ``data/``, with one file for each
+``data`` section of its cells (sizes may change that section). From then on every cell is trained on
+that corpus, however often the study is taken up again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _NOT_CONTENT = ("prepared", "sequence_length")  # of the data section
 
 
 def data_key(config: RunConfig) -> str:
-    """Twelve hexadecimal digits of all that asks for a corpus: equal for configurations that one
-    prepared corpus serves."""
+    """Twelve hexadecimal digits of everything that asks for a corpus: equal for configurations that
+    one prepared corpus serves."""
     asked = {k: v for k, v in asdict(config.data).items() if k not in _NOT_CONTENT}
     shape = model_shape(config)
     if isinstance(shape, TransformerShape):
@@ -45,7 +45,7 @@ class StudyData:
 
     def known(self, config: RunConfig) -> DataIdentity | None:
         """What the cells of this ``data`` section are trained on; None where none has begun since
-        that is recorded."""
+        this is recorded."""
         if not self._folder.is_dir():
             return None
         return read_identity(self._file(config))
@@ -54,10 +54,10 @@ class StudyData:
         """What the cells of this ``data`` section are trained on, prepared and whole.
 
         Args:
-            begun: run folders of cells that began before it was recorded.
+            begun: the run folders of cells that began before this was recorded.
 
         Raises:
-            ConfigError: it is not there, or is not what cells have been trained on.
+            ConfigError: the data is not there, or is not what cells have been trained on.
         """
         known = self.known(config)
         what = f"study {self._study}"
@@ -81,7 +81,7 @@ class StudyData:
         return self._folder / f"{data_key(config)}.json"
 
     def _record(self, config: RunConfig, found: DataIdentity) -> DataIdentity:
-        """Write it where no other worker has; returns what is there then."""
+        """Record the data where no other worker has done so; returns what is recorded then."""
         file = self._file(config)
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")

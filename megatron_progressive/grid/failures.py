@@ -1,9 +1,10 @@
-"""Whose failure a try of a cell was: its own, which counts, or of the place where it was started.
+"""Whose failure a try of a cell was: the cell's own, which counts, or that of the place where it
+was started.
 
-A cell's own is what its run says of itself once it has begun, or what is wrong with its
-configuration or its data. Of the place are a missing ``srun``, another interpreter, variables of
-the scheduler, ranks that do not fit the layout, ranks that do not find each other: the cell can
-do nothing for them, and runs elsewhere.
+A failure is the cell's own where its run has begun and says so, or where its configuration or its
+data is wrong. It is that of the place where ``srun`` is missing, the interpreter or the scheduler's
+variables are wrong, or ranks do not fit the layout or do not find each other: the cell is not to
+blame for these, and runs elsewhere.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import signal
 from dataclasses import dataclass
 
 CONFIG_CODE = 2
-"""Exit code of a refusal, and of much else: shells, interpreters and ``srun`` use it too."""
+"""The exit code of a refusal, and of much else: shells, interpreters and ``srun`` use it, too."""
 NO_PROGRAM_CODE = 127
-"""Exit code of shells and launchers for a program that is not there; 126 for one that cannot be
-executed."""
+"""The exit code of shells and launchers for a program that is not there; 126 is that for one that
+cannot be executed."""
 
 # What this program's own processes say at their end, perhaps behind a rank's number of srun --label
 _SAID = re.compile(r"^(?:\d+: ?)?(mprog: .+|rank \d+: .+)$", re.MULTILINE)
@@ -25,12 +26,13 @@ _LAYOUT = re.compile(
     r"mprog: (?:(?:expansion\[\d+\]\.)?parallel\b|train\.global_batch:|train\.micro_batch:"
     r"|kernels\.|optim\.ns_kernel_from:)"
 )
-"""What a cell's configuration was checked for when the grid was read, but for the ranks and the
-devices that are here."""
+"""What could not be checked when the grid was read: a layout against the ranks and the devices that
+are here."""
 _WRITING = re.compile(r"mprog: run\.dir:")
 _IN_USE = re.compile(r"mprog: run\.name: .* is in use by ")
 _OTHERS_DOING = re.compile(r"rank \d+: (?:Dist\w*Error:|killed by )")
-"""Of a run that has not begun: its ranks did not meet, or somebody ended them."""
+"""What ends a run that has not begun although it is sound: its ranks did not meet, or somebody
+ended them."""
 _NOT_INSTALLED = re.compile(r"No module named ['\"]?megatron_progressive")
 
 
@@ -43,20 +45,20 @@ class Failure:
     own: bool = False
     """Whether it counts against the cell."""
     final: bool = False
-    """Whether trying again, here, ends in the same way."""
+    """Whether trying again in this place ends in the same way."""
     everywhere: bool = False
-    """Whether no other cell can be started here either."""
+    """Whether no other cell can be started in this place either."""
     in_use: bool = False
     """Whether another job has the run."""
 
 
 def judge(code: int, text: str, begun: bool) -> Failure:
-    """What a try's end means.
+    """What the end of a try means.
 
     Args:
-        code: its exit code; negative: the signal that killed it.
-        text: what it printed.
-        begun: whether its run began, by the run's folder.
+        code: the exit code of the try; a negative one is the signal that killed it.
+        text: what the try printed.
+        begun: whether its run has begun, as the run's folder tells.
     """
     said = [match[1] for match in _SAID.finditer(text)]
     # of ranks the first one that failed: the others lost it
@@ -77,7 +79,7 @@ def judge(code: int, text: str, begun: bool) -> Failure:
 
 
 def _last(text: str, code: int) -> str:
-    """The last line of what it printed, with its exit code where that says more."""
+    """The last line of what a try printed, with its exit code where that says more."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"

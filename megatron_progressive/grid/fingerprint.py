@@ -1,7 +1,8 @@
 """The fingerprint of a cell: what decides a run's result, in twelve digits.
 
-Cells of one fingerprint are one run. It ends the name of a cell's run folder, so that two studies
-with the same run find it finished, and a run that differs in anything has a folder of its own.
+Cells with one fingerprint are one run. The fingerprint ends the name of a cell's run folder, so
+that two studies with the same run find it finished, and a run that differs in anything has a folder
+of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from megatron_progressive.runs.decisive import decisive
 
 def fingerprint(config: RunConfig, trained_on: DataIdentity | None = None) -> str:
     """Twelve hexadecimal digits of what decides a run's result: model, data, steps, optimizer,
-    schedule, expansions, seed; not its layout, which changes no more than rounding.
+    schedule, expansions and seed. The layout is left out, since it changes no more than rounding.
 
     Keys without a value are left out: a version that adds one does not undo finished cells.
 
     Args:
-        trained_on: the content of its data, where that is known; its name is in the configuration.
+        trained_on: the content of the run's data, where that is known; the configuration has its
+            name.
     """
     found = {
         key: repr(value)

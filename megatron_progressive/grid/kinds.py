@@ -1,4 +1,4 @@
-"""What of a grid's sizes makes another kind of run, not a larger or smaller one."""
+"""Which keys of a grid's sizes make another kind of run, and not a larger or smaller one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megatron_progressive.grid.cells import SizeCells
 from megatron_progressive.runs.decisive import decisive
 
 _SIZE_KEYS = ("train.steps", "train.global_batch", "data.sequence_length")
-"""Numbers that make a size, with the depth and those of ``model.``: what it is and what it is
-trained on."""
+"""The numbers that make a size, beside the depth and those of ``model.``: what it is, and how much
+it is trained on."""
 _NOT_KINDS = ("run.", "schedule.name")  # the grid's own axes, and names
 
 
 def kind_keys(bases: Sequence[SizeCells]) -> list[str]:
     """Keys of the configuration that make other kinds of run of a grid's sizes.
 
-    Those are all in which sizes differ and whose value is no number (``optim.name``), but for
-    ``model.preset``; and where sizes of one kind have the same model and as much data, every number
-    in which these differ (``optim.lr``).
+    These are all keys in which sizes differ and whose value is no number (``optim.name``), except
+    ``model.preset``; and, where sizes of one kind have the same model and as much data, every
+    number in which they differ (``optim.lr``).
     """
     entries = [{"to_layers": base.layers, **decisive(base.config)} for base in bases]
     keys = {

@@ -1,4 +1,5 @@
-"""What cells are called: their arms in words, and the *family* of each, from the axes that make it.
+"""What cells are called: their arms in words, and the *family* of each cell, from the axes that
+make it.
 
 A family is what cells of several sizes and seeds have in common: an arm, and the value of every
 axis (:attr:`.Cell.axes`) of which the grid has several for that arm. Everything that names arms or
@@ -10,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from megatron_progressive.grid.cells import (
+    ALONE,
+    AROUND,
+    BUDGET,
     DEEPER_SOURCE,
+    DEPTH,
     EXPANSION_KEYS,
     FIXED,
     FUNCTION_PRESERVING,
@@ -42,6 +47,11 @@ _ARMS = {
         "never-grown",
         "a depth that the run that it controls has before the full one, from scratch with its own "
         "complete schedule, for as many steps as those FLOPs pay for",
+    ),
+    ALONE: (
+        "alone",
+        "one of the crossing study's two depths from scratch, with a complete schedule of as many "
+        "steps as its budget pays for",
     ),
     ZERO_LAYER: (
         "zero-layer",
@@ -77,19 +87,20 @@ _ARMS = {
 
 _AXES = {
     TAU: "τ={}", INIT: "{}", "order": "{}", "insert": "{} insert", "optimizer_state": "{} state",
-    SCHEDULE: "{}", "optim.name": "{}",
+    SCHEDULE: "{}", "optim.name": "{}", DEPTH: "{} layers", BUDGET: "{} FLOPs",
+    AROUND: "at {}x",
 }  # fmt: skip
-"""How a value of an axis is said."""
-_ORDER = (TAU, INIT, *EXPANSION_KEYS, SCHEDULE)
+"""How the value of an axis is put into words."""
+_ORDER = (DEPTH, BUDGET, TAU, INIT, *EXPANSION_KEYS, AROUND, SCHEDULE)
 
 
 def arm_words(arm: str) -> str:
-    """An arm as a reader meets it: ``zero-layer``, ``4-layer``."""
+    """The name of an arm for a reader: ``zero-layer``, ``4-layer``."""
     return _of(arm)[0]
 
 
 def arm_meaning(arm: str) -> str:
-    """What the runs of an arm do."""
+    """What the runs of an arm do, in words."""
     return _of(arm)[1]
 
 
@@ -106,7 +117,7 @@ def families(cells: Sequence[Cell], without: Collection[str] = ()) -> dict[str, 
     """The family of each cell, by the cell's name: ``one-layer τ=0.3 copying``.
 
     Args:
-        without: axes that are left out (:data:`.cells.TAU`, say).
+        without: the axes that are left out, such as :data:`.cells.TAU`.
     """
     keys = {key for cell in cells for key in cell.axes}
     values: dict[str, dict[str, set[str]]] = {}
@@ -128,8 +139,8 @@ def families(cells: Sequence[Cell], without: Collection[str] = ()) -> dict[str, 
 
 
 def _stage(control: Cell, grown: Cell) -> str:
-    """Which of a run's stages a source that never grows has the depth of, where there are several:
-    not the depth, which another size has in another stage."""
+    """Which of a run's stages has the depth of a source that never grows, where there are several
+    stages. The depth itself does not tell, since another size has it in another stage."""
     depths = depths_before(grown.config)
     if control.arm != NEVER or len(depths) < 2:
         return ""
@@ -147,6 +158,6 @@ def _label(cell: Cell, varied: Collection[str]) -> str:
 
 
 def is_control(family: str, arm: str | None = None) -> bool:
-    """Whether a family is one of controls of equal FLOPs (of ``arm``)."""
+    """Whether a family is one of controls of equal FLOPs, of ``arm`` where that is given."""
     arms = (SHORT, NEVER) if arm is None else (arm,)
     return any(family.startswith(f"{arm_words(one)} of ") for one in arms)

@@ -20,7 +20,8 @@ from megatron_progressive.runtime.signals import stop_signals
 from megatron_progressive.runtime.tied import tied_command
 
 _STOP = signal.SIGUSR1
-"""Asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks at once."""
+"""The signal that asks a run to save and stop. ``srun`` passes it on; on SIGTERM it kills the ranks
+at once."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,15 @@ class Launch:
     """How the processes of a run start."""
 
     nproc: int = 1
-    """Local workers."""
+    """The number of local workers."""
     srun: str = ""
-    """Inside a Slurm job instead: ``srun`` and its options, over all of the job's tasks."""
+    """For a run inside a Slurm job: ``srun`` and its options, over all of the job's tasks."""
 
     def check(self) -> None:
-        """Whether anything can be started so.
+        """Check that runs can be started in this way.
 
         Raises:
-            ConfigError: no such program.
+            ConfigError: there is no such program.
         """
         accepted = "accepted: srun and its options, inside a Slurm job"
         try:
@@ -47,8 +48,9 @@ class Launch:
             raise ConfigError(f"--srun: got {self.srun!r}, no program {words[0]} here; {accepted}")
 
     def environment(self) -> dict[str, str]:
-        """For a try. Under ``srun`` the ranks meet on this host, the job's first, at a port that
-        is free now: one that another job took is not tried again."""
+        """The environment of a try. Under ``srun`` the ranks meet on this host, which is the job's
+        first one, at a port that is free now; a port that another job has taken is not tried
+        again."""
         return {**os.environ, **({"MASTER_PORT": str(free_port())} if self.srun else {})}
 
     def command(self, config: Path) -> list[str]:
@@ -59,7 +61,7 @@ class Launch:
 
 
 class Signals:
-    """:func:`.signals.stop_signals` go to the running cells, which save and stop."""
+    """Passes :func:`.signals.stop_signals` on to the running cells, which save and stop."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -70,7 +72,7 @@ class Signals:
         return self._stop.is_set()
 
     def stop(self) -> None:
-        """As if a signal had come: a run was told to stop by someone else."""
+        """Stop as if a signal had come, because somebody else told a run to stop."""
         self._stop.set()
 
     def started(self, process: Any) -> None:
@@ -87,7 +89,7 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:
-        """Take the signals meanwhile."""
+        """A context in which the signals are taken."""
         previous = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         try:
             yield self

@@ -1,8 +1,8 @@
-"""The pilot of a grid: one mixing time, measured at one size, gives τ to cells of every size.
+"""The pilot of a grid: one mixing time, measured at one size, gives the τ of cells of every size.
 
-The mixing time in *tokens* is carried over: under a constant learning rate it depends neither on
-τ nor on the source's depth (arXiv 2511.04981), and the paper uses one for all sizes. A study that
-measures only one cannot tell whether that holds for its own sizes.
+The mixing time in *tokens* is carried over: under a constant learning rate it depends neither on τ
+nor on the source's depth (arXiv 2511.04981), and the paper uses one for all sizes. A study that
+measures a single one cannot tell whether that holds for its own sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ KEYS = ("size", "steps", "at", "source")
 SOURCES = (ZERO_LAYER, ONE_LAYER)
 
 ASSUMED = 0.8
-"""Of the last stable step: τ of cells that wait for the pilot, for their price alone."""
+"""The τ of cells that wait for the pilot, as a share of the last stable step; it serves to price
+these cells alone."""
 
 WAITS = "waits for the pilot"
 
@@ -53,14 +54,14 @@ class GridPilot:
     size: str
     source: str
     config: RunConfig
-    """The progressive run that is measured for."""
+    """The configuration of the progressive run for which the pilot measures."""
     plan: Pilot
     trained_on: DataIdentity | None = None
     """What the study is trained on; None where that is not settled yet."""
 
     @property
     def cells(self) -> list[Cell]:
-        """Its two runs, which are run, locked and tried again as cells are."""
+        """The two runs of the pilot, which are run, locked and tried again as cells are."""
         return [
             Cell(
                 f"{PILOT}-{arm.run.name.rsplit('_', 1)[-1]}", self.size, PILOT, arm.run.seed, arm,
@@ -70,15 +71,15 @@ class GridPilot:
         ]  # fmt: skip
 
     def mixing(self) -> MixingTime | None:
-        """What it measured; None where it has not run to its end."""
+        """The mixing time that the pilot measured; None where it has not run to its end."""
         return recorded(self.plan, self.trained_on)
 
     def measure(self) -> MixingTime:
-        """The mixing time from the two finished runs, also as ``pilot.json``."""
+        """Measure the mixing time from the two finished runs, and write it as ``pilot.json``."""
         return measure(self.config, self.plan)[0]
 
     def finding(self) -> str:
-        """What it measured in one line; empty where it has not."""
+        """What the pilot measured, in one line; empty where it has not measured yet."""
         mixing = self.mixing()
         if mixing is None:
             return ""
@@ -86,10 +87,11 @@ class GridPilot:
         return f"{headline(mixing)} ({self.size}, {self.source})" + f"; but {doubt}" * bool(doubt)
 
     def tau_of(self, config: RunConfig) -> tuple[int, str]:
-        """τ of a configuration, in steps, and why it is not known; then an assumed one.
+        """The τ of a configuration in steps, and why it is not known, in which case the τ is an
+        assumed one.
 
         Raises:
-            ConfigError: a schedule whose mixing time depends on τ.
+            ConfigError: the schedule is one whose mixing time depends on τ.
         """
         if config.schedule.name != "wsd":
             raise ConfigError(
@@ -121,15 +123,15 @@ def grid_pilot(
     """The pilot of a grid.
 
     Args:
-        values: the grid's ``pilot``: ``size`` (default: the one with the fewest parameters),
-            ``steps`` and ``at`` (as ``mprog pilot --steps`` and ``--at``) and ``source`` (default:
-            the first of ``arms`` that grows from zero or one layer).
-        bases: one of each size.
-        init: of a one-layer source.
-        folder: of the study.
+        values: the grid's ``pilot``, with ``size`` (default: the size with the fewest parameters),
+            ``steps`` and ``at`` (as in ``mprog pilot --steps`` and ``--at``) and ``source``
+            (default: the first of ``arms`` that grows from zero layers or one layer).
+        bases: the cells of each size, once.
+        init: the initialisation for a one-layer source.
+        folder: the folder of the study.
 
     Raises:
-        ConfigError: no such size or source, or a pilot that cannot run.
+        ConfigError: there is no such size or source, or the pilot cannot run.
     """
     names = [base.name for base in bases]
     smallest = min(bases, key=lambda b: parameter_count(model_shape(b.config, b.layers)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.data import DataIdentity, differ
-from megatron_progressive.grid.cells import FIXED, NEVER, SHORT, Cell, params_of
+from megatron_progressive.grid.cells import ALONE, FIXED, NEVER, SHORT, Cell, params_of
 from megatron_progressive.grid.data import data_key
 from megatron_progressive.grid.labels import families
 from megatron_progressive.grid.state import CellStatus, Study
@@ -21,13 +21,13 @@ class Result:
     status: CellStatus
     family: str
     params: int
-    """Of its last model."""
+    """The number of parameters of its last model."""
     size_params: int
     """At the full depth of its size."""
     run: Run | None
-    """None where it has not begun, or its folder cannot be read."""
+    """Its run; None where it has not begun, or where its folder cannot be read."""
     problem: str = ""
-    """Why its folder cannot be read."""
+    """Why its folder cannot be read; empty where it can."""
 
     @property
     def cell(self) -> Cell:
@@ -35,20 +35,20 @@ class Result:
 
     @property
     def loss(self) -> float | None:
-        """Final validation loss, nats per token or image, of a finished cell."""
+        """The final validation loss of a finished cell, in nats per token or image."""
         return None if self.run is None else self.run.final_loss
 
     @property
     def flops(self) -> float | None:
-        """Total training FLOPs of a finished cell."""
+        """The total training FLOPs of a finished cell."""
         return None if self.run is None else self.run.total_flops
 
 
 def gather(study: Study) -> list[Result]:
-    """Every cell of a study in the grid's order."""
+    """Every cell of a study, in the order of the grid."""
     cells = study.grid.cells
     labels = families(cells)
-    full = {cell.size: params_of(cell) for cell in cells if cell.arm != NEVER}
+    full = {cell.size: params_of(cell) for cell in cells if cell.arm not in (ALONE, NEVER)}
     trained_on: dict[str, DataIdentity | None] = {}
     found = []
     for cell in cells:
@@ -71,7 +71,7 @@ def gather(study: Study) -> list[Result]:
 
 
 def once(results: Sequence[Result]) -> list[Result]:
-    """The first result of each run: cells that share one are shown apart, and count once."""
+    """The first result of each run: cells that share a run are shown one by one, and count once."""
     first: dict[str, Result] = {}
     for result in results:
         first.setdefault(result.cell.run_name, result)
@@ -79,7 +79,7 @@ def once(results: Sequence[Result]) -> list[Result]:
 
 
 def of_families(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each family: fixed-size first, then those that grow, controls last."""
+    """The results of each family: fixed-size first, then families that grow, controls last."""
     order = {FIXED: 0, SHORT: 2, NEVER: 3}
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: order.get(r.cell.arm, 1)):
@@ -88,6 +88,6 @@ def of_families(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def sizes_of(results: Sequence[Result]) -> dict[str, int]:
-    """Parameters at full depth of each size, from the smallest."""
+    """The number of parameters at full depth of each size, from the smallest."""
     found = {result.cell.size: result.size_params for result in results}
     return dict(sorted(found.items(), key=lambda item: item[1]))

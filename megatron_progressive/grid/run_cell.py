@@ -1,4 +1,4 @@
-"""Run one cell of a grid: tries, its lock, and whose a failure was."""
+"""Running one cell of a grid: tries, its lock, and whose failure a failure was."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megatron_progressive.runtime.folder_lock import (
 from megatron_progressive.runtime.tied import start_tied
 
 STOPPED = 75
-"""Exit code of a run, and of a grid, that a signal stopped."""
+"""The exit code of a run, and of a grid, that a signal stopped."""
 POLL_SECONDS = 2.0
-"""Until what another job runs is looked at again."""
+"""The seconds until what another job runs is looked at again."""
 PATIENCE_SECONDS = STALE_SECONDS + 2 * HEARTBEAT_SECONDS
-"""After so long an owner on another host that has died counts as dead."""
+"""After so many seconds an owner on another host that has died counts as dead."""
 
 _LOG_TAIL = 1 << 18  # bytes of a try's log that say how it ended
 
@@ -34,7 +34,8 @@ class NotStarted(Exception):
     """A cell could not be started here, which is no failure of its own."""
 
     def __init__(self, line: str, everywhere: bool) -> None:
-        """``line`` says why; ``everywhere``: no other cell can, either."""
+        """Say why the cell was not started. ``everywhere`` tells that no other cell can be started
+        either."""
         super().__init__(line)
         self.everywhere = everywhere
 
@@ -46,13 +47,13 @@ def run_cell(
 
     Args:
         launch: how a run's processes start.
-        signals: get the process of each try; what ends after one came has not failed.
+        signals: get the process of each try; a run that ends after a signal came has not failed.
 
     Returns: the last exit code; None where another worker has the cell, or it is finished or has
         failed as often as it is tried.
 
     Raises:
-        NotStarted: something else than the cell is to blame (:mod:`.grid_failures`).
+        NotStarted: something else than the cell is to blame (:mod:`.failures`).
     """
     signals = Signals() if signals is None else signals
     with study.lock(cell) as lock:
@@ -88,7 +89,8 @@ def run_cell(
 
 
 def _is_free(cell: Cell, signals: Signals, seconds: float) -> bool:
-    """Whether no job has the cell's run folder, or has it no more after at most ``seconds``."""
+    """Whether no job has the cell's run folder, or no job has it any more after at most
+    ``seconds``."""
     deadline = time.monotonic() + seconds
     while owner_of(cell.folder / LOCK_NAME) is not None:
         if time.monotonic() >= deadline or signals.came:
@@ -100,7 +102,8 @@ def _is_free(cell: Cell, signals: Signals, seconds: float) -> bool:
 def _try(
     study: Study, cell: Cell, launch: Launch, signals: Signals, lock: FolderLock
 ) -> tuple[int, str, bool]:
-    """One try of a cell: exit code, the end of what it printed, and whether its run began."""
+    """One try of a cell; returns the exit code, the end of what it printed, and whether its run
+    began."""
     log, before = study.file("logs", cell, ".log"), _beginning(cell)
     with open(log, "ab") as out:
         start = out.tell()
@@ -121,7 +124,7 @@ def _try(
 
 
 def _beginning(cell: Cell) -> tuple[int, ...] | None:
-    """Another value for each beginning of a cell's run, which writes its metrics anew."""
+    """A value that differs for each beginning of a cell's run, which writes its metrics anew."""
     try:
         found = (cell.folder / METRICS_FILE).stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the cells of a study are trained on is settled before they run."""
+"""Settling what the cells of a study are trained on, before they run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def settled(study: Study, cells: Sequence[Cell], say: Say) -> bool:
     """Settle what the cells that are not finished are trained on.
 
-    Returns: whether something is settled now that was not before: the cells, which know what they
-        are trained on, are to be read anew.
+    Returns: Whether something is settled now that was not before. Then the cells, which know what
+        they are trained on, have to be read anew.
 
     Raises:
         ConfigError: see :meth:`StudyData.settle`.
@@ -42,7 +42,7 @@ def settled(study: Study, cells: Sequence[Cell], say: Say) -> bool:
 
 
 def cell_file(cell: Cell) -> str:
-    """The configuration that a cell is started with, which names what it is trained on."""
+    """The configuration with which a cell is started, which names what it is trained on."""
     if cell.trained_on is None:
         return to_yaml(cell.config)
     return to_yaml(data.as_settled(cell.config, cell.trained_on))

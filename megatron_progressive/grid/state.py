@@ -1,9 +1,9 @@
 """A study's folder: how far its cells are, and what they have found.
 
 The study's folder holds ``cells/`` (run folders), ``configs/``, ``logs/``, ``attempts/`` (one JSON
-file a cell: tries, last error, version of the code), ``locks/`` and, where the grid has one, the
-``pilot/``. A finished cell is one whose run folder has a ``summary.json`` of its last step;
-nothing else makes it so, and only deleting that folder makes it run again.
+file for each cell with tries, last error and version of the code), ``locks/`` and, where the grid
+has one, the ``pilot/``. A finished cell is one whose run folder has a ``summary.json`` of its last
+step; nothing else makes it so, and only deleting that folder makes it run again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from megatron_progressive import __version__
 from megatron_progressive.config.places import check_paths, check_writable
 from megatron_progressive.grid.cells import Cell, params_of
+from megatron_progressive.grid.crossing import WAITS as CROSSING_WAITS
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.pilot import WAITS
 from megatron_progressive.runs.files import is_finished, read_summary
@@ -34,43 +35,48 @@ from megatron_progressive.runtime.folder_lock import (
 
 FINISHED, RUNNING, FAILED, STARTED, WAITING = "finished", "running", "failed", "started", "waiting"
 PENDING, NO_TAU = "waits for pilot", "no τ"
+NO_CROSSING = "no crossing"
+NOT_YET = {WAITS: PENDING, CROSSING_WAITS: CROSSING_WAITS}
+"""The states of cells that wait for others to end, by why they are not known."""
+NEVER_RUN = (NO_TAU, NO_CROSSING)
+"""The states of cells that are not run, because others say that there is nothing to run."""
 _RESULTS = ("final_eval_loss", "total_flops", "total_tokens", "train_wall_s", "steps", "num_layers")
 _TAIL = 8192  # bytes from the end of a metrics file, which hold its last lines
 
 
 @dataclass(frozen=True)
 class Attempts:
-    """What is known of a cell's tries."""
+    """What is known of the tries of a cell."""
 
     failures: int = 0
-    """Of its own."""
+    """The number of failures of its own."""
     error: str = ""
-    """Why the last try ended, of a cell that is not finished; it need not have been the cell's own
-    fault (:mod:`.grid_failures`)."""
+    """Why the last try of a cell that is not finished ended; that need not have been the cell's own
+    fault (:mod:`.failures`)."""
     version: str = ""
-    """Of the code that finished it, or tried last."""
+    """The version of the code that finished it, or tried it last."""
 
 
 @dataclass(frozen=True)
 class CellStatus:
-    """How far a cell is."""
+    """How far a cell has come."""
 
     cell: Cell
     state: str
     attempts: Attempts
     step: int
-    """Steps that its metrics have."""
+    """The number of steps that its metrics have."""
     flops: float
-    """Training FLOPs of those steps."""
+    """The training FLOPs of those steps."""
     flops_per_s: float | None
-    """Of its last step; of a finished cell, of all of it with validations and saves; None where it
-    has none."""
+    """The FLOPs per second of its last step, or of all of a finished cell including validations and
+    saves; None where it has none."""
     loss: float | None
-    """Final validation loss, of a finished cell."""
+    """The final validation loss of a finished cell."""
 
     @property
     def why(self) -> str:
-        """Why a cell is not finished, or failed before."""
+        """Why a cell is not finished, or why it failed before."""
         return self.attempts.error or self.cell.unknown
 
 
@@ -91,17 +97,18 @@ class Study:
         self.grid, self.folder = grid, grid.folder
 
     def check_places(self) -> None:
-        """Whether the study's folder can be written, and what its cells read can be read.
+        """Check that the study's folder can be written to, and that what its cells read can be
+        read.
 
         Raises:
-            ConfigError: one cannot.
+            ConfigError: one of them cannot.
         """
         check_writable("study.dir", self.folder)
         for data in {str(cell.config.data): cell.config for cell in self.grid.cells}.values():
             check_paths(data)
 
     def file(self, kind: str, cell: Cell, ending: str = "") -> Path:
-        """A cell's file in the study's folder ``kind``."""
+        """The path of a cell's file in the study's folder ``kind``."""
         return self.folder / kind / f"{cell.run_name}{ending}"
 
     def attempts(self, cell: Cell) -> Attempts:
@@ -109,7 +116,7 @@ class Study:
         return Attempts(**json.loads(path.read_text())) if path.is_file() else Attempts()
 
     def remember(self, cell: Cell, attempts: Attempts) -> None:
-        """Record a cell's tries."""
+        """Record the tries of a cell."""
         path = self.file("attempts", cell, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(attempts))
@@ -131,7 +138,8 @@ class Study:
         attempts, summary = self.attempts(cell), _summary(cell)
         step, flops, rate, loss = *_progress(cell.folder), None
         if cell.unknown:
-            state = PENDING if cell.unknown == WAITS else NO_TAU
+            none = NO_CROSSING if self.grid.crossings else NO_TAU
+            state = NOT_YET.get(cell.unknown, none)
         elif self.finished(cell):
             state, loss = FINISHED, summary["final_eval_loss"]
             # of a resumed run the wall time may be of its last part alone
@@ -147,13 +155,13 @@ class Study:
 
     def owner(self, cell: Cell) -> Owner | None:
         """Who runs a cell: a worker of a grid, or a run that its worker has left alone or that was
-        started without one. Only looks: it keeps nobody from taking the cell."""
+        started without one. This only looks: it keeps nobody from taking the cell."""
         return owner_of(self.file("locks", cell)) or owner_of(cell.folder / LOCK_NAME)
 
     @contextmanager
     def lock(self, cell: Cell) -> Iterator[FolderLock | None]:
-        """The cell's lock, held meanwhile, or None where another worker has it. To be lent to the
-        run, so that it lasts as long as either lives."""
+        """A context with the cell's lock, or None where another worker has it. The lock can be lent
+        to the run, so that it lasts as long as either lives."""
         lock = FolderLock(self.file("locks", cell))
         try:
             lock.acquire()
@@ -166,7 +174,7 @@ class Study:
             lock.release()
 
     def collect(self) -> list[dict[str, Any]]:
-        """Results of the finished cells; also written to ``results.json``."""
+        """The results of the finished cells, which are also written to ``results.json``."""
         rows = []
         for cell in self.grid.cells:
             if cell.unknown or not self.finished(cell):
@@ -195,7 +203,7 @@ def _summary(cell: Cell) -> dict[str, Any]:
 
 
 def _progress(folder: Path) -> tuple[int, float, float | None]:
-    """Steps and FLOPs that a run's metrics have, and FLOPs per second of its last step."""
+    """The steps and FLOPs that a run's metrics have, and the FLOPs per second of its last step."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return 0, 0.0, None

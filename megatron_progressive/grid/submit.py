@@ -1,8 +1,10 @@
-"""A study as jobs of Slurm: the pilot, then an array of one task a cell, then the report.
+"""A study as jobs of Slurm: the pilot, then an array with one task for each cell, then the report.
+A crossing study has two arrays: the depths alone, then what waits for their crossing.
 
-Slurm orders them: cells wait for a pilot that succeeds, the report for the end of all cells,
-finished or not. A task that is warned of its end, preempted or on a node that fails goes back to
-the queue by itself and on from its last save (``launch/common.sh``).
+Slurm orders these jobs: cells wait for a pilot that succeeds, those around a crossing for the end
+of the depths alone, and the report waits for the end of all cells, finished or not. A task that is
+warned of its end, is preempted or runs on a node that fails goes back to the queue by itself and on
+from its last save (``launch/common.sh``).
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ from typing import Any
 from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cell_runs import one_a_run
 from megatron_progressive.grid.cells import Cell
-from megatron_progressive.grid.state import Study
+from megatron_progressive.grid.crossing import waited_for
+from megatron_progressive.grid.state import NOT_YET, Study
 from megatron_progressive.runtime.files import write_atomically, write_json
 
 CLONE = Path(__file__).resolve().parents[2]
-"""Root of the clone that the package runs from, which has the launch scripts."""
+"""The root of the clone that the package runs from, which has the launch scripts."""
 
 JOBS_FILE = "jobs.json"
-"""In the study's folder: every submission, the numbers of its jobs and their cells."""
+"""The file in the study's folder with every submission, the numbers of its jobs and their cells."""
 
-PILOT_JOB, CELLS_JOB, REPORT_JOB = "pilot", "cells", "report"
-_STEPS = {PILOT_JOB: "pilot", CELLS_JOB: "cell", REPORT_JOB: "report"}  # words of grid_job.sh
+PILOT_JOB, ALONE_JOB, CELLS_JOB, REPORT_JOB = "pilot", "alone", "cells", "report"
+_STEPS = {PILOT_JOB: "pilot", ALONE_JOB: "cell", CELLS_JOB: "cell",
+          REPORT_JOB: "report"}  # words of grid_job.sh  # fmt: skip
 _COMMAND_SECONDS = 300.0
-"""A controller under load answers late."""
+"""How many seconds a command of Slurm may take; a controller under load answers late."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,11 @@ class JobOptions:
     """What the jobs of a study ask for."""
 
     nodes: int = 1
-    """Nodes of a cell, and of the pilot."""
+    """The number of nodes of a cell, and of the pilot."""
     sbatch: str = ""
-    """More options of ``sbatch``, of every job, after those of ``launch/site.sh``."""
+    """More options of ``sbatch`` for every job, which come after those of ``launch/site.sh``."""
     array_limit: int | None = None
-    """Cells that run at a time (default: as many as Slurm starts)."""
+    """The number of cells that run at a time (default: as many as Slurm starts)."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +59,24 @@ class Job:
 
     name: str
     options: list[str]
-    """Of ``sbatch``."""
+    """The options of ``sbatch``."""
     script: list[str]
-    """The script and its words."""
+    """The script and its arguments."""
     after: tuple[str, str] | None = None
-    """What it waits for: kind of the dependency and name of the job."""
+    """What the job waits for: the kind of the dependency, and the name of the job."""
     cells: list[str] = field(default_factory=list)
-    """Of the array: the name of each task's cell, which :attr:`cells_file` tells the task. Not its
-    index in the grid, which another cell may have by the time the task runs."""
+    """For the array: the name of the cell of each task, which :attr:`cells_file` tells the task. It
+    is not the cell's index in the grid, which another cell may have by the time the task runs."""
     cells_file: Path = Path()
-    """Of the array: one name a line."""
+    """For the array: the file with one name on each line."""
 
     @property
     def cells_text(self) -> str:
         return "".join(f"{name}\n" for name in self.cells)
 
     def command(self, numbers: Mapping[str, str]) -> list[str]:
-        """``sbatch`` and its words, where the jobs before it have ``numbers``."""
+        """The command, which is ``sbatch`` and its arguments, where the jobs before this one have
+        ``numbers``."""
         after = []
         if self.after is not None:
             kind, name = self.after
@@ -93,13 +98,13 @@ def site_options() -> list[str]:
 
 
 def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
-    """The jobs that finish a study: none where all of its cells are finished.
+    """The jobs that finish a study; there are none where all of its cells are finished.
 
     Cells that have failed as often as they are tried are left out, too; ``mprog grid status`` says
-    what ailed them.
+    why they failed.
 
     Raises:
-        ConfigError: an option that cannot be, or no launch scripts.
+        ConfigError: an option is not accepted, or there are no launch scripts.
     """
     for name, value in (("--nodes", options.nodes), ("--array-limit", options.array_limit)):
         if value is not None and value < 1:
@@ -119,12 +124,18 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
     pending = [cell.name for cell in one_a_run(grid.cells) if not _ended(study, cell)]
     if not pending:
         return []
+    needed = {cell.run_name for cell in waited_for(grid.crossings, grid.cells)}
+    first = {cell.name for cell in grid.cells if cell.run_name in needed}
+    arrays = {
+        ALONE_JOB: [name for name in pending if name in first],
+        CELLS_JOB: [name for name in pending if name not in first],
+    }
     site = site_options()
 
     script = str(CLONE / "launch" / "grid_job.sh")
 
     def job(name: str, *own: str, first: Sequence[str] = (), **more_fields: Any) -> Job:
-        log = f"{name}_%A_%a.log" if name == CELLS_JOB else f"{name}_%j.log"
+        log = f"{name}_%A_%a.log" if name in arrays else f"{name}_%j.log"
         named = [f"--job-name={grid.name}-{name}", f"--output={study.folder / 'jobs' / log}"]
         words = [script, _STEPS[name], *first, str(grid.file), *grid.overrides]
         return Job(name, [*named, *site, *more, *own], words, **more_fields)
@@ -134,20 +145,26 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
         jobs.append(job(PILOT_JOB, nodes))
         after = ("afterok", PILOT_JOB)
     limit = "" if options.array_limit is None else f"%{options.array_limit}"
-    array = f"--array=0-{len(pending) - 1}{limit}"
-    digits = hashlib.blake2b("\n".join(pending).encode(), digest_size=6).hexdigest()
-    listed = study.folder / "jobs" / f"cells-{digits}.txt"
-    cells = job(CELLS_JOB, nodes, array, first=[str(listed)], after=after, cells=pending,
-                cells_file=listed)  # fmt: skip
-    jobs.append(cells)
+    for name, names in arrays.items():
+        if not names:
+            continue
+        array = f"--array=0-{len(names) - 1}{limit}"
+        digits = hashlib.blake2b("\n".join(names).encode(), digest_size=6).hexdigest()
+        listed = study.folder / "jobs" / f"cells-{digits}.txt"
+        cells = job(name, nodes, array, first=[str(listed)], after=after, cells=names,
+                    cells_file=listed)  # fmt: skip
+        jobs.append(cells)
+        after = ("afterany", name)
     # one task: the site's options may ask for one a GPU
     one = ("--nodes=1", "--ntasks-per-node=1")
-    jobs.append(job(REPORT_JOB, *one, after=("afterany", CELLS_JOB)))
+    jobs.append(job(REPORT_JOB, *one, after=after))
     return jobs
 
 
 def _ended(study: Study, cell: Cell) -> bool:
-    return not cell.unknown and (study.finished(cell) or study.exhausted(cell))
+    if cell.unknown:
+        return cell.unknown not in NOT_YET
+    return study.finished(cell) or study.exhausted(cell)
 
 
 def as_script(study: Study, jobs: Sequence[Job]) -> list[str]:
@@ -167,7 +184,7 @@ class SubmissionFailed(RuntimeError):
 
 
 def check_slurm() -> None:
-    """Whether jobs can be submitted from here.
+    """Check that jobs can be submitted from here.
 
     Raises:
         ConfigError: there is no ``sbatch``.
@@ -181,7 +198,7 @@ def submit(study: Study, jobs: Sequence[Job]) -> dict[str, str]:
 
     Raises:
         ConfigError: jobs of the study are in the queue.
-        SubmissionFailed: Slurm refused one; those before it are cancelled.
+        SubmissionFailed: Slurm refused a job; the jobs before it are cancelled.
     """
     _check_queue(study)
     (study.folder / "jobs").mkdir(parents=True, exist_ok=True)
@@ -197,8 +214,8 @@ def submit(study: Study, jobs: Sequence[Job]) -> dict[str, str]:
             raise SubmissionFailed(f"{job.name}: {said}")
         # with --parsable: the number, and after a semicolon the cluster where there are several
         numbers[job.name] = done.stdout.strip().splitlines()[-1].split(";")[0]
-    cells = {str(task): name for job in jobs for task, name in enumerate(job.cells)}
-    record = {"submitted": [*_submitted(study), {"jobs": numbers, "cells": cells}]}
+    tasks = {job.name: dict(enumerate(job.cells)) for job in jobs if job.cells}
+    record = {"submitted": [*_submitted(study), {"jobs": numbers, **tasks}]}
     write_json(study.folder / JOBS_FILE, record)
     return numbers
 
@@ -217,7 +234,8 @@ def _submitted(study: Study) -> list[dict[str, Any]]:
 
 
 def _check_queue(study: Study) -> None:
-    """Two jobs of one cell would share its folder."""
+    """Refuse to submit while jobs of the study are in the queue: two jobs of one cell would share
+    its folder."""
     numbers = [n for one in _submitted(study) for n in one["jobs"].values()]
     if not numbers:
         return

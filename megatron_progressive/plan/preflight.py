@@ -10,11 +10,12 @@ import itertools
 import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
+from megatron_progressive.engines.megatron.kernel_checks import check_possible
 from megatron_progressive.expansion.depth_map import check_growth
 from megatron_progressive.expansion.placing import survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
-from megatron_progressive.runtime.layout import make_layout
+from megatron_progressive.runtime.layout import Layout, make_layout
 
 _LATEST_WSD = 0.8
 """The fraction of the steps after which an expansion under WSD no longer lets a run catch up (arXiv
@@ -40,9 +41,9 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     _check_rewarm(config)
     _check_stop(config)
     _check_mup(config)
-    _check_kernels(config)
     for index in range(len(config.expansion) + 1):
         check_phase(config, index, world)
+    _check_kernels(config, world)
     return _warnings(config)
 
 
@@ -96,8 +97,24 @@ def _check_mup(config: RunConfig) -> None:
         )
 
 
-def _check_kernels(config: RunConfig) -> None:
+def transformer_phases(config: RunConfig, world: int) -> list[tuple[TransformerShape, Layout]]:
+    """The model and the layout of each phase of a run; none of those that are no language models.
+
+    Raises:
+        ConfigError: a layout that the ranks do not divide into.
+    """
+    depths = [None, *(expansion.to_layers for expansion in config.expansion)]
+    shapes = [model_shape(config, depth) for depth in depths]
+    return [
+        (shape, make_layout(config.parallel_after(index), world))
+        for index, shape in enumerate(shapes)
+        if isinstance(shape, TransformerShape)
+    ]
+
+
+def _check_kernels(config: RunConfig, world: int) -> None:
     if isinstance(model_shape(config), TransformerShape):
+        check_possible(config, transformer_phases(config, world))
         return
     for name, value in vars(config.kernels).items():
         if value is not None:

@@ -17,8 +17,8 @@ from megatron_progressive.checkpoints.contents import DamagedCheckpoint
 from megatron_progressive.checkpoints.init_from import check_tokenizer, unknown_tokenizer
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
-from megatron_progressive.engines.megatron.kernels import check_kernels
-from megatron_progressive.plan.preflight import check_run
+from megatron_progressive.engines.megatron.kernel_checks import check_kernels
+from megatron_progressive.plan.preflight import check_run, transformer_phases
 from megatron_progressive.runs.folder import look
 from megatron_progressive.runs.sole_job import check_free, sole_job
 from megatron_progressive.runs.trackers import check_trackers
@@ -31,6 +31,7 @@ from megatron_progressive.runtime.distributed import (
 from megatron_progressive.runtime.files import WriteFailed
 from megatron_progressive.runtime.launch import run_workers
 from megatron_progressive.runtime.leader import Leader, LeaderFailed
+from megatron_progressive.runtime.numerics import deterministic_kernels
 from megatron_progressive.runtime.signals import outlives_its_reader
 
 
@@ -52,7 +53,7 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
         )
     world = place.world if place else 1 if nproc is None else nproc
     warnings = check_run(config, world)
-    check_kernels(config)
+    check_kernels(config, transformer_phases(config, world))
     check_trackers(config)
     position, finished = look(config)
     if finished:
@@ -131,6 +132,8 @@ def _rank(
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
+        if config.kernels.deterministic:
+            deterministic_kernels()
         with world_group(place, leader.store):
             from megatron_progressive.train.loop import train
 

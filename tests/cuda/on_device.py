@@ -26,3 +26,9 @@ def through_an_expansion(config: RunConfig) -> dict[str, Any]:
         "bytes_moved": event.bytes_moved,
         "losses": [event.loss_before, event.loss_after, *losses],
     }
+
+
+def losses_through_an_expansion(config: RunConfig) -> list[float]:
+    """The two of the expansion, and of the two steps after it."""
+    _, _, event, losses = expand_and_gather(config)
+    return [event.loss_before, event.loss_after, *losses]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -14,15 +15,18 @@ import torch.distributed as dist
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
 from megatron_progressive.engines.megatron import engine as megatron
-from megatron_progressive.engines.megatron import kernels, spec
+from megatron_progressive.engines.megatron import kernel_checks, kernels, spec
 from megatron_progressive.engines.partitions import pieces_of_rank
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim import owners
+from megatron_progressive.plan.preflight import check_run
 from megatron_progressive.runtime.layout import Layout, make_layout
 from tests.engines.on_ranks import Full, family_config, gather, start, step
 from tests.pool import Pool
 
-NAMES = [f.name for f in fields(KernelsSection)]
+NAMES = [
+    f.name for f in fields(KernelsSection) if f.name not in ("transformer_engine", "attention")
+]
 
 
 def on(
@@ -91,13 +95,16 @@ def test_the_layers_are_those_that_the_configuration_names(monkeypatch: pytest.M
     assert layers.layer_norm is spec.local_norm
 
 
-def test_each_can_be_turned_off_and_graphs_on() -> None:
+def test_each_can_be_turned_off() -> None:
     everything = on("mixtral")
     for name in everything:
         assert on("mixtral", section=replace(KernelsSection(), **{name: False})) == (
             everything - {name}
         )
-    assert "cuda_graphs" in on("llama3", section=KernelsSection(cuda_graphs=True))
+    assert "deterministic" in on("llama3", section=KernelsSection(deterministic=True))
+    # Transformer Engine's own fall with it
+    without = on("mixtral", section=KernelsSection(transformer_engine=False))
+    assert without == everything - {"rope", "grouped_gemm", "permute"}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "mixtral"])
@@ -116,12 +123,66 @@ def test_megatron_core_takes_the_activation(family: str) -> None:
 
 def test_asking_for_one_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kernels.check_kernels(family_config("gpt2", ["kernels.rope=false"]))
+    kernel_checks.check_kernels(family_config("gpt2", ["kernels.rope=false"]))
     for name in NAMES:
         with pytest.raises(ConfigError, match=rf"kernels\.{name}: got true without a CUDA device"):
-            kernels.check_kernels(family_config("gpt2", [f"kernels.{name}=true"]))
+            kernel_checks.check_kernels(family_config("gpt2", [f"kernels.{name}=true"]))
     with pytest.raises(ConfigError, match=r"optim\.ns_kernel_from: got 4096"):
-        kernels.check_kernels(family_config("gpt2", ["optim.ns_kernel_from=4096"]))
+        kernel_checks.check_kernels(family_config("gpt2", ["optim.ns_kernel_from=4096"]))
+
+
+BF16 = "train.precision=bf16"
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "said"),
+    [
+        ("llama3", ["kernels.cuda_graphs=true"],
+         "kernels.cuda_graphs: got true, which an expansion cannot replace: in Megatron-core"),
+        ("llama3", ["kernels.cross_entropy=true"],
+         "kernels.cross_entropy: got true, which is of bf16"),
+        ("llama3", ["kernels.transformer_engine=true"],
+         "kernels.transformer_engine: got true, which is of bf16"),
+        ("llama3", [BF16, "kernels.grouped_gemm=true"], "kernels.grouped_gemm: got true, which"),
+        ("gpt2", [BF16, "kernels.rope=true"], "kernels.rope: got true, which rotates"),
+        ("llama3", ["parallel.zero_stage=0", "kernels.overlap_gradients=true"],
+         "kernels.overlap_gradients: got true, which is of Megatron's distributed optimizer"),
+        ("llama3", ["kernels.attention=flash"], "kernels.attention: got flash, which is of"),
+        ("llama3", [BF16, "kernels.deterministic=true", "kernels.cross_entropy=true"],
+         "kernels.cross_entropy: got true, which is of bf16 alone, and not deterministic"),
+    ],
+)  # fmt: skip
+def test_what_no_phase_could_use_is_refused(family: str, words: list[str], said: str) -> None:
+    """Before anything begins, whatever this machine has; off, and nothing, are always accepted."""
+    config = family_config(family, ["model.num_layers=2", *words])
+    with pytest.raises(ConfigError) as refused:
+        check_run(config, 2)
+    assert str(refused.value).startswith(said)
+    assert "; accepted: " in str(refused.value)
+    check_run(family_config(family, ["model.num_layers=2"]), 2)
+    check_run(family_config(family, ["kernels.cuda_graphs=false"]), 2)
+
+
+def test_what_a_later_phase_can_use_is_accepted() -> None:
+    words = ["train.precision=bf16", "kernels.grouped_gemm=true", "kernels.attention=fused"]
+    config = family_config("mixtral", ["model.num_layers=0", *words], {"at": 2, "to_layers": 2})
+    check_run(config, 2)
+    assert not on("mixtral", 0, config.kernels) & {"grouped_gemm"}
+
+
+def test_attention_is_chosen_by_the_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-core fails an assertion where the environment says something else."""
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    with pytest.raises(ConfigError, match=r"environment: got NVTE_FUSED_ATTN=0; accepted: without"):
+        kernel_checks.check_kernels(family_config("llama3", []))
+    section = KernelsSection(attention="flash")
+    shape = model_shape(family_config("llama3", []), 2)
+    machine = {"cuda": True, "transformer_engine": True, "sharded": True}
+    chosen = kernels.resolve(section, shape, **machine)
+    assert kernels.transformer_kwargs(chosen, shape)["attention_backend"].name == "flash"
+    assert "Transformer Engine's flash attention" in kernels.summary(chosen, OptimSection(), "fp16")
+    kernels.forget_attention()
+    assert "NVTE_FUSED_ATTN" not in os.environ
 
 
 def test_the_line_names_what_is_in_use() -> None:
@@ -130,6 +191,9 @@ def test_the_line_names_what_is_in_use() -> None:
     for part in ("Transformer Engine layers", "fused cross-entropy", "grouped GEMM", "rope",
                  "Muon-NSGD (5 jordan steps in fp16)"):  # fmt: skip
         assert part in line
+    muon = OptimSection(embeddings="adamw", ns_kernel_from=4096)
+    line = kernels.summary(fast, muon, "fp16", cuda=True)
+    assert "(5 jordan steps in fp16, our symmetric kernel from 4096, AdamW for embeddings)" in line
     plain = kernels.summary(kernels.Kernels(False), OptimSection(name="adamw"), "fp32")
     assert "local layers" in plain
     assert "AdamW" in plain

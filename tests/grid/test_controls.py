@@ -1,4 +1,4 @@
-"""A grid of all arms that trains: every run that grows beside both controls of equal FLOPs."""
+"""A grid of all arms, trained and reported: a run that grows has both controls of equal FLOPs."""
 
 from __future__ import annotations
 

@@ -99,7 +99,15 @@ def test_the_page_has_a_row_for_each_kind_of_result() -> None:
          "error": "RuntimeError: no"},
         {"part": "setting", **run, "setting": "kernels.rope=false", "step_s": 0.25},
     ]  # fmt: skip
-    text = page.page({"date": "2026-01-01", "commit": "abc", "sections": [], "results": results})
+    text = page.page(
+        {
+            "date": "2026-01-01",
+            "commit": "abc",
+            "rehearsal": False,
+            "sections": [],
+            "results": results,
+        }
+    )
     for row in (
         "| gpt2 124m, local layers | 12 | 48 | 250.0 | 786,432 | 40.0 % | 30.00 | 29.00 |",
         "| gpt2 124m, local layers | 3.00 | 4.00 | 75 % |",

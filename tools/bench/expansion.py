@@ -1,17 +1,17 @@
 """The pause at τ: expanding in memory against saving, starting fresh processes and loading.
 
-Both ways start from the same source (``--from-layers``, data parallel, a step done) and end
-with the same deeper model in another layout, ready to train, on the same ranks. Printed:
+Both ways start from the same source (``--from-layers``, data parallel, a step done) and end with
+the same deeper model in another layout, ready to train, on the same ranks. The tool prints:
 
 - the pause of each, and their ratio;
-- bytes sent between ranks, against the least that any reshard must send (for each rank, the
-  source elements that it needs and does not hold), counted in plain code;
+- bytes sent between ranks, against the least that any reshard must send (for each rank, the source
+  elements that it needs and does not hold), counted in plain code;
 - the growth of each rank's peak memory over the expansion, against the size of the new engine
   (weights, gradient sums, optimizer state).
 
-The other way: the shallow state is saved, expanded on disk (``mprog checkpoint expand``), and
-fresh ranks build the deeper model and load it. Ending the old processes is not counted, and
-the time of the expansion on disk is shown apart.
+The other way: the shallow state is saved, expanded on disk (``mprog checkpoint expand``), and fresh
+ranks build the deeper model and load it. Ending the old processes is not counted, and the time of
+the expansion on disk is shown apart.
 
     python tools/bench/expansion.py --ranks 4 --hidden 1024 --layers 24
 """
@@ -103,14 +103,14 @@ def reset_peak() -> None:
 
 
 def engine_bytes(engine: Any) -> int:
-    """Weights, fp32 gradient sums and optimizer state of this rank."""
+    """Bytes of the weights, fp32 gradient sums and optimizer state of this rank."""
     pieces = engine.state().pieces
     return sum(p.nbytes + (4 * p.box.numel if p.slot == "param" else 0) for p in pieces)
 
 
 def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
-    """Bytes of the source that this rank needs from others, whoever sends them: masks of whole
-    tensors, so that what several layers copy counts once."""
+    """The bytes of the source that this rank needs from others, whoever sends them. They are
+    counted by masks of whole tensors, so that what several layers copy counts once."""
     import numpy as np
 
     from megatron_progressive.expansion.depth_map import COPY, rules_of
@@ -184,7 +184,8 @@ def in_memory(args: argparse.Namespace) -> None:
         old, config.expansion[0], build_new, batch(args.ranks), 1, 1, args.staging_mib << 20
     )
     extra = peak_bytes() - before
-    totals = torch.tensor([least[0]], dtype=torch.int64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    totals = torch.tensor([least[0]], dtype=torch.int64, device=device)
     dist.all_reduce(totals)
     ratios: list[Any] = [None] * args.ranks
     dist.all_gather_object(ratios, (extra, sizes[0]))
@@ -204,7 +205,7 @@ def in_memory(args: argparse.Namespace) -> None:
 
 
 def relaunch(args: argparse.Namespace) -> None:
-    """Fresh ranks: build the deeper model in its layout and load what was expanded on disk."""
+    """Build the deeper model in its layout on fresh ranks, and load what was expanded on disk."""
     import torch.distributed as dist
 
     from megatron_progressive.checkpoints import checkpoint
@@ -219,7 +220,7 @@ def relaunch(args: argparse.Namespace) -> None:
 
 
 def expand_on_disk(config: RunConfig, folder: Path) -> float:
-    """What ``mprog checkpoint expand`` does; returns the seconds it takes."""
+    """Do what ``mprog checkpoint expand`` does; returns the seconds that it takes."""
     from megatron_progressive.checkpoints.checkpoint import checkpoint_path
     from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
 

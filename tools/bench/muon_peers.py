@@ -66,7 +66,7 @@ class TorchMuonEngine(MegatronEngine):
     """``torch.optim.Muon`` and ``torch.optim.AdamW``; needs ``parallel.zero_stage=0``.
 
     Args:
-        precision: of Newton-Schulz: ``fp32`` or ``bf16`` (its own).
+        precision: the type of Newton-Schulz: ``fp32``, or ``bf16``, which is its own.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TorchMuonEngine(MegatronEngine):
 
 
 class LayerWise(LayerWiseDistributedOptimizer):
-    """Megatron-core's, for fp32 weights, and over gloo."""
+    """Megatron-core's layer-wise optimizer, for fp32 weights and over gloo."""
 
     def __init__(
         self, optimizers: list[Any], config: OptimizerConfig, *args: Any,
@@ -122,8 +122,8 @@ class LayerWiseEngine(MegatronEngine):
     """Megatron-core's own layer-wise distributed Muon.
 
     Args:
-        precision: of Newton-Schulz: ``fp32`` or ``bf16`` (its default).
-        aligned: whether DDP's buffers are laid out for it (its default); else
+        precision: the type of Newton-Schulz: ``fp32``, or ``bf16``, which is its default.
+        aligned: whether DDP's buffers are laid out for it, which is its default; otherwise
             ``parallel.zero_stage=0`` is needed.
     """
 
@@ -170,8 +170,8 @@ class LayerWiseEngine(MegatronEngine):
 def _name_matrices(
     parameters: Parameters, table: dict[str, TensorSpec], optim: OptimSection
 ) -> None:
-    """Its mark of what is no matrix for Muon, set by our rules. (As it comes it has Muon on the
-    position embedding and AdamW on the words'.)"""
+    """Set its mark of what is no matrix for Muon, by our rules. As it comes it has Muon on the
+    position embedding and AdamW on the embedding of words."""
     for name, parameter in parameters.items():
         parameter.is_embedding_or_output_parameter = rule_of(table[name], optim) != MUON  # type: ignore[attr-defined]
 
@@ -180,7 +180,7 @@ class DeepSpeedMuonEngine(DeepSpeedEngine):
     """DeepSpeed's own Muon.
 
     Args:
-        method: of Newton-Schulz: ``gram`` (its default) or ``standard``.
+        method: the method of Newton-Schulz: ``gram``, which is its default, or ``standard``.
     """
 
     def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout, method: str) -> None:
@@ -206,8 +206,8 @@ def make_engine(config: RunConfig, system: str, precision: str) -> Any:
     """An engine with the initial weights of seed 1. Collective over all ranks.
 
     Args:
-        system: the arm's name; one that is no peer is ours.
-        precision: of a peer's Newton-Schulz.
+        system: the name of the arm; a name that is no peer's means our engine.
+        precision: the type of a peer's Newton-Schulz.
     """
     shape = model_shape(config)
     layout = make_layout(config.parallel, dist.get_world_size())
@@ -231,7 +231,7 @@ def make_engine(config: RunConfig, system: str, precision: str) -> Any:
 
 
 def gram_precision() -> str:
-    """Of DeepSpeed's ``gram`` on this machine."""
+    """The type of DeepSpeed's ``gram`` on this machine."""
     deepspeed_state.import_deepspeed()
     from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
 
@@ -239,7 +239,7 @@ def gram_precision() -> str:
 
 
 def optimizer_parts(engine: Any) -> list[tuple[Any, str]]:
-    """(object, method) of all that is the optimizer's part of an engine's step."""
+    """The pairs (object, method) of everything that is the optimizer's part of an engine's step."""
     if isinstance(engine, DeepSpeedMuonEngine):
         zero = engine.engine.optimizer
         return [(zero, "get_flat_partition"), (zero, "step")]
@@ -247,13 +247,20 @@ def optimizer_parts(engine: Any) -> list[tuple[Any, str]]:
 
 
 def timed(function: Callable[..., Any], add: Callable[[float], None]) -> Callable[..., Any]:
-    """``function``, whose seconds go to ``add``."""
+    """The function itself, whose seconds are passed to ``add``."""
+
+    def now() -> float:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # when what was launched is done
+        return time.perf_counter()
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = now()
         try:
             return function(*args, **kwargs)
         finally:
-            add(time.perf_counter() - started)
+            add(now() - started)
 
     return call

@@ -88,7 +88,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _section(cls: type, name: str, title: str) -> list[str]:
-    """A table of a section's keys, then those of the sections inside it."""
+    """A table of a section's keys, followed by those of the sections inside of it."""
     texts, hints = _field_texts(cls), typing.get_type_hints(cls)
     lines = ["", f"## {title}", ""]
     own = inspect.getdoc(cls) or ""
@@ -123,7 +123,7 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write the page, or tell whether it is the schema's."""
+    """Write the page, or tell whether it is up to date with the schema."""
     text = page()
     if "--check" in sys.argv[1:]:
         stale = not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text

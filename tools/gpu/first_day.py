@@ -41,6 +41,8 @@ class Section:
     name: str
     limit_s: float
     command: tuple[str, ...]
+    computes: bool = False
+    """Whether its numbers are the point: in a rehearsal the stand-in then does arithmetic."""
 
 
 def measure(name: str, limit_s: float, *words: str) -> Section:
@@ -50,8 +52,8 @@ def measure(name: str, limit_s: float, *words: str) -> Section:
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/gpu")
 SECTIONS = (
     Section("environment", 30, (sys.executable, "-m", "megatron_progressive", "env")),
-    measure("kernels are right", 45, "smoke"),
-    Section("tests/gpu", 150, PYTEST),
+    Section("kernels are right", 45, (*MEASURE, "smoke"), computes=True),
+    Section("tests/gpu", 150, PYTEST, computes=True),
     measure("throughput, GPT-2 124M", 75, "throughput", SMALL, "12", "48", GPT2_VOCABULARY),
     measure("throughput, LLaMA 3 1B", 75, "throughput", LARGE, "24", "4", LLAMA_VOCABULARY),
     measure("throughput, DeepSeek-V3 0.2B", 75, "throughput", EXPERTS, "12", "4", GPT2_VOCABULARY),
@@ -82,8 +84,8 @@ class Outcome:
 class Day:
     """The results so far, in a folder."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, rehearsal: bool = False) -> None:
+        self.out, self.rehearsal = out, rehearsal
         self.lines = out / "results.jsonl"
         self.log = out / "logs.txt"
         self.outcomes: list[Outcome] = []
@@ -100,11 +102,12 @@ class Day:
             "MPROG_RESULTS": str(self.lines),
             "MPROG_SECTION": section.name,
         }
+        command = _rehearsed(section) if self.rehearsal else section.command
         with self.log.open("a") as log:
-            log.write(f"===== {section.name}: {' '.join(section.command)}\n")
+            log.write(f"===== {section.name}: {' '.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
-                section.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
             try:
@@ -137,6 +140,7 @@ class Day:
 
         whole = {
             "date": time.strftime("%Y-%m-%d"),
+            "rehearsal": self.rehearsal,
             "commit": _commit(),
             "sections": [asdict(outcome) for outcome in self.outcomes],
             "results": self.results(),
@@ -146,6 +150,13 @@ class Day:
         if self.log.exists():
             with self.log.open("rb") as text, gzip.open(self.out / "logs.txt.gz", "wb") as packed:
                 shutil.copyfileobj(text, packed)
+
+
+def _rehearsed(section: Section) -> tuple[str, ...]:
+    """The section's command on the stand-in device."""
+    mode = "computing" if section.computes else "counting"
+    standin = (sys.executable, "-m", "megatron_progressive.standin", "--mode", mode)
+    return (*standin, "--gib", "139", "--", *section.command)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -171,11 +182,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the results, made if it is not there")
     parser.add_argument("--spent", type=float, default=0.0, help="seconds that installing took")
+    parser.add_argument(
+        "--rehearse", action="store_true",
+        help="run on the stand-in device, without a GPU: what is measured says nothing then",
+    )  # fmt: skip
     parser.add_argument("--only", help="run the sections whose names contain this")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic() - args.spent
-    day = Day(args.out)
+    day = Day(args.out, args.rehearse)
     for section in SECTIONS:
         if args.only is None or args.only in section.name:
             day.run(section, TOTAL_S - (time.monotonic() - began))

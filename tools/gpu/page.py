@@ -11,8 +11,9 @@ Row = dict[str, Any]
 
 def page(day: Row) -> str:
     """The page of ``results.json``: what ran, then a table for each kind of result."""
+    rehearsal = "Rehearsal without a GPU of the first" if day["rehearsal"] else "First"
     parts = [
-        f"# First day on a GPU, {day['date']}, commit {day['commit']}",
+        f"# {rehearsal} day on a GPU, {day['date']}, commit {day['commit']}",
         _table(
             "Sections",
             ("section", "ended", "seconds", "limit"),

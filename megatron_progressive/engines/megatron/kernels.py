@@ -2,22 +2,20 @@
 
 Nothing here has run on a GPU yet. The defaults on CUDA are those of Megatron-core's own training
 script, with two exceptions: the fused cross-entropy is Megatron-core's, whose 0.19.2 warns of
-Transformer Engine's, and CUDA graphs are off, since each expansion has to capture them anew.
+Transformer Engine's, and CUDA graphs are off, since an expansion could not replace them. What a run
+cannot have is refused in :mod:`.kernel_checks`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_progressive.config import ConfigError, KernelsSection, OptimSection, RunConfig
+from megatron_progressive.config import KernelsSection, OptimSection, RunConfig
 from megatron_progressive.models import TRANSFORMERS
 from megatron_progressive.models.base import MOE, ModelShape, TransformerShape
 from megatron_progressive.optim.coefficients import ns_steps
-from megatron_progressive.runtime.environment import (
-    BUILT_FOR_THIS_TORCH,
-    unusable_transformer_engine,
-)
 from megatron_progressive.runtime.layout import Layout
 
 
@@ -36,6 +34,9 @@ class Kernels:
     overlap_gradients: bool = False
     overlap_parameters: bool = False
     cuda_graphs: bool = False
+    deterministic: bool = False
+    attention: str | None = None
+    """A backend of Transformer Engine's; None: whichever it takes."""
 
 
 def resolve(
@@ -60,26 +61,40 @@ def resolve(
     """
     if not cuda:
         return Kernels(transformer_engine=False)
-    transformer_engine = transformer_engine and not fp32
-    able = possible(shape, transformer_engine=transformer_engine, sharded=sharded, fp32=fp32)
-    default = {name: name != "cuda_graphs" for name in able}
+    fused = transformer_engine and not fp32 and section.transformer_engine is not False
+    able = possible(section, shape, transformer_engine=fused, sharded=sharded, fp32=fp32)
     wanted = asdict(section)
     on = {
-        name: (default[name] if wanted[name] is None else wanted[name]) and can
+        name: (name not in _OFF if wanted[name] is None else wanted[name]) and can
         for name, can in able.items()
     }
-    return Kernels(transformer_engine=transformer_engine, **on)
+    return Kernels(attention=section.attention if fused else None, **on)
+
+
+_OFF = ("cuda_graphs", "deterministic")
+"""Kernels that are off by default."""
 
 
 def possible(
-    shape: TransformerShape, *, transformer_engine: bool, sharded: bool, fp32: bool
+    section: KernelsSection,
+    shape: TransformerShape,
+    *,
+    transformer_engine: bool,
+    sharded: bool,
+    fp32: bool,
 ) -> dict[str, bool]:
     """Whether each kernel can be on, on CUDA: for a model that has a use for it, and as
-    :func:`resolve` says."""
+    :func:`resolve` says.
+
+    Args:
+        transformer_engine: whether its layers are in use.
+    """
     experts = MOE in shape.layer_kinds()
     gated = TRANSFORMERS[shape.family].gated
     return {
-        "cross_entropy": not fp32,
+        "transformer_engine": transformer_engine,
+        # Megatron-core's own script refuses it in its deterministic mode
+        "cross_entropy": not fp32 and not section.deterministic,
         # Megatron-core's fused rotation is Transformer Engine's; in latent attention only with yarn
         "rope": transformer_engine
         and shape.rope is not None
@@ -91,8 +106,22 @@ def possible(
         "permute": experts and transformer_engine,
         "overlap_gradients": sharded,
         "overlap_parameters": sharded,
-        "cuda_graphs": True,
+        # It shares one generator of random numbers, one pool of memory and one registry of graphs
+        # over all models of a process; two of which are alive at an expansion.
+        "cuda_graphs": False,
+        "deterministic": True,
     }
+
+
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""The variables by which Transformer Engine is told which attention it may take."""
+
+
+def forget_attention() -> None:
+    """Leave the choice of an attention to the next model's configuration: Megatron-core writes it
+    to the environment, and refuses to where that of a model before it says something else."""
+    for name in ATTENTION_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> Kernels:
@@ -115,6 +144,7 @@ def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> 
 def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, Any]:
     """The fields of Megatron-core's ``TransformerConfig`` that kernels decide."""
     import torch.nn.functional as F
+    from megatron.core.transformer.enums import AttnBackend
 
     values: dict[str, Any] = dict(
         cross_entropy_loss_fusion=kernels.cross_entropy,
@@ -124,45 +154,35 @@ def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, A
         bias_dropout_fusion=kernels.dropout,
         moe_grouped_gemm=kernels.grouped_gemm,
         moe_permute_fusion=kernels.permute,
-        cuda_graph_impl="local" if kernels.cuda_graphs else "none",
+        cuda_graph_impl="none",
+        deterministic_mode=kernels.deterministic,
+        attention_backend=AttnBackend[kernels.attention or "auto"],
     )
     if kernels.activation and not TRANSFORMERS[shape.family].gated:
         values["activation_func"] = F.gelu  # it asks for this name; its kernel is the tanh form
     return values
 
 
-def check_kernels(config: RunConfig) -> None:
-    """Refuse kernels that this machine cannot run.
+def optimizer_text(optim: OptimSection, dtype: str, cuda: bool = False) -> str:
+    """The optimizer in a few words.
 
-    Raises:
-        ConfigError: a kernel is set to true and there is no CUDA device, or the model is a language
-            model and the installed Transformer Engine cannot be imported.
+    Args:
+        dtype: the type that Newton-Schulz computes in.
+        cuda: whether it computes on a CUDA device, where it may use our symmetric kernel.
     """
-    unusable = unusable_transformer_engine() if config.model.family in TRANSFORMERS else None
-    if unusable is not None:
-        raise ConfigError(f"transformer-engine: got {unusable}; accepted: {BUILT_FOR_THIS_TORCH}")
-    asked = [f.name for f in fields(config.kernels) if getattr(config.kernels, f.name)]
-    asked = [f"kernels.{name}" for name in asked]
-    if config.optim.ns_kernel_from is not None:
-        asked.append("optim.ns_kernel_from")
-    if not asked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        section, name = asked[0].split(".")
-        got = getattr(getattr(config, section), name)
-        raise ConfigError(
-            f"{asked[0]}: got {str(got).lower()} without a CUDA device; accepted: "
-            + ("false, or nothing" if section == "kernels" else "nothing")
-        )
-
-
-def optimizer_text(optim: OptimSection, dtype: str) -> str:
-    """The optimizer in a few words."""
     if optim.name == "adamw":
         return "AdamW"
-    return f"Muon-NSGD ({ns_steps(optim)} {optim.ns_coefficients} steps in {dtype})"
+    symmetric = ""
+    if cuda and optim.ns_kernel_from is not None:
+        symmetric = f", our symmetric kernel from {optim.ns_kernel_from}"
+    steps = f"{ns_steps(optim)} {optim.ns_coefficients} steps in {dtype}{symmetric}"
+    embeddings = (
+        "" if optim.embeddings == "muon" else f", {_RULES[optim.embeddings]} for embeddings"
+    )
+    return f"Muon-NSGD ({steps}{embeddings})"
+
+
+_RULES = {"adamw": "AdamW", "nsgd": "NSGD"}
 
 
 def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
@@ -171,29 +191,33 @@ def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
 
     from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     dtype = compute_dtype(config.optim, device)
     name = next(name for name, value in DTYPES.items() if value == dtype)
     if not isinstance(shape, TransformerShape):
-        return f"kernels: torch's own, {optimizer_text(config.optim, name)}"
-    return summary(kernels_here(config, shape, layout), config.optim, name)
+        return f"kernels: torch's own, {optimizer_text(config.optim, name, cuda)}"
+    return summary(kernels_here(config, shape, layout), config.optim, name, cuda)
 
 
-def summary(kernels: Kernels, optim: OptimSection, dtype: str) -> str:
+_NAMED = ("transformer_engine", "cross_entropy", "grouped_gemm", "deterministic")
+"""What the line says in words of its own."""
+
+
+def summary(kernels: Kernels, optim: OptimSection, dtype: str, cuda: bool = False) -> str:
     """These kernels in the words of :func:`kernels_line`."""
     te = kernels.transformer_engine
-    fused = [
-        name
-        for name, on in asdict(kernels).items()
-        if on and name not in ("transformer_engine", "cross_entropy", "grouped_gemm")
-    ]
+    fused = [name for name, on in asdict(kernels).items() if on is True and name not in _NAMED]
     return ", ".join(
         [
             "kernels: " + ("Transformer Engine" if te else "local") + " layers",
-            ("Transformer Engine's" if te else "torch's") + " attention",
+            ("Transformer Engine's" if te else "torch's")
+            + (f" {kernels.attention}" if kernels.attention else "")
+            + " attention",
             ("fused" if kernels.cross_entropy else "plain") + " cross-entropy",
             *(["grouped GEMM"] if kernels.grouped_gemm else []),
-            optimizer_text(optim, dtype),
+            *(["deterministic"] if kernels.deterministic else []),
+            optimizer_text(optim, dtype, cuda),
             "fused or overlapped: " + (", ".join(fused) or "none"),
         ]
     )

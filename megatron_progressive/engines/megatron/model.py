@@ -14,7 +14,11 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
-from megatron_progressive.engines.megatron.kernels import Kernels, transformer_kwargs
+from megatron_progressive.engines.megatron.kernels import (
+    Kernels,
+    forget_attention,
+    transformer_kwargs,
+)
 from megatron_progressive.engines.megatron.spec import (
     TRANSFORMER_ENGINE,
     decoder_spec,
@@ -52,6 +56,7 @@ def transformer_config(
     shape: TransformerShape, groups: ProcessGroups, dtype: torch.dtype, kernels: Kernels
 ) -> TransformerConfig:
     """Megatron-core's configuration of one rank's part of the model."""
+    forget_attention()
     layout, cuda = groups.layout, torch.cuda.is_available()
     chunks = layout.chunk_layers(shape.num_layers)
     virtual_stages: list[list[str]] = [

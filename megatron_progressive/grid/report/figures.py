@@ -33,14 +33,14 @@ from megatron_progressive.laws.fits import Fit, losses_of, rows_of
 
 _PALETTES = {FIXED: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
 _SHIFTS = {SHORT: 1, NEVER: 2}
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8
-"""Families that one picture can tell apart."""
+"""The number of families that one picture can tell apart."""
 _TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
 _POINTS = 80
 _FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)  # that an axis names
 _WIDE = 0.5
-"""Share of the picture's height from which a law's band would only hide the others."""
+"""The share of the picture's height from which the band of a law would only hide the others."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class Look:
     colour: str
     marker: str
     name: str
-    """That a picture has room for: the family, or its arm where there are many."""
+    """The name for which a picture has room: that of the family, or that of its arm where there are
+    many families."""
 
 
 def looks(results: Sequence[Result]) -> dict[str, Look]:
-    """A colour for each family, and another marker where the colours have been used up. Families
-    of more than can be told apart look as their arm does."""
+    """A colour for each family, and another marker where the colours have been used up. Where there
+    are more families than can be told apart, each looks as its arm does."""
     members = of_families(results)
     many = len(members) > MANY
     counts: dict[tuple[str, ...], int] = {}
@@ -69,7 +70,7 @@ def looks(results: Sequence[Result]) -> dict[str, Look]:
             counts[palette] = index + 1
             # controls differ from what they control in shape as well
             shift = _SHIFTS.get(cells[0].cell.arm, 0)
-            marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
+            marker = MARKERS[(index // len(palette) + shift) % len(MARKERS)]
             known[name] = Look(palette[index % len(palette)], marker, name)
         found[family] = known[name]
     return found
@@ -82,8 +83,8 @@ def laws(
     title: str,
     path: Path,
 ) -> bool:
-    """Loss against total FLOPs of each family with its law and the law's band; False where no cell
-    is finished."""
+    """Draw the loss against total FLOPs of each family, with its law and the law's band; False
+    where no cell is finished."""
     done = usable(results)
     if not done:
         return False
@@ -138,7 +139,8 @@ def _points(members: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _band(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """FLOPs over the cells, and there the lower end of the band, the law and the upper end."""
+    """The FLOPs over the range of the cells, and for each the lower end of the band, the law and
+    the upper end."""
     x = np.geomspace(fit.inputs[0][0], fit.inputs[0][1], _POINTS)
     rows = rows_of(fit)
     losses = np.array([losses_of(rows, np.array([one])) for one in x])
@@ -149,7 +151,7 @@ def _band(fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def _log_flops(
     axes: Axes, flops: Sequence[float], labels: Sequence[tuple[float, float, str, str]]
 ) -> None:
-    """A logarithmic axis of FLOPs with room for the labels."""
+    """Give axes a logarithmic axis of FLOPs with room for the labels."""
     axes.set_xscale("log")
     low, high = min(flops), max(flops)
     decades = max(0.5, np.log10(high / low))
@@ -166,7 +168,8 @@ def _log_flops(
 
 
 def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path: Path) -> bool:
-    """All finished cells and the frontier of those that no other beats in FLOPs and loss."""
+    """Draw all finished cells, and the frontier of those that no other one beats in FLOPs and
+    loss."""
     done = usable(results)
     if not done:
         return False
@@ -202,7 +205,8 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
 
 
 def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, path: Path) -> bool:
-    """Compute-efficiency factors against size, one panel a kind of reference; False without any."""
+    """Draw compute-efficiency factors against size, one panel for each kind of reference; False
+    where there are none."""
     panels = [
         ("fixed-size", [s for s in savings if not is_control(s.reference)]),
         ("its own short control", [s for s in savings if is_control(s.reference, SHORT)]),
@@ -235,8 +239,8 @@ def factor_text(factor: float) -> str:
 
 
 def _on_axis(factor: float) -> float:
-    """A factor, or the end of the axis beyond which it lies: laws that hardly come down to a loss
-    give any power of ten."""
+    """A factor, or the end of the axis beyond which it lies: a law that hardly comes down to a loss
+    gives any power of ten."""
     return min(max(factor, _FACTORS[0]), _FACTORS[-1])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_progressive.compare.arms import Missing
 from megatron_progressive.grid.grid import Grid
+from megatron_progressive.grid.report.crossings import Study as Crossings
 from megatron_progressive.grid.report.laws import (
     Law,
     Saving,
@@ -18,7 +19,7 @@ from megatron_progressive.grid.state import FINISHED
 
 @dataclass(frozen=True)
 class GridReport:
-    """What ``report.json`` holds, and the page shows."""
+    """The content of ``report.json``, which the page shows."""
 
     title: str
     grid: Grid
@@ -27,14 +28,16 @@ class GridReport:
     missing: list[Missing]
     """Controls that finished runs which grow lack."""
     laws: list[Law]
-    """Over FLOPs."""
+    """The laws over FLOPs."""
     size_token_laws: list[Law]
     savings: list[Saving]
     ablation: tuple[list[str], list[list[str]]] | None
     pilot: str
-    """What the pilot found, and whether it came true; empty without one."""
+    """What the pilot found, and whether it came true; empty without a pilot."""
+    crossings: list[Crossings] = field(default_factory=list)
+    """Where depths cross, in a crossing study."""
     pictures: dict[str, Path] = field(default_factory=dict)
-    """By what they show; what there is too little for is not there."""
+    """The pictures, by what they show; a picture for which there is too little data is left out."""
 
     @property
     def complete(self) -> bool:
@@ -42,7 +45,7 @@ class GridReport:
 
     @property
     def versions(self) -> dict[str, int]:
-        """Cells that each version of the code finished."""
+        """The number of cells that each version of the code finished."""
         found: dict[str, int] = {}
         for result in self.results:
             if result.status.state == FINISHED:
@@ -52,7 +55,7 @@ class GridReport:
 
     @property
     def text(self) -> str:
-        """For the terminal: the answer, by size, and where the page is."""
+        """The report for the terminal: the answer, the findings by size, and where the page is."""
         lines = [self.title, ""]
         lines += [f"  {one.size}, {one.family}: {one.sentence}" for one in self.findings]
         absent = [one for one in self.missing if one.reason == NOT_IN_THE_GRID]
@@ -60,6 +63,8 @@ class GridReport:
             arms = " and no ".join(dict.fromkeys(o.arm for o in absent if o.command == command))
             lines.append(f"  the grid has no {arms} run, without which nothing pays: {command}")
         lines += [f"  {line}" for line in refusals(self.laws)]
+        for crossing in self.crossings:
+            lines += [f"  {crossing.title}", *(f"    {text}" for text in crossing.sentences)]
         if self.pilot:
             lines.append(f"  pilot: {self.pilot}")
         if not self.complete:
@@ -68,7 +73,7 @@ class GridReport:
 
 
 def partial(report: GridReport) -> str:
-    """How much of the grid this report is of."""
+    """How much of the grid the report covers."""
     states = [result.status.state for result in report.results]
     counts = ", ".join(
         f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != FINISHED
@@ -80,7 +85,7 @@ def partial(report: GridReport) -> str:
 
 
 def refusals(laws: list[Law]) -> list[str]:
-    """Why there is no law, a line a reason."""
+    """Why there are no laws, one line for each reason."""
     reasons: dict[str, list[str]] = {}
     for law in laws:
         if law.fit is None:

@@ -1,4 +1,4 @@
-"""Scaling laws of a study: one fit per family over its sizes, and what families save."""
+"""The scaling laws of a study: one fit for each family over its sizes, and what families save."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ class Law:
 
     family: str
     cells: list[str]
-    """Names of the finished cells that it is fitted to."""
+    """The names of the finished cells to which the law is fitted."""
     fit: Fit | None
     refused: str = ""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Compute of a family against a reference at equal loss, at one size."""
+    """The compute of a family against that of a reference at equal loss, at one size."""
 
     family: str
     reference: str
     size: str
     params: int
     efficiency: Efficiency
-    """At the loss that the reference has with the FLOPs of its run of this size."""
+    """The efficiency at the loss that the reference has with the FLOPs of its run of this size."""
 
 
 def usable(results: Sequence[Result]) -> list[Result]:
-    """Those with a final loss that is a number."""
+    """The results whose final loss is a number."""
     return [r for r in results if r.loss is not None and np.isfinite(r.loss) and r.flops]
 
 
 def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
-    """``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
+    """The law ``L = E + A / C^alpha`` of every family, over its finished sizes and seeds."""
     laws = []
     for family, members in of_families(results).items():
         say(f"law of {family} over FLOPs")
@@ -60,10 +60,10 @@ def compute_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 
 def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
-    """``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: of all runs from scratch
-    of one setting and their full depths together (fixed-size and short controls are one recipe at
-    several D), of each source that never grows, whose N are its own, and of each family that grows,
-    whose D are all its tokens."""
+    """The laws ``L = E + A / N^alpha + B / D^beta`` over parameters N and tokens D: one for all
+    runs from scratch of one setting together with their full depths (fixed-size and short controls
+    are one recipe at several D), one for each source that never grows, with its own N, and one for
+    each family that grows, whose D counts all of its tokens."""
     scratch = [r for r in results if r.cell.arm in (FIXED, SHORT)]
     settings = list(dict.fromkeys(r.cell.setting for r in scratch))
     groups: dict[str, list[Result]] = {}
@@ -92,8 +92,9 @@ def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
 
 
 def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
-    """Compute-efficiency factors of every family that grows, against fixed-size (of its own
-    setting) and its own controls of equal FLOPs, at each size that the reference has finished."""
+    """The compute-efficiency factors of every family that grows, against fixed-size training of its
+    own setting and against its own controls of equal FLOPs, at each size that the reference has
+    finished."""
     fits = {law.family: law.fit for law in laws}
     by_family = of_families(results)
     found = []
@@ -114,8 +115,8 @@ def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
 
 
 def references(members: Sequence[Result], results: Sequence[Result]) -> list[str]:
-    """Families that one that grows is compared with: fixed-size, its short control, and its source
-    never grown at each of its depths."""
+    """The families with which a family that grows is compared: fixed-size, its short control, and
+    its source never grown at each of its depths."""
     setting, names = members[0].cell.setting, {r.cell.name for r in members}
     fixed = [r.family for r in results if r.cell.arm == FIXED and r.cell.setting == setting]
     mine = [r for r in results if r.cell.control_of in names]
@@ -124,6 +125,6 @@ def references(members: Sequence[Result], results: Sequence[Result]) -> list[str
 
 
 def frontier(results: Sequence[Result]) -> list[Result]:
-    """Finished cells that no other beats in both FLOPs and loss, by FLOPs."""
+    """The finished cells that no other one beats in both FLOPs and loss, by FLOPs."""
     done = usable(results)
     return [done[i] for i in pareto([r.flops or 0 for r in done], [r.loss or 0 for r in done])]

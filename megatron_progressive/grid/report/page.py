@@ -14,6 +14,7 @@ from megatron_progressive.compare.verdict_words import gap_text, needed_text
 from megatron_progressive.cost.flops import step_tokens
 from megatron_progressive.grid.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.grid.labels import arm_meaning, arm_words
+from megatron_progressive.grid.report import crossings
 from megatron_progressive.grid.report.figures import factor_text
 from megatron_progressive.grid.report.judged import partial, refusals
 from megatron_progressive.grid.report.laws import Law
@@ -31,13 +32,15 @@ _SHOWN = 12  # sentences that a reader may want to read before the figures
 
 
 def render(report: GridReport) -> str:
-    """The page: answer, what was run, laws, savings, mixing, sweeps, and every cell."""
+    """The page: the answer, what was run, laws, savings, mixing, sweeps, and every cell."""
     parts = [f"<h1>{escape(report.title)}</h1>"]
     if not report.complete:
         parts.append(
             f'<div class="missing"><strong>Partial.</strong> {escape(partial(report))}</div>'
         )
-    parts += [_missing(report), _answer(report), _what_was_run(report), _pilot(report)]
+    parts += [_missing(report), _answer(report)]
+    parts += [crossings.section(report.crossings, report.pictures.get("crossing"))]
+    parts += [_what_was_run(report), _pilot(report)]
     parts += [_laws(report), _savings(report)]
     parts += [_figure(report, "mixing", "After the expansion", _no_mixing(report))]
     parts += [_figure(report, "tau", "Where to expand", ""), _ablation(report)]
@@ -153,7 +156,7 @@ def _sizes(results: list[Result]) -> str:
     for size, params in sizes_of(results).items():
         mine = [r for r in results if r.cell.size == size]
         longest = max(mine, key=lambda r: r.cell.config.train.steps).cell.config
-        layers = mine[0].cell.config
+        layers = max(mine, key=lambda r: r.params).cell.config  # of the full depth
         depth = layers.expansion[-1].to_layers if layers.expansion else layers.model.num_layers
         shape = model_shape(layers, depth)
         tokens = longest.train.steps * step_tokens(shape, longest)
@@ -226,8 +229,8 @@ def _law_table(laws: list[Law], names: tuple[str, ...]) -> str:
 
 
 def _parameter(fit: Fit, name: str) -> str:
-    """A parameter of a law; of one that the cells do not determine no number, which a reader would
-    take for a finding."""
+    """The text of a law's parameter. For a parameter that the cells do not determine it has no
+    number, which a reader would take for a finding."""
     return "not determined" if name in fit.undetermined else _interval(fit.parameters[name])
 
 
@@ -241,7 +244,8 @@ def _digits(value: float | None) -> str:
 
 
 def _factor(found: Interval) -> str:
-    """A factor and its interval; powers of ten that no run could have are ends without a number."""
+    """The text of a factor and its interval. An end that is a power of ten which no run could have
+    is given without a number."""
     value, low, high = (
         "open" if number is None else factor_text(number) if number else "0"
         for number in (found.value, found.low, found.high)
@@ -324,7 +328,7 @@ def _problems(report: GridReport) -> str:
 
 
 def _unit(report: GridReport) -> str:
-    """``tokens`` or ``images``: a grid has one family."""
+    """What samples are made of, ``tokens`` or ``images``; a grid has one family."""
     return model_shape(report.results[0].cell.config).unit
 
 

@@ -39,8 +39,9 @@ def mixing(
     results: Sequence[Result], compared: dict[str, Comparison], styles: dict[str, Look],
     title: str, path: Path,
 ) -> bool:  # fmt: skip
-    """The gap to fixed-size against tokens after the last expansion, one panel a size (and arm,
-    where there are many families); False where no fixed-size run is there to compare with."""
+    """Draw the gap to fixed-size against tokens after the last expansion, with one panel for each
+    size (and arm, where there are many families); False where there is no fixed-size run to compare
+    with."""
     many = len({result.family for result in results}) > MANY
     curves: dict[tuple[str, str], list[_Curve]] = {}
     for result in results:
@@ -80,9 +81,9 @@ class _Curve:
     family: str
     label: str
     tokens: np.ndarray
-    """After the last expansion."""
+    """The tokens after the last expansion."""
     gap: np.ndarray
-    """%"""
+    """The gap to fixed-size, in %."""
     unit: str
     """What ``tokens`` counts."""
 
@@ -117,8 +118,8 @@ def _mixing_panel(
 
 
 def tau_sweep(results: Sequence[Result], title: str, path: Path) -> bool:
-    """Final loss and gap to fixed-size against τ, a line for each size and family but for τ (seeds
-    averaged); False where fewer than two τ of any line are finished."""
+    """Draw final loss and gap to fixed-size against τ, with a line for each size and family apart
+    from τ (seeds averaged); False where fewer than two τ of any line are finished."""
     names = families([result.cell for result in results], without=[TAU])
     fixed: dict[tuple[str, _Setting], list[float]] = {}
     points: dict[tuple[str, str, _Setting], dict[float, list[float]]] = {}

@@ -1,5 +1,5 @@
-"""What a study's variants of the expansion do, as a table: initialisation, order, side, optimizer
-state and schedule."""
+"""What the variants of the expansion in a study do, as a table: initialisation, order, side,
+optimizer state and schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_progressive.compare.gaps import gap_percent
-from megatron_progressive.grid.cells import FIXED, SCRATCH
+from megatron_progressive.grid.cells import AROUND, FIXED, SCRATCH, Cell
 from megatron_progressive.grid.labels import arm_words
 from megatron_progressive.grid.report.laws import usable
 from megatron_progressive.grid.results import Result, sizes_of
@@ -18,8 +18,9 @@ _Key = tuple[str, ...]
 
 
 def ablation(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | None:
-    """Head and rows: final loss (seeds averaged) and its gap to fixed-size at each size, of arms
-    whose expansion or schedule the grid varies; None where it varies neither."""
+    """The head and the rows of the table: the final loss (seeds averaged) and its gap to fixed-size
+    at each size, for arms whose expansion or schedule the grid varies. None where it varies
+    neither."""
     grown = [r for r in results if r.cell.arm not in SCRATCH]
     keys = {result.cell.name: _key(result) for result in grown}
     variants: dict[_Key, set[_Key]] = {}
@@ -46,10 +47,16 @@ def _key(result: Result) -> _Key:
     taus = "+".join(f"{step / config.train.steps:.3g}" for step in config.expansion_steps())
     copied = last.init != "random"
     return (
-        arm_words(result.cell.arm), result.cell.tau or taus, last.init,
+        _arm(result.cell), result.cell.tau or taus, last.init,
         last.order if copied else "–", last.insert + f" {last.block}" * (last.block is not None),
         last.optimizer_state, config.schedule.name,
     )  # fmt: skip
+
+
+def _arm(cell: Cell) -> str:
+    """The arm's name, with the multiple of the crossing at which it grows, if it does."""
+    around = cell.axes.get(AROUND)
+    return arm_words(cell.arm) + (f" at {around}x" if around else "")
 
 
 def _cell(mine: Sequence[Result], done: Sequence[Result], size: str) -> str:

@@ -17,7 +17,7 @@ from megatron_progressive.compare.arms import Comparison, Missing, depth_words
 from megatron_progressive.compare.decision import NOT_BELOW, Against, overall
 from megatron_progressive.compare.pairs import paired
 from megatron_progressive.compare.verdict import Verdict, verdicts
-from megatron_progressive.compare.verdict_words import study_sentence, study_title
+from megatron_progressive.compare.verdict_words import sentence, study_sentence, study_title
 from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.results import Result, sizes_of
@@ -36,20 +36,21 @@ class Finding:
     params: int
     family: str
     seeds: list[int]
-    """Finished ones."""
+    """The seeds that are finished."""
     flops_share: float | None
-    """Its total FLOPs over fixed-size's."""
+    """The family's total FLOPs over those of fixed-size training."""
     to_fixed: Against
-    """Its outcome: ``below`` where it has fewer FLOPs and ends within 0.5 % of fixed-size."""
+    """The comparison with fixed-size training; its outcome is ``below`` where the run has fewer
+    FLOPs and ends within 0.5 % of it."""
     controls: list[Against]
-    """Against each control of equal FLOPs."""
+    """The comparisons with each control of equal FLOPs."""
     outcome: str
-    """Whether it ends below every one of these: ``pays``, ``does not pay``, ``open``."""
+    """Whether it ends below every one of these controls: ``pays``, ``does not pay`` or ``open``."""
     mixed: list[bool]
-    """Of each seed whose mixing could be measured."""
+    """Whether it mixed, for each seed whose mixing could be measured."""
     sentence: str
     verdicts: list[Verdict] = field(default_factory=list)
-    """Of each seed."""
+    """The verdict on each seed."""
 
 
 def comparisons(results: Sequence[Result], grid: Grid) -> dict[str, Comparison]:
@@ -66,6 +67,7 @@ def comparisons(results: Sequence[Result], grid: Grid) -> dict[str, Comparison]:
             for arm, key, controls in (
                 (FIXED_ARM, FIXED, fixed), (SHORT_ARM, SHORT, short), (NEVER_ARM, NEVER, never),
             )
+            if key != FIXED or not grid.crossings  # whose depths alone are the controls
             for one in _missing(result, arm, key, controls, grid)
         ]  # fmt: skip
         found[result.cell.name] = Comparison(
@@ -87,7 +89,8 @@ def _finished(results: Sequence[Result]) -> list[Run]:
 def _missing(
     grown: Result, arm: str, key: str, controls: Sequence[Result], grid: Grid
 ) -> list[Missing]:
-    """What is not finished of a control of a run that grows, with the command that makes it."""
+    """The controls of a run that grows, as far as they are not finished, with the commands that
+    make them."""
     command = ["mprog", "grid", "run", str(grid.file), *grid.overrides]
     name = grown.cell.name
     if not controls:
@@ -126,6 +129,7 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
     to_fixed, controls = paired(compared)
     speedups = [v.speedup_flops for v in mine if v.speedup_flops]
     share = 1 / float(np.mean(speedups)) if speedups else None
+    has_fixed = any(c.fixed or any(m.arm == FIXED_ARM for m in c.missing) for c in compared)
     if share is not None and share >= 1:  # as FLOPs are counted, no seed changes that
         to_fixed = replace(to_fixed, outcome=NOT_BELOW)
     return Finding(
@@ -138,13 +142,15 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
         controls=controls,
         outcome=overall(controls),
         mixed=[v.mixing.mixed for v in mine if v.mixing is not None],
-        sentence=study_sentence(share, to_fixed, controls),
+        sentence=study_sentence(share, to_fixed, controls)
+        if has_fixed  # a crossing study has none
+        else sentence(controls).removesuffix("."),
         verdicts=mine,
     )
 
 
 def distinct(found: Sequence[Finding]) -> list[Finding]:
-    """Findings of different runs: those that cells share under several names count once."""
+    """The findings of different runs; runs that cells share under several names count once."""
     first: dict[tuple[str, ...], Finding] = {}
     for one in found:
         runs = tuple(verdict.run for verdict in one.verdicts)

@@ -85,7 +85,10 @@ ncclResult_t make(ncclComm_t* out, int size, const std::string& id, int rank) {
 
 ncclResult_t end(ncclComm_t c) {
   standin::note("communicators_live", -1);
-  if (c->shared) munmap(c->shared, c->mapped);
+  if (c->shared) {
+    if (!c->seats[c->rank].left) c->seats[c->rank].left = 1;
+    munmap(c->shared, c->mapped);
+  }
   delete c;
   return ncclSuccess;
 }
@@ -98,6 +101,7 @@ bool standin::alone() {
 }
 
 ncclResult_t standin::refuse(const Communicator* c, const std::string& line) {
+  if (c && c->seats) c->seats[c->rank].left = 2;
   last_error = c ? words("NCCL, rank %d of %d: ", c->rank, c->size) + line : line;
   say(last_error);
   return ncclInvalidUsage;

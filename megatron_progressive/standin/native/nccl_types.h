@@ -33,6 +33,7 @@ struct Header {
 // One for each rank, in memory that all ranks of a communicator share.
 struct Seat {
   pid_t pid;
+  int left;      // 1: has destroyed or aborted the communicator; 2: was refused an operation
   long arrived;  // barriers that this rank has come to
   Header header;
   int color, key;  // of ncclCommSplit
@@ -46,7 +47,6 @@ struct Shared {
 
 constexpr size_t kSlot = 1 << 20;  // bytes that a rank shows to others at a time
 
-// The largest number of ranks whose shared memory is laid out.
 struct Communicator {
   std::string id;
   int rank, size;

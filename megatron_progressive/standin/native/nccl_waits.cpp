@@ -94,6 +94,10 @@ std::string standin::Waiting::hopeless(const std::vector<int>& ranks) {
   std::vector<pid_t> pids;
   for (const int rank : ranks) {
     const pid_t pid = communicator_->seats[rank].pid;
+    if (const int left = communicator_->seats[rank].left) {
+      return words("%s: rank %d %s", what_.c_str(), rank,
+                   left == 1 ? "has left the communicator" : "was refused what it asked for");
+    }
     if (kill(pid, 0) != 0 && errno == ESRCH) {
       return words("%s: rank %d has ended", what_.c_str(), rank);
     }
@@ -111,7 +115,10 @@ std::string standin::Waiting::hopeless(const std::vector<int>& ranks) {
     const std::string found = pid == getpid() ? "" : circle(pid, path);
     if (found.empty()) continue;
     // Twice the same, stamps included: nobody in the circle has moved between the two looks.
-    if (found == seen_) return "deadlock: " + what_ + without_stamps(found);
+    if (found == seen_) {
+      usleep(1'500'000);  // our note stays for so long, so that the others find the circle too
+      return "deadlock: " + what_ + without_stamps(found);
+    }
     seen_ = found;
     return "";
   }
