@@ -288,6 +288,14 @@ class ScheduleSection:
     """Length of the linear warmup, as a fraction of the steps."""
     decay: float = 0.1
     """Length of the linear decay at the end (``wsd`` only), as a fraction of the steps."""
+    rewarm: Optional[float] = None
+    """Length of the climb of the learning rate after each expansion, up to the schedule's, as a
+    fraction of the steps (default: none)."""
+    rewarm_from: Optional[float] = None
+    """Share of the schedule's learning rate from which it climbs (default: 0)."""
+    rewarm_layers: Optional[str] = None
+    """Layers whose learning rate climbs: ``all``, with all that is outside of layers (default), or
+    the ``new`` ones alone."""
 
 
 @dataclass(frozen=True)
