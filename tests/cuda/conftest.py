@@ -11,12 +11,21 @@ from pathlib import Path
 import pytest
 
 from tests.cuda.serve import ROOT, PoolOnDevice, variables
+from tests.pool import Pool
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def _pool(mode: str) -> Iterator[PoolOnDevice]:
     pool = PoolOnDevice(4, variables(mode))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Ranks over gloo alone: these tests compare with them."""
+    pool = Pool(4)
     yield pool
     pool.close()
 
