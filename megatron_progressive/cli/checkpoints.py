@@ -23,7 +23,9 @@ def _checkpoint_expand(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.expansion.offline import expand_checkpoint, plan_expansion
 
     fields = ("to_layers", "init", "order", "insert", "optimizer_state")
-    expansion = expansion_from_words({field: getattr(args, field) for field in fields})
+    block = None if args.block is None else args.block.split(",")
+    words = {field: getattr(args, field) for field in fields}
+    expansion = expansion_from_words({**words, "block": block})
     plan = plan_expansion(checkpoint_of(args), place("OUT", args.out), expansion)
     expand_checkpoint(plan)
     print(f"{args.out}: {plan.from_layers} → {plan.position.num_layers} layers")
@@ -72,7 +74,7 @@ def add(commands: Commands) -> None:
     for field, what in (
         ("init", "new layers' weights: random, copying, zero, copying_zeroL, copying_zeroN"),
         ("order", "order of copied layers: stack, inter, last"),
-        ("insert", "side for new layers: bottom, top"),
+        ("insert", "where new layers go: bottom, top, middle"),
         ("optimizer_state", "optimizer state after it: inherit, copy, reset"),
     ):
         default = getattr(defaults, field)
@@ -80,6 +82,11 @@ def add(commands: Commands) -> None:
         expand.add_argument(
             option, metavar="WORD", default=default, help=f"{what} (default: {default})"
         )
+    expand.add_argument(
+        "--block", metavar="FIRST,LAST",
+        help="the layers to copy, without LAST (default: all; with --insert middle those in the "
+        "middle)",
+    )  # fmt: skip
     exporting = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
     exports = exporting.add_subparsers(dest="export_command", required=True, metavar="FORMAT")
     export = command(exports, "hf", _export_hf, "make a Hugging Face model folder")

@@ -21,7 +21,8 @@ GROWN_COLOURS = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9")
 FIXED_COLOURS = ("#333333", "#777777")
 SHORT_COLOURS = ("#D55E00", "#E69F00")
 NEVER_COLOURS = ("#882255", "#999933")
-"""Of sources that never grow: two of Tol's (personal.sron.nl/~pault), beside Okabe and Ito's."""
+"""The colours of sources that never grow: two of Tol's (personal.sron.nl/~pault), beside Okabe and
+Ito's."""
 OTHER_COLOUR = "#999999"
 INK, FAINT = "#222222", "#D9D9D9"
 TEXT = {"fontsize": 11, "color": INK}

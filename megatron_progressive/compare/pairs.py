@@ -1,4 +1,4 @@
-"""Runs that grow and their controls as pairs of one seed: what decides between them."""
+"""Runs that grow and their controls, as pairs of one seed, and what decides between them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _DIVERGED = "diverged"
 
 
 def recipe_of(run: Run) -> str:
-    """What runs that are seeds of each other have in common."""
+    """What runs have in common that are seeds of one another."""
     return repr({k: v for k, v in asdict(run.config).items() if k != "run"})
 
 
 def seeds_of(comparison: Comparison, finished: Sequence[Comparison]) -> list[Comparison]:
-    """Those ``finished`` ones of its recipe that are of the same data, one a seed."""
+    """The comparisons in ``finished`` of the same recipe whose runs are on the same data, one for
+    each seed."""
     data = comparison.progressive.trained_on
     same = [c for c in finished if not differ(c.progressive.trained_on, data)]
     return list({c.progressive.config.run.seed: c for c in same}.values())
@@ -45,8 +46,9 @@ def _paired(
     name: str, arm: str, controls_of: Callable[[Comparison], list[Run]],
     comparisons: Sequence[Comparison], bound: float = 0.0,
 ) -> Against:  # fmt: skip
-    """Of a control that several runs stand for (a source at several depths) the pair is with the
-    best, which is not known to be it where some of them are missing."""
+    """The pairs with one control. Where several runs stand for the control (a source at several
+    depths), a pair is with the best of them; where some of these are missing, it is not known
+    whether that is the best."""
     gaps: list[tuple[int, float]] = []
     left_out: list[str] = []
     lacking: list[str] = []
@@ -72,7 +74,7 @@ def _paired(
 
 
 def _unfit(control: Run, run: Run) -> str:
-    """Why a finished control makes no pair with a run; empty where it does."""
+    """Why a finished control makes no pair with a run; empty where it makes one."""
     seed = control.config.run.seed
     if not has_loss(control):
         return _DIVERGED

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "parallel.zero_stage": (0, 1, 2, 3),
     "expansion.init": ("random", "copying", "zero", "copying_zeroL", "copying_zeroN"),
     "expansion.order": ("stack", "inter", "last"),
-    "expansion.insert": ("bottom", "top"),
+    "expansion.insert": ("bottom", "top", "middle"),
     "expansion.optimizer_state": ("inherit", "copy", "reset"),
     "expansion.parallel.engine": (None, "megatron", "deepspeed", "torch"),
     "expansion.parallel.zero_stage": (None, 0, 1, 2, 3),
@@ -99,6 +99,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "parallel.expert_tensor": (1, _COUNT),
     "parallel.staging_mib": (1, _WIDTH),
     "expansion.to_layers": (1, _LAYERS),
+    "expansion.block": (0, _LAYERS),  # of each
     "expansion.parallel.tensor": (1, _COUNT),
     "expansion.parallel.pipeline": (1, _COUNT),
     "expansion.parallel.virtual_pipeline": (1, _COUNT),

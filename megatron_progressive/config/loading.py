@@ -51,6 +51,7 @@ class _Kind(typing.NamedTuple):
     """The type of the value, or of the elements where the value is a list."""
     is_list: bool
     optional: bool
+    """Whether null is a value of the field."""
 
 
 def _known_keys(cls: type, prefix: str = "") -> list[str]:
@@ -67,10 +68,11 @@ def _kinds(cls: type) -> dict[str, _Kind]:
     hints = typing.get_type_hints(cls)
     kinds = {}
     for f in fields(cls):
-        hint, origin = hints[f.name], typing.get_origin(hints[f.name])
-        optional = origin in (typing.Union, types.UnionType)
-        inner = typing.get_args(hint)[0] if origin is list or optional else hint
-        kinds[f.name] = _Kind(inner, origin is list, optional)
+        hint = hints[f.name]
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        hint = typing.get_args(hint)[0] if optional else hint
+        is_list = typing.get_origin(hint) is list
+        kinds[f.name] = _Kind(typing.get_args(hint)[0] if is_list else hint, is_list, optional)
     return kinds
 
 
@@ -129,9 +131,13 @@ def _section(cls: type, values: Any, name: str) -> Any:
 def _field(kind: _Kind, value: Any, name: str) -> Any:
     if not kind.is_list:
         return _item(kind, value, name)
+    if is_null(value) and kind.optional:
+        return None
     if not isinstance(value, list):
-        raise ConfigError(f"{name}: got {shown(value)}; accepted: a list")
-    return [_item(kind, item, f"{name}[{index}]") for index, item in enumerate(value)]
+        accepted = "a list, or null" if kind.optional else "a list"
+        raise ConfigError(f"{name}: got {shown(value)}; accepted: {accepted}")
+    item_kind = kind._replace(optional=False)
+    return [_item(item_kind, item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
 def _item(kind: _Kind, value: Any, name: str) -> Any:
@@ -314,9 +320,9 @@ def _has_section(values: Any, name: str) -> bool:
     return isinstance(values, dict) and isinstance(values.get(name), dict)
 
 
-def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
+def expansion_from_words(words: typing.Mapping[str, Any]) -> ExpansionSection:
     """A checked expansion that belongs to no run (its ``at`` is left open), made from its fields as
-    text.
+    text, or lists of text.
 
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong type or not accepted.
@@ -325,7 +331,8 @@ def expansion_from_words(words: dict[str, str]) -> ExpansionSection:
     found = {}
     for key, text in words.items():
         found[key] = _field(kinds[key], text, f"expansion.{key}")
-        check_value(f"expansion.{key}", found[key])
+        for item in found[key] if isinstance(found[key], list) else [found[key]]:
+            check_value(f"expansion.{key}", item)
     return ExpansionSection(**found)
 
 

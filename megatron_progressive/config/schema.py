@@ -345,7 +345,11 @@ class ExpansionSection:
     order: str = "stack"
     """Order of copied layers: ``stack`` (ABAB), ``inter`` (AABB) or ``last`` (ABBB)."""
     insert: str = "bottom"
-    """Side of the trained layers for the new ones: ``bottom`` (at the embedding) or ``top``."""
+    """Place of the new layers among the trained ones: ``bottom`` (at the embedding), ``top`` or
+    ``middle``. Copied in the ``middle`` are the middle layers, in whole copies."""
+    block: Optional[list[int]] = None
+    """The trained layers to copy, ``[first, last]`` without ``last`` (default: all; with ``insert:
+    middle`` those in the middle). The layers below and above it stay single."""
     optimizer_state: str = "inherit"
     """Optimizer state after the expansion: ``inherit`` (surviving layers keep theirs, new layers
     start empty), ``copy`` (copied layers get their sources'), or ``reset`` (all start empty)."""

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
@@ -185,3 +185,22 @@ def phases(config: RunConfig) -> list[Phase]:
 def total_flops(config: RunConfig) -> int:
     """Training FLOPs of a whole run."""
     return sum(phase.flops for phase in phases(config))
+
+
+def steps_within(config: RunConfig, flops: float) -> int:
+    """The greatest number of steps with which a run costs no more than ``flops``; 0 where one step
+    costs more. An expansion at a fraction of the steps moves with them, so that of more steps no
+    run costs less; a run misses ``flops`` by less than one step of its full depth."""
+
+    def cost(steps: int) -> int:
+        return total_flops(replace(config, train=replace(config.train, steps=steps)))
+
+    config = replace(config, train=replace(config.train, stop_after=None))
+    enough = 1
+    while cost(enough) <= flops:
+        enough *= 2
+    low, high = enough // 2, enough  # cost(low) <= flops < cost(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= flops else (low, middle)
+    return low

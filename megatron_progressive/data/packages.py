@@ -1,4 +1,4 @@
-"""The Python sources of the installed packages that this one depends on: text that is there after
+"""The Python sources of the installed packages on which this one depends: text that is there after
 installing, without a network."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _OWN = "megatron_progressive"
 
 
 def packages_root() -> Path:
-    """The folder that packages are installed into."""
+    """The folder into which packages are installed."""
     return Path(sysconfig.get_paths()["purelib"])
 
 
 def package_sources(root: Path) -> list[Path]:
-    """Source files below ``root`` of every package that this one needs, directly or through
-    another, sorted by path. Other packages that happen to be installed there are left out: two
-    environments of the same versions have the same corpus."""
+    """The source files below ``root`` of every package that this one needs, directly or through
+    another, sorted by path. Other packages that happen to be installed there are left out, so that
+    two environments of the same versions have the same corpus."""
     found: set[Path] = set()
     for name in _needed():
         for file in metadata.distribution(name).files or ():
@@ -32,7 +32,7 @@ def package_sources(root: Path) -> list[Path]:
 
 
 def _needed() -> set[str]:
-    """Names of the installed distributions that this package needs here, without extras."""
+    """The names of the installed distributions that this package needs here, without extras."""
     waiting = [_OWN]
     seen: set[str] = set()
     while waiting:

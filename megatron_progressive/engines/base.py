@@ -58,18 +58,23 @@ class GlobalBatch:
             for offset in offsets
         ]
 
-    def share_of_mean(self, means: Sequence[Any], counted: Sequence[int], ranks: int) -> float:
+    def share_of_mean(self, means: Sequence[Any], counted: Sequence[int], ranks: int) -> Any:
         """This data-parallel rank's part of the mean loss of the batch, to be summed over
-        ``ranks``.
+        ``ranks``, in fp64.
 
         Args:
-            means: the mean loss of the samples that count in each micro-batch.
+            means: the mean loss of the samples that count in each micro-batch: numbers, or tensors
+                of one number, which are left on their device.
             counted: the number of these samples in each micro-batch.
         """
         if len(set(counted)) == 1 and counted[0] * len(counted) * ranks == self.count:
-            return sum(float(mean) for mean in means) / len(means) / ranks
+            return sum(_in_fp64(mean) for mean in means) / len(means) / ranks
         weighed = zip(means, counted, strict=True)
-        return sum(float(mean) * count for mean, count in weighed if count) / self.count
+        return sum(_in_fp64(mean) * count for mean, count in weighed if count) / self.count
+
+
+def _in_fp64(number: Any) -> Any:
+    return number.double() if isinstance(number, torch.Tensor) else float(number)
 
 
 def in_batches(
@@ -106,14 +111,32 @@ class StepMetrics:
 
 
 def sum_over_ranks(
-    loss: float, stop: float, counts: torch.Tensor | None, device: torch.device
-) -> tuple[float, float, torch.Tensor]:
-    """The sums of a loss, of wishes to stop and of counts (fp64), by one all-reduce over all
-    ranks."""
-    parts = [torch.tensor([loss, stop], dtype=torch.float64)]
-    values = torch.cat(parts if counts is None else [*parts, counts]).to(device)
+    loss: Any,
+    stop: float,
+    counts: torch.Tensor | None,
+    device: torch.device,
+    same: Sequence[torch.Tensor] = (),
+) -> tuple[float, float, torch.Tensor, list[float]]:
+    """The sums of a loss, of wishes to stop and of counts, by one all-reduce over all ranks.
+
+    The host waits for the device here, once, and nowhere else in a step of a dense model.
+
+    Args:
+        loss: a number, or a tensor of one on the device.
+        counts: flat, fp64, on the device.
+        same: tensors of one number on the device, equal on every rank: read with the sums.
+
+    Returns: the sums, counts on the CPU, and the numbers of ``same``.
+    """
+    values = torch.zeros(2 + (0 if counts is None else counts.numel()), dtype=torch.float64,
+                         device=device)  # fmt: skip
+    values[0], values[1] = loss, stop
+    if counts is not None:
+        values[2:] = counts
     dist.all_reduce(values)
-    return float(values[0]), float(values[1]), values[2:].cpu()
+    found = torch.cat([values, *(number.double().view(1) for number in same)]).cpu()
+    numbers = found[values.numel() :].tolist()
+    return float(found[0]), float(found[1]), found[2 : values.numel()], numbers
 
 
 class Engine(Protocol):

@@ -9,10 +9,11 @@ a layer, so trained and new layers stay in the places of their kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError, ExpansionSection
+from megatron_progressive.expansion.placing import Block, source_layers, survivors
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import ModelShape, layer_of, with_layer_number
 from megatron_progressive.reshard.boxes import WEIGHT_SLOTS, Key
@@ -41,67 +42,6 @@ class TensorRule:
         return self.weights if slot in WEIGHT_SLOTS else self.state
 
 
-def source_layers(
-    source_kinds: Sequence[str], target_kinds: Sequence[str], order: str
-) -> list[int]:
-    """The source layer of each target layer where all layers are copied: ABAB, AABB or ABBB.
-
-    Layers are copied to layers of their kind, and the order applies to each kind on its own. Target
-    layers of a kind that the source does not have take all source layers, in that order: what the
-    two kinds have in common (attention and norms) is copied, the rest is new.
-
-    Raises:
-        ValueError: the order is unknown, or there is nothing to copy.
-    """
-    if not source_kinds:
-        raise ValueError("copying needs a source layer")
-    origins = [0] * len(target_kinds)
-    for kind in set(target_kinds):
-        sources = [layer for layer, k in enumerate(source_kinds) if k == kind]
-        sources = sources or list(range(len(source_kinds)))
-        targets = [layer for layer, k in enumerate(target_kinds) if k == kind]
-        for index, target in enumerate(targets):
-            if order == "stack":
-                place = index % len(sources)
-            elif order == "inter":
-                place = index * len(sources) // len(targets)
-            elif order == "last":
-                place = min(index, len(sources) - 1)
-            else:
-                raise ValueError(f"order {order!r}")
-            origins[target] = sources[place]
-    return origins
-
-
-def survivors(
-    source_kinds: Sequence[str], target_kinds: Sequence[str], order: str, insert: str, copied: bool
-) -> list[int]:
-    """The target layer that *is* each source layer, and keeps its optimizer state, in the order of
-    source layers.
-
-    Without copying, new layers go below (``bottom``) or above (``top``) all trained ones of their
-    kind. With copying, a source layer has several copies. The survivor is one of the copies of its
-    kind: the last one when new layers are inserted at the bottom, the first one when they are
-    inserted at the top.
-    """
-    if copied:
-        origins = source_layers(source_kinds, target_kinds, order)
-        places = range(len(target_kinds))
-        found = [
-            [p for p in places if origins[p] == layer and target_kinds[p] == kind]
-            for layer, kind in enumerate(source_kinds)
-        ]
-        return [copies[0 if insert == "top" else -1] for copies in found]
-    alive = [0] * len(source_kinds)
-    for kind in set(source_kinds):
-        sources = [layer for layer, k in enumerate(source_kinds) if k == kind]
-        targets = [layer for layer, k in enumerate(target_kinds) if k == kind]
-        shift = len(targets) - len(sources) if insert == "bottom" else 0
-        for index, layer in enumerate(sources):
-            alive[layer] = targets[index + shift]
-    return alive
-
-
 def depth_map(
     source: ModelShape,
     target: ModelShape,
@@ -109,6 +49,7 @@ def depth_map(
     order: str = "stack",
     insert: str = "bottom",
     optimizer_state: str = "inherit",
+    block: Block | None = None,
 ) -> dict[str, TensorRule]:
     """The rule of every target tensor.
 
@@ -118,6 +59,8 @@ def depth_map(
             zero linear) or ``copying_zeroN`` (copies whose norms have zero gain).
         optimizer_state: ``inherit`` (survivors keep theirs, new layers start empty), ``copy``
             (copies take that of their source) or ``reset`` (everything starts empty).
+        order, insert, block: how layers are placed (:func:`.placing.source_layers` and
+            :func:`.placing.survivors`).
 
     A copy takes what its source layer has under the same name and in the same shape. What that
     layer lacks gets its own initial values, for example the experts where a dense layer is copied
@@ -132,10 +75,10 @@ def depth_map(
     origins: dict[tuple[str, int], int] = {}
     for stack, kinds in target.stacks().items():
         trained = before[stack]
-        alive = survivors(trained, kinds, order, insert, copied) if trained else []
+        alive = survivors(trained, kinds, order, insert, copied, block) if trained else []
         survivor_of |= {(stack, place): layer for layer, place in enumerate(alive)}
         if copied:
-            copies = source_layers(trained, kinds, order)
+            copies = source_layers(trained, kinds, order, insert, block)
             origins |= {(stack, place): layer for place, layer in enumerate(copies)}
     kept = ZERO if optimizer_state == "reset" else COPY
     have = tensor_table(source)
@@ -178,7 +121,13 @@ def rules_of(
         expansion.order,
         expansion.insert,
         expansion.optimizer_state,
+        block_of(expansion),
     )
+
+
+def block_of(expansion: ExpansionSection) -> Block | None:
+    """The configured block, which :func:`check_growth` has accepted."""
+    return None if expansion.block is None else (expansion.block[0], expansion.block[1])
 
 
 def check_depths(expansion: ExpansionSection, from_layers: int, field: str, whose: str) -> None:
@@ -201,6 +150,49 @@ def check_depths(expansion: ExpansionSection, from_layers: int, field: str, whos
             f"{field}.init: got {expansion.init!r} from 0 layers, where nothing can be copied; "
             f"accepted: random, zero"
         )
+
+
+def check_growth(
+    expansion: ExpansionSection, source: ModelShape, target: ModelShape, field: str, whose: str
+) -> None:
+    """Check that an expansion can make ``target`` of ``source``: :func:`check_depths`, and that
+    there is such a block of layers to copy.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    check_depths(expansion, source.num_layers, field, whose)
+    block, name = expansion.block, f"{field}.block"
+    if block is None:
+        return
+    if not expansion.init.startswith("copying"):
+        raise ConfigError(
+            f"{name}: got {block} with init {expansion.init}; accepted: none (a block is what "
+            "copying, copying_zeroL and copying_zeroN copy)"
+        )
+    stacks = source.stacks()
+    if len(stacks) != 1:
+        raise ConfigError(
+            f"{name}: got {block} for family {source.family}; accepted: none (its layers are in "
+            f"{len(stacks)} stages)"
+        )
+    layers = source.num_layers
+    if len(block) != 2 or not 0 <= block[0] < block[1] <= layers:
+        raise ConfigError(
+            f"{name}: got {block}; accepted: [first, last] with 0 <= first < last <= {layers}, the "
+            f"layer{'s' * (layers != 1)} {whose} (last is not copied)"
+        )
+    ((_, before),) = stacks.items()
+    ((_, after),) = target.stacks().items()
+    for kind in dict.fromkeys(before):
+        new = after.count(kind) - before.count(kind)
+        if new and kind not in before[block[0] : block[1]]:
+            first = before.index(kind)
+            raise ConfigError(
+                f"{name}: got {block}, which has no layer of the kind {kind!r} that {new} new "
+                f"layer{'s' * (new != 1)} are of; accepted: a block with one of the layers "
+                f"{first} to {first + before.count(kind) - 1}"
+            )
 
 
 def copied_from(rules: dict[str, TensorRule]) -> Callable[[Key], Key | None]:

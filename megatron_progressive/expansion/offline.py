@@ -16,7 +16,7 @@ from megatron_progressive.checkpoints.new_folder import check_new_folder, new_fo
 from megatron_progressive.checkpoints.record import ModelRecord
 from megatron_progressive.checkpoints.tokenizer_files import FOLDER, copy_tokenizer
 from megatron_progressive.config import ConfigError, ExpansionSection, OptimSection
-from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, check_depths, rules_of
+from megatron_progressive.expansion.depth_map import COPY, INIT, TensorRule, check_growth, rules_of
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, layer_number, with_layer_number
 from megatron_progressive.optim.rules import ADAMW, STATE_SLOTS, STEP, rule_of
@@ -64,8 +64,8 @@ def plan_expansion(checkpoint: Path, out: Path, expansion: ExpansionSection) -> 
     """
     position, model = read_whole(checkpoint)
     depth, target = position.num_layers, expansion.to_layers
-    check_depths(expansion, depth, "expansion", f"of {checkpoint}")
     shape = replace(model.shape, num_layers=target)
+    check_growth(expansion, model.shape, shape, "expansion", f"of {checkpoint}")
     table = tensor_table(shape)
     rules = rules_of(expansion, model.shape, shape)
     stored = stored_tensors(checkpoint)

@@ -6,6 +6,7 @@ two grids that are the same run share a folder's name, and a finished one is nev
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from megatron_progressive.config import ConfigError, RunConfig, check_value, fro
 from megatron_progressive.config.loading import Override
 from megatron_progressive.config.places import check_name, check_run_name
 from megatron_progressive.config.values import converted, shown
-from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.cost.flops import steps_within, total_flops
 from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.grid.data import StudyData
 from megatron_progressive.grid.fingerprint import fingerprint
@@ -26,11 +27,13 @@ from megatron_progressive.plan import controls
 from megatron_progressive.runs.decisive import decisive
 
 FIXED, SHORT, NEVER = "fixed", "short_control", "never_grown"
+ALONE = "alone"
+"""The arm of a crossing study's two depths, which no list of arms names."""
 ZERO_LAYER, ONE_LAYER, FUNCTION_PRESERVING = "zero_layer", "one_layer", "function_preserving"
 G_STACK, GRADUAL_STACK, MULTI_STAGE = "g_stack", "gradual_stack", "multi_stage"
 ARMS = (FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER, G_STACK, GRADUAL_STACK, FUNCTION_PRESERVING,
         MULTI_STAGE)  # fmt: skip
-SCRATCH = (FIXED, SHORT, NEVER)
+SCRATCH = (FIXED, SHORT, NEVER, ALONE)
 """Arms that do not grow."""
 DEEPER_SOURCE = re.compile(r"([2-9]|[1-9]\d+)_layers")
 """The names of arms with deeper sources: ``2_layers``, ``4_layers``, ..."""
@@ -51,7 +54,9 @@ _AFTER = "expansion.parallel."
 EXPANSION_KEYS = ("order", "insert", "optimizer_state")
 """The fields of an expansion over which a grid spans by lists of its own."""
 TAU, INIT, SCHEDULE = "tau", "init", "schedule"
-EXPANSION_AXES = (TAU, INIT, *EXPANSION_KEYS)
+DEPTH, BUDGET, AROUND = "depth", "budget", "around"
+"""The axes of a crossing study: of the depths alone, and of what grows around their crossing."""
+EXPANSION_AXES = (TAU, INIT, AROUND, *EXPANSION_KEYS)
 """The axes of which a cell that runs from scratch has no value."""
 
 TauOf = Callable[[RunConfig], tuple[int, str]]
@@ -64,7 +69,8 @@ class Cell:
     """One run of a grid."""
 
     name: str
-    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-SCHEDULE]-sSEED``."""
+    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-xFACTOR][-SCHEDULE]-sSEED``, and of a depth
+    alone ``SIZE-alone-LAYERS-BUDGET[-SCHEDULE]-sSEED``."""
     size: str
     arm: str
     seed: int
@@ -78,7 +84,8 @@ class Cell:
     the sizes). Two cells that differ in any value are never two seeds of one run. A control of
     equal FLOPs has the values of the cell that it controls."""
     unknown: str = ""
-    """Why τ is not known. Such a cell is not run; its configuration has an assumed τ."""
+    """Why τ, or the number of steps, is not known. Such a cell is not run; its configuration has an
+    assumed one."""
     trained_on: DataIdentity | None = None
     """What the study is trained on; None where that is not settled yet."""
 
@@ -116,8 +123,21 @@ def params_of(cell: Cell) -> int:
     return parameter_count(model_shape(cell.config, expansion[-1].to_layers if expansion else None))
 
 
+@dataclass(frozen=True)
+class Span:
+    """What the runs that grow cost in all, where a grid spans them around a crossing."""
+
+    factor: str
+    """The multiple of the crossing, as names have it."""
+    flops: float
+    unknown: str = ""
+    """Why the crossing is not known; then the FLOPs are assumed."""
+
+
 class SizeCells:
     """The cells of one size, seed and schedule."""
+
+    _span: Span | None = None
 
     def __init__(
         self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
@@ -172,6 +192,26 @@ class SizeCells:
         decides = decisive(self.config)
         self._setting |= {key: str(decides.get(key, "")) for key in kinds}
 
+    def around(self, span: Span) -> SizeCells:
+        """The same, with runs that grow for as many steps as ``span`` pays for."""
+        other = copy.copy(self)
+        other._span, other._mark = span, f"-x{span.factor}{self._mark}"
+        other._setting = {**self._setting, AROUND: span.factor}
+        return other
+
+    def alone(self, depth: int, budget: str, flops: float) -> Cell:
+        """The cell of ``depth`` layers from scratch, with a complete schedule of as many steps as
+        ``flops`` pay for (at least one); ``budget`` is how its name has them."""
+        config = self._config_of(depth, [])
+        steps = max(1, steps_within(config, flops))
+        config = replace(config, train=replace(config.train, steps=steps, stop_after=None))
+        axes = {DEPTH: str(depth), BUDGET: budget}
+        return self._named(f"{ALONE}-{depth}-{budget}", ALONE, config, axes)
+
+    @property
+    def schedule(self) -> str:
+        return self._setting[SCHEDULE]
+
     def cells(
         self, arms: list[str], taus: list[Any], inits: list[str], tau_of: TauOf
     ) -> Iterator[Cell]:
@@ -216,7 +256,10 @@ class SizeCells:
         values["model"]["num_layers"] = source
         if expansion:
             expansion[-1]["parallel"] = self._after
-        else:
+            if self._span is not None:
+                config = from_dict(values, resolved=True)
+                values["train"]["steps"] = max(1, steps_within(config, self._span.flops))
+        elif source == self.layers:
             values["parallel"].update(self._after)
         return from_dict(values, resolved=True)
 
@@ -225,6 +268,7 @@ class SizeCells:
         unknown: str = "",
     ) -> Cell:  # fmt: skip
         name = f"{self.name}-{what}{self._mark}-s{self.seed}"
+        unknown = unknown or (self._span.unknown if self._span is not None else "")
         trained_on = self.trained_on(config)
         folder = name if unknown else self.choose_name(name, config, [""])
         check_run_name(f"cell {name}", folder)

@@ -27,13 +27,22 @@ from megatron_progressive.grid.cells import (
     Cell,
     SizeCells,
 )
+from megatron_progressive.grid.crossing import KEYS as CROSSING_KEYS
+from megatron_progressive.grid.crossing import (
+    GridCrossing,
+    asked_of,
+    crossings_of,
+    places,
+    spanned,
+)
 from megatron_progressive.grid.data import StudyData
 from megatron_progressive.grid.kinds import kind_keys
 from megatron_progressive.grid.pilot import KEYS as PILOT_KEYS
 from megatron_progressive.grid.pilot import GridPilot, grid_pilot
 from megatron_progressive.plan.preflight import check_run, smallest_world
 
-_KEYS = ("study", "run", "sizes", "arms", "tau", "init", "expansion", "schedule", "seeds", "pilot")
+_KEYS = ("study", "run", "sizes", "arms", "tau", "init", "expansion", "schedule", "seeds", "pilot",
+         "crossing")  # fmt: skip
 _STUDY_KEYS = ("name", "dir", "retries")
 
 
@@ -53,6 +62,8 @@ class Grid:
     overrides: tuple[str, ...] = ()
     """The ``key=value`` words that it was read with."""
     arms: tuple[str, ...] = ()
+    crossings: tuple[GridCrossing, ...] = ()
+    """The depths alone, in a grid that spans what grows around their crossings."""
 
     def reloaded(self) -> Grid:
         """The same grid, read anew from its file."""
@@ -85,8 +96,9 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     value`` changes; ``expansion.parallel.KEY`` is a key of the layout at full depth), ``arms``,
     ``tau`` (fractions, steps, or ``pilot``), ``init`` (for sources with layers), ``expansion``
     (lists of ``order``, ``insert``, ``optimizer_state``), ``schedule`` (names, instead of
-    ``run.schedule.name``), ``seeds``, and ``pilot`` (``size``, ``steps``, ``at``, ``source``; see
-    :func:`.pilot.grid_pilot`).
+    ``run.schedule.name``), ``seeds``, ``pilot`` (``size``, ``steps``, ``at``, ``source``; see
+    :func:`.pilot.grid_pilot`), and ``crossing`` (``source``, ``budgets``, ``around``; see
+    :func:`.crossing.asked_of`), with which the numbers of steps follow from FLOPs.
 
     Args:
         overrides: ``key=value`` words. Words of the file's keys replace values in it
@@ -104,7 +116,9 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     check_name("study.name", name)
     directory = converted("study.dir", study.get("dir", "studies"), str)
     folder = Path(expanded("study.dir", directory)) / name
-    arms = _listed(values, "arms", [FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER])
+    crosses = not is_null(values.get("crossing"))
+    usual = [ONE_LAYER, SHORT, NEVER] if crosses else [FIXED, ZERO_LAYER, ONE_LAYER, SHORT, NEVER]
+    arms = _listed(values, "arms", usual)
     for arm in arms:
         if not isinstance(arm, str) or (arm not in ARMS and not DEEPER_SOURCE.fullmatch(arm)):
             raise ConfigError(f"arms: got {shown(arm)}; accepted: {', '.join(ARMS)}, N_layers")
@@ -134,6 +148,15 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         first = {base.name: base for base in reversed(bases)}  # of each size
         pilot = grid_pilot(asked, list(first.values())[::-1], arms, inits[0], folder)
     cells: dict[str, Cell] = {}
+    crossings: list[GridCrossing] = []
+    if crosses:
+        if pilot is not None:
+            raise ConfigError("pilot: got one with crossing; accepted: one of both")
+        _check_keys(values["crossing"], CROSSING_KEYS, "crossing.")
+        wanted = asked_of(values["crossing"], arms, taus)
+        crossings = crossings_of(wanted, bases, folder / "cells")
+        cells = {cell.name: cell for one in crossings for cell in one.cells}
+        bases = spanned(wanted, crossings, bases, arms, taus, inits)
     for base in bases:
         tau_of = pilot.tau_of if pilot is not None else lambda config: (1, "")
         for cell in base.cells(arms, taus, inits, tau_of):
@@ -144,7 +167,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
                 )
     shared = share_runs(list(cells.values()), folder / "cells")
     return Grid(name, folder, shared, _retries(study), _warnings(cells), pilot, path,
-                tuple(overrides), tuple(arms))  # fmt: skip
+                tuple(overrides), tuple(arms), tuple(places(shared, crossings)))  # fmt: skip
 
 
 def _warnings(cells: dict[str, Cell]) -> list[str]:
@@ -169,7 +192,7 @@ def _with_overrides(
         if key in ("run.name", "run.dir", "run.seed"):
             raise ConfigError(f"{key}: got {shown(value)}; accepted: study.name, study.dir, seeds")
         # schedule.name=… is the cells', schedule=[…] the grid's
-        own = key in _KEYS or key.split(".")[0] in ("study", "expansion", "pilot")
+        own = key in _KEYS or key.split(".")[0] in ("study", "expansion", "pilot", "crossing")
         if not own or key == "run":
             words.append(word)
             continue

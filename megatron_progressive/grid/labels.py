@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from megatron_progressive.grid.cells import (
+    ALONE,
+    AROUND,
+    BUDGET,
     DEEPER_SOURCE,
+    DEPTH,
     EXPANSION_KEYS,
     FIXED,
     FUNCTION_PRESERVING,
@@ -43,6 +47,11 @@ _ARMS = {
         "never-grown",
         "a depth that the run that it controls has before the full one, from scratch with its own "
         "complete schedule, for as many steps as those FLOPs pay for",
+    ),
+    ALONE: (
+        "alone",
+        "one of the crossing study's two depths from scratch, with a complete schedule of as many "
+        "steps as its budget pays for",
     ),
     ZERO_LAYER: (
         "zero-layer",
@@ -78,10 +87,11 @@ _ARMS = {
 
 _AXES = {
     TAU: "τ={}", INIT: "{}", "order": "{}", "insert": "{} insert", "optimizer_state": "{} state",
-    SCHEDULE: "{}", "optim.name": "{}",
+    SCHEDULE: "{}", "optim.name": "{}", DEPTH: "{} layers", BUDGET: "{} FLOPs",
+    AROUND: "at {}x",
 }  # fmt: skip
 """How the value of an axis is put into words."""
-_ORDER = (TAU, INIT, *EXPANSION_KEYS, SCHEDULE)
+_ORDER = (DEPTH, BUDGET, TAU, INIT, *EXPANSION_KEYS, AROUND, SCHEDULE)
 
 
 def arm_words(arm: str) -> str:

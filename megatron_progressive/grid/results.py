@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError
 from megatron_progressive.data import DataIdentity, differ
-from megatron_progressive.grid.cells import FIXED, NEVER, SHORT, Cell, params_of
+from megatron_progressive.grid.cells import ALONE, FIXED, NEVER, SHORT, Cell, params_of
 from megatron_progressive.grid.data import data_key
 from megatron_progressive.grid.labels import families
 from megatron_progressive.grid.state import CellStatus, Study
@@ -48,7 +48,7 @@ def gather(study: Study) -> list[Result]:
     """Every cell of a study, in the order of the grid."""
     cells = study.grid.cells
     labels = families(cells)
-    full = {cell.size: params_of(cell) for cell in cells if cell.arm != NEVER}
+    full = {cell.size: params_of(cell) for cell in cells if cell.arm not in (ALONE, NEVER)}
     trained_on: dict[str, DataIdentity | None] = {}
     found = []
     for cell in cells:

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cell_runs import one_a_run
 from megatron_progressive.grid.cells import Cell
+from megatron_progressive.grid.crossing import waited_for
 from megatron_progressive.grid.launch import Launch, Signals
 from megatron_progressive.grid.pilot import WAITS
 from megatron_progressive.grid.run_cell import (
@@ -26,25 +27,28 @@ from megatron_progressive.grid.run_cell import (
     run_cell,
 )
 from megatron_progressive.grid.settling import settled
-from megatron_progressive.grid.state import FAILED, RUNNING, Study
+from megatron_progressive.grid.state import FAILED, NOT_YET, RUNNING, Study
 from megatron_progressive.runtime.progress import Say
 
 FAILED_CODE = 1
 NO_TAU_CODE = 3
-"""The exit code of a grid whose pilot gives no τ to some cell, where all others are finished."""
+"""The exit code of a grid whose pilot gives no τ to some cell, or whose depths alone do not cross,
+where all other cells are finished."""
 
 
 def run_grid(
     study: Study, workers: int, launch: Launch, say: Say, chosen: Sequence[str] = ()
 ) -> int:
-    """Run what is not finished: the pilot first where one is asked for and needed, then the cells,
-    the cheapest first, ``workers`` at a time. Signals stop it; see :class:`Signals`.
+    """Run what is not finished: the pilot, or a crossing's depths alone, first where these are
+    asked for and needed, then the cells, the cheapest first, ``workers`` at a time. Signals stop
+    it; see :class:`Signals`.
 
     Args:
         chosen: names or indices of the cells to run (default: all of them).
 
     Returns: 0 when these cells are finished, 75 where a signal stopped it, 3 where the pilot gives
-        some of them no τ and the others are finished, else 1; the last line says why.
+        some of them no τ, or there is no crossing, and the others are finished, else 1; the last
+        line says why.
 
     Raises:
         ConfigError: there is no such cell, data cannot be read, or no run can be started in this
@@ -58,7 +62,8 @@ def run_grid(
         return 0
     with Signals().caught() as signals:
         pilot = study.grid.pilot if not chosen or any(c.unknown == WAITS for c in cells) else None
-        study = _settled(study, [*cells, *(pilot.cells if pilot is not None else [])], say)
+        before = pilot.cells if pilot is not None else waited_for(study.grid.crossings, cells)
+        study = _settled(study, [*cells, *before], say)
         cells = study.grid.chosen([cell.name for cell in cells])
         if pilot is not None:
             code = _run_pilot(study, workers, launch, say, signals)
@@ -66,6 +71,9 @@ def run_grid(
             cells = study.grid.chosen([cell.name for cell in cells])
             if code == FAILED_CODE:
                 say(f"{study.grid.name}: cells whose τ the pilot gives are not run")
+        if waited_for(study.grid.crossings, cells):
+            study = _run_alone(study, cells, workers, launch, say, signals)
+            cells = study.grid.chosen([cell.name for cell in cells])
         if not signals.came:
             _run_all(study, [c for c in cells if not c.unknown], workers, launch, say, signals)
         if signals.came:
@@ -77,7 +85,7 @@ def run_grid(
     left = [c for c in one_a_run(cells) if not c.unknown and not study.finished(c)]
     if left:
         say(f"{study.grid.name}: {_unfinished(study, left, cells)}")
-    if left or any(cell.unknown == WAITS for cell in cells):
+    if left or any(cell.unknown in NOT_YET for cell in cells):
         return FAILED_CODE
     return NO_TAU_CODE if any(cell.unknown for cell in cells) else 0
 
@@ -135,7 +143,7 @@ def run_pilot(study: Study, workers: int, launch: Launch, say: Say) -> int:
 def _settled(study: Study, cells: Sequence[Cell], say: Say) -> Study:
     """The study once the data of ``cells`` is settled and prepared. This is done once, before all
     workers would begin to do it. Cells that will never get a τ are left out."""
-    cells = [cell for cell in cells if cell.unknown in ("", WAITS)]
+    cells = [cell for cell in cells if not cell.unknown or cell.unknown in NOT_YET]
     return Study(study.grid.reloaded()) if settled(study, cells, say) else study
 
 
@@ -167,6 +175,38 @@ def _run_pilot(study: Study, workers: int, launch: Launch, say: Say, signals: Si
         time.sleep(POLL_SECONDS)
     say(f"pilot: {pilot.finding()}")
     return 0
+
+
+def _run_alone(
+    study: Study, cells: Sequence[Cell], workers: int, launch: Launch, say: Say, signals: Signals
+) -> Study:
+    """Run the depths alone for whose crossing any of ``cells`` waits, and wait for those that
+    another job runs.
+
+    Returns: The study, whose cells know where the depths cross as far as that is known now.
+    """
+    waiting = False
+    while True:
+        alone = waited_for(study.grid.crossings, cells)
+        free = [cell for cell in alone if study.status_of(cell).state != RUNNING]
+        started = _run_all(study, free, workers, launch, say, signals)
+        left = [cell for cell in alone if not study.finished(cell)]
+        failed = [cell for cell in left if study.exhausted(cell)]
+        if failed:
+            say(
+                f"{study.grid.name}: cells around the crossing are not run: {failed[0].name} failed"
+            )
+        if failed or not left or not started or signals.came:
+            break
+        if not waiting:
+            say(f"{study.grid.name}: depths alone run elsewhere: waiting for them")
+            waiting = True
+        time.sleep(POLL_SECONDS)
+    study = Study(study.grid.reloaded())
+    for one in study.grid.crossings:
+        if (found := one.found()) is not None:
+            say(f"crossing of {one.size} ({one.schedule}): {one.finding(found)}")
+    return study
 
 
 def _run_all(

@@ -20,6 +20,7 @@ from typing import Any
 from megatron_progressive import __version__
 from megatron_progressive.config.places import check_paths, check_writable
 from megatron_progressive.grid.cells import Cell, params_of
+from megatron_progressive.grid.crossing import WAITS as CROSSING_WAITS
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.pilot import WAITS
 from megatron_progressive.runs.files import is_finished, read_summary
@@ -34,6 +35,11 @@ from megatron_progressive.runtime.folder_lock import (
 
 FINISHED, RUNNING, FAILED, STARTED, WAITING = "finished", "running", "failed", "started", "waiting"
 PENDING, NO_TAU = "waits for pilot", "no τ"
+NO_CROSSING = "no crossing"
+NOT_YET = {WAITS: PENDING, CROSSING_WAITS: CROSSING_WAITS}
+"""The states of cells that wait for others to end, by why they are not known."""
+NEVER_RUN = (NO_TAU, NO_CROSSING)
+"""The states of cells that are not run, because others say that there is nothing to run."""
 _RESULTS = ("final_eval_loss", "total_flops", "total_tokens", "train_wall_s", "steps", "num_layers")
 _TAIL = 8192  # bytes from the end of a metrics file, which hold its last lines
 
@@ -132,7 +138,8 @@ class Study:
         attempts, summary = self.attempts(cell), _summary(cell)
         step, flops, rate, loss = *_progress(cell.folder), None
         if cell.unknown:
-            state = PENDING if cell.unknown == WAITS else NO_TAU
+            none = NO_CROSSING if self.grid.crossings else NO_TAU
+            state = NOT_YET.get(cell.unknown, none)
         elif self.finished(cell):
             state, loss = FINISHED, summary["final_eval_loss"]
             # of a resumed run the wall time may be of its last part alone

@@ -1,8 +1,10 @@
 """A study as jobs of Slurm: the pilot, then an array with one task for each cell, then the report.
+A crossing study has two arrays: the depths alone, then what waits for their crossing.
 
-Slurm orders these jobs: cells wait for a pilot that succeeds, and the report waits for the end of
-all cells, finished or not. A task that is warned of its end, is preempted or runs on a node that
-fails goes back to the queue by itself and on from its last save (``launch/common.sh``).
+Slurm orders these jobs: cells wait for a pilot that succeeds, those around a crossing for the end
+of the depths alone, and the report waits for the end of all cells, finished or not. A task that is
+warned of its end, is preempted or runs on a node that fails goes back to the queue by itself and on
+from its last save (``launch/common.sh``).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cell_runs import one_a_run
 from megatron_progressive.grid.cells import Cell
-from megatron_progressive.grid.state import Study
+from megatron_progressive.grid.crossing import waited_for
+from megatron_progressive.grid.state import NOT_YET, Study
 from megatron_progressive.runtime.files import write_atomically, write_json
 
 CLONE = Path(__file__).resolve().parents[2]
@@ -31,8 +34,9 @@ CLONE = Path(__file__).resolve().parents[2]
 JOBS_FILE = "jobs.json"
 """The file in the study's folder with every submission, the numbers of its jobs and their cells."""
 
-PILOT_JOB, CELLS_JOB, REPORT_JOB = "pilot", "cells", "report"
-_STEPS = {PILOT_JOB: "pilot", CELLS_JOB: "cell", REPORT_JOB: "report"}  # words of grid_job.sh
+PILOT_JOB, ALONE_JOB, CELLS_JOB, REPORT_JOB = "pilot", "alone", "cells", "report"
+_STEPS = {PILOT_JOB: "pilot", ALONE_JOB: "cell", CELLS_JOB: "cell",
+          REPORT_JOB: "report"}  # words of grid_job.sh  # fmt: skip
 _COMMAND_SECONDS = 300.0
 """How many seconds a command of Slurm may take; a controller under load answers late."""
 
@@ -120,12 +124,18 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
     pending = [cell.name for cell in one_a_run(grid.cells) if not _ended(study, cell)]
     if not pending:
         return []
+    needed = {cell.run_name for cell in waited_for(grid.crossings, grid.cells)}
+    first = {cell.name for cell in grid.cells if cell.run_name in needed}
+    arrays = {
+        ALONE_JOB: [name for name in pending if name in first],
+        CELLS_JOB: [name for name in pending if name not in first],
+    }
     site = site_options()
 
     script = str(CLONE / "launch" / "grid_job.sh")
 
     def job(name: str, *own: str, first: Sequence[str] = (), **more_fields: Any) -> Job:
-        log = f"{name}_%A_%a.log" if name == CELLS_JOB else f"{name}_%j.log"
+        log = f"{name}_%A_%a.log" if name in arrays else f"{name}_%j.log"
         named = [f"--job-name={grid.name}-{name}", f"--output={study.folder / 'jobs' / log}"]
         words = [script, _STEPS[name], *first, str(grid.file), *grid.overrides]
         return Job(name, [*named, *site, *more, *own], words, **more_fields)
@@ -135,20 +145,26 @@ def plan_jobs(study: Study, options: JobOptions) -> list[Job]:
         jobs.append(job(PILOT_JOB, nodes))
         after = ("afterok", PILOT_JOB)
     limit = "" if options.array_limit is None else f"%{options.array_limit}"
-    array = f"--array=0-{len(pending) - 1}{limit}"
-    digits = hashlib.blake2b("\n".join(pending).encode(), digest_size=6).hexdigest()
-    listed = study.folder / "jobs" / f"cells-{digits}.txt"
-    cells = job(CELLS_JOB, nodes, array, first=[str(listed)], after=after, cells=pending,
-                cells_file=listed)  # fmt: skip
-    jobs.append(cells)
+    for name, names in arrays.items():
+        if not names:
+            continue
+        array = f"--array=0-{len(names) - 1}{limit}"
+        digits = hashlib.blake2b("\n".join(names).encode(), digest_size=6).hexdigest()
+        listed = study.folder / "jobs" / f"cells-{digits}.txt"
+        cells = job(name, nodes, array, first=[str(listed)], after=after, cells=names,
+                    cells_file=listed)  # fmt: skip
+        jobs.append(cells)
+        after = ("afterany", name)
     # one task: the site's options may ask for one a GPU
     one = ("--nodes=1", "--ntasks-per-node=1")
-    jobs.append(job(REPORT_JOB, *one, after=("afterany", CELLS_JOB)))
+    jobs.append(job(REPORT_JOB, *one, after=after))
     return jobs
 
 
 def _ended(study: Study, cell: Cell) -> bool:
-    return not cell.unknown and (study.finished(cell) or study.exhausted(cell))
+    if cell.unknown:
+        return cell.unknown not in NOT_YET
+    return study.finished(cell) or study.exhausted(cell)
 
 
 def as_script(study: Study, jobs: Sequence[Job]) -> list[str]:
@@ -198,8 +214,8 @@ def submit(study: Study, jobs: Sequence[Job]) -> dict[str, str]:
             raise SubmissionFailed(f"{job.name}: {said}")
         # with --parsable: the number, and after a semicolon the cluster where there are several
         numbers[job.name] = done.stdout.strip().splitlines()[-1].split(";")[0]
-    cells = {str(task): name for job in jobs for task, name in enumerate(job.cells)}
-    record = {"submitted": [*_submitted(study), {"jobs": numbers, "cells": cells}]}
+    tasks = {job.name: dict(enumerate(job.cells)) for job in jobs if job.cells}
+    record = {"submitted": [*_submitted(study), {"jobs": numbers, **tasks}]}
     write_json(study.folder / JOBS_FILE, record)
     return numbers
 

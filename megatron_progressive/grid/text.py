@@ -22,15 +22,18 @@ from megatron_progressive.grid.pilot import ASSUMED, WAITS
 from megatron_progressive.grid.state import (
     FAILED,
     FINISHED,
-    NO_TAU,
-    PENDING,
+    NEVER_RUN,
+    NOT_YET,
     RUNNING,
     CellStatus,
     code_version,
 )
 from megatron_progressive.runtime.text import aligned, flops_text, short_counts, time_text
 
-_COLOURS = {FINISHED: "green", RUNNING: "cyan", FAILED: "red", NO_TAU: "red", PENDING: "yellow"}
+_COLOURS = {
+    FINISHED: "green", RUNNING: "cyan", FAILED: "red", **dict.fromkeys(NEVER_RUN, "red"),
+    **dict.fromkeys(NOT_YET.values(), "yellow"),
+}  # fmt: skip
 
 
 def plan(grid: Grid) -> str:
@@ -46,7 +49,7 @@ def plan(grid: Grid) -> str:
         rows.append(
             [cell.name, str(index), short_counts([params_of(cell)])[0],
              f"{cell.config.train.steps:,}", "→".join(map(str, depths)),
-             "pilot" if cell.unknown and taus else taus or "-", flops_text(cell.flops),
+             _open(grid) if cell.unknown and taus else taus or "-", flops_text(cell.flops),
              f"{100 * cell.flops / total:.1f} %" if first[cell.run_name] == cell.name else "-"]
         )  # fmt: skip
     lines = [f"Grid {grid.name}: {len(grid.cells)} cells in {grid.folder}", "", *aligned(rows), ""]
@@ -55,7 +58,7 @@ def plan(grid: Grid) -> str:
         for cell in grid.cells
         if first[cell.run_name] != cell.name
     ]
-    lines += _pilot_lines(grid, pilot, total)
+    lines += [*_pilot_lines(grid, pilot, total), *_crossing_lines(grid, total)]
     lines.append(f"{flops_text(total)} FLOPs in all")
     if grid.warnings:
         lines += ["", "Warnings", *(f"  - {warning}" for warning in grid.warnings)]
@@ -79,6 +82,35 @@ def _pilot_lines(grid: Grid, flops: int, total: int) -> list[str]:
         )
     elif waiting:
         lines += [f"{len(waiting)} cells are not run: {waiting[0].unknown}"]
+    return lines
+
+
+def _open(grid: Grid) -> str:
+    return "crossing" if grid.crossings else "pilot"
+
+
+def _crossing_lines(grid: Grid, total: int) -> list[str]:
+    lines = []
+    for one in grid.crossings:
+        flops, found = sum(cell.flops for cell in one_a_run(one.cells)), one.found()
+        ends = " to ".join(flops_text(end) for end in (one.budgets[0], one.budgets[-1]))
+        lines.append(
+            f"Crossing of {one.size} ({one.schedule}): {one.source} and {one.target} layers alone "
+            f"at {len(one.budgets)} budgets, {ends} FLOPs: {flops_text(flops)} FLOPs "
+            f"({100 * flops / total:.1f} %); {one.finding(found)}"
+        )
+        waiting = [
+            cell
+            for cell in grid.cells
+            if cell.unknown and (cell.size, cell.config.schedule.name) == (one.size, one.schedule)
+        ]
+        if waiting and found is None:
+            lines.append(
+                f"{len(waiting)} cells wait for it; priced around {flops_text(one.assumed)} FLOPs, "
+                f"the geometric mean of the budgets (and their controls to match)"
+            )
+        elif waiting:
+            lines.append(f"{len(waiting)} cells are not run: {waiting[0].unknown}")
     return lines
 
 
@@ -109,7 +141,7 @@ def time_left(found: list[CellStatus]) -> tuple[float, int] | None:
     everywhere = [rate for same in rates.values() for rate in same]
     seconds = 0.0
     for one in _once(found):
-        if one.state in (FINISHED, FAILED, NO_TAU):
+        if one.state in (FINISHED, FAILED, *NEVER_RUN):
             continue
         same = rates.get(one.cell.size, everywhere)
         seconds += max(0.0, one.cell.flops - one.flops) * len(same) / sum(same)
@@ -143,7 +175,8 @@ def _row(one: CellStatus, current: str) -> list[str]:
 
 
 def _errors(found: list[CellStatus]) -> list[str]:
-    return [f"  {one.cell.name}: {one.why}" for one in found if one.why and one.state != PENDING]
+    told = [one for one in found if one.why and one.state not in NOT_YET.values()]
+    return [f"  {one.cell.name}: {one.why}" for one in told]
 
 
 def status(found: list[CellStatus]) -> str:
@@ -184,7 +217,7 @@ def show_status(
         return
     with Live(_live(found, current), console=console, auto_refresh=False) as live:
         try:
-            while any(one.state not in (FINISHED, FAILED, NO_TAU) for one in found):
+            while any(one.state not in (FINISHED, FAILED, *NEVER_RUN) for one in found):
                 time.sleep(seconds)
                 found = look()
                 live.update(_live(found, current), refresh=True)

@@ -22,35 +22,38 @@ from megatron_progressive.laws.solver import Array
 
 _POINTS = 4001  # of the budgets' range, for roots and for the set
 _CURVED_FROM = 4
-"""Distinct budgets from which the difference may bend: a parabola then, and a line before."""
-_LEAST_BUDGETS = 3
+"""The number of distinct budgets from which the difference may bend: it is a parabola then, and a
+line with fewer."""
+LEAST_BUDGETS = 3
+"""The least number of distinct budgets."""
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the shallow model's loss is the deep one's; :func:`dataclasses.asdict` of it is
-    JSON."""
+    """The budget where the shallow model's loss equals the deep one's; :func:`dataclasses.asdict`
+    turns it into JSON."""
 
     compute: Interval
-    """FLOPs, and the ends of the interval. The value is None where the fitted difference has no
-    zero among the budgets; an end is None where the interval goes on beyond them."""
+    """The budget in FLOPs, and the ends of its interval. The value is None where the fitted
+    difference has no zero among the budgets; an end is None where the interval goes on beyond
+    them."""
     lower: str
-    """Which ends lower where there is no crossing: ``shallow``, ``deep``, or ``neither`` where the
-    cells cannot tell; empty where there is one."""
+    """Which model ends lower where there is no crossing: ``shallow``, ``deep``, or ``neither``
+    where the cells cannot tell; empty where there is a crossing."""
     budgets: list[float]
-    """The least and the greatest, FLOPs."""
+    """The least and the greatest budget, in FLOPs."""
     pairs: int
     spread: float
-    """Standard deviation of a pair's difference around the fit, nats per token."""
+    """The standard deviation of a pair's difference around the fit, in nats per token."""
     coefficients: list[float]
-    """Of the difference, nats per token, in powers of the natural logarithm of the budget over
-    ``centre``."""
+    """The coefficients of the difference in nats per token, as powers of the natural logarithm of
+    the budget over ``centre``."""
     centre: float
-    """FLOPs."""
+    """The budget, in FLOPs, around which the polynomial is written."""
     notes: list[str] = field(default_factory=list)
 
     def difference(self, compute: ArrayLike) -> Array:
-        """Fitted loss of the shallow less that of the deep model, nats per token."""
+        """The fitted loss of the shallow model less that of the deep one, in nats per token."""
         x = np.log(np.asarray(compute, dtype=float) / self.centre)
         return np.asarray(np.polynomial.polynomial.polyval(x, self.coefficients))
 
@@ -59,12 +62,13 @@ def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Cr
     """The crossing of two depths from pairs of finished runs.
 
     Args:
-        compute: FLOPs of each pair, the same for both of its runs within a step.
-        shallow: final validation loss of the shallow run, nats per token.
-        deep: the same of the deep run, of the same seed and data.
+        compute: the FLOPs of each pair, which are the same for both of its runs within a step.
+        shallow: the final validation loss of the shallow run, in nats per token.
+        deep: the final validation loss of the deep run, which has the same seed and data.
 
     Raises:
-        ConfigError: lengths differ, a value is no number above 0, or fewer than 3 distinct budgets.
+        ConfigError: lengths differ, a value is no number above 0, or there are fewer than 3
+            distinct budgets.
     """
     budgets, below, above = (np.asarray(v, dtype=float) for v in (compute, shallow, deep))
     if not (budgets.ndim == 1 and budgets.shape == below.shape == above.shape):
@@ -76,13 +80,13 @@ def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Cr
         if not (np.isfinite(values) & (values > 0)).all():
             raise ConfigError(f"cells: got a {name} that is none; accepted: numbers above 0")
     logs = np.log(budgets)
-    distinct = len(np.unique(np.round(logs, 2)))  # equal within a step of the run
-    if distinct < _LEAST_BUDGETS:
+    different = distinct(budgets)
+    if different < LEAST_BUDGETS:
         raise ConfigError(
-            f"cells: got {distinct} distinct budgets; accepted: at least {_LEAST_BUDGETS} for a "
+            f"cells: got {different} distinct budgets; accepted: at least {LEAST_BUDGETS} for a "
             "crossing"
         )
-    degree = 2 if distinct >= _CURVED_FROM else 1
+    degree = 2 if different >= _CURVED_FROM else 1
     spare = len(logs) - degree - 1  # at least one, of so many distinct budgets
     centre = float(logs.mean())
     design = np.vander(logs - centre, degree + 1, increasing=True)
@@ -115,9 +119,15 @@ def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Cr
     )
 
 
+def distinct(compute: ArrayLike) -> int:
+    """The number of different budgets in FLOPs; a percent makes none, since budgets are equal
+    within a step of the run."""
+    return len(np.unique(np.round(np.log(np.asarray(compute, dtype=float)), 2)))
+
+
 def _falling_root(line: Array, fitted: Array) -> float | None:
-    """Where the shallow model's loss rises above the deep one's; of several, the last: beyond it
-    depth stays ahead."""
+    """The budget where the shallow model's loss rises above the deep one's. Of several it is the
+    last: beyond it depth stays ahead."""
     changes = np.flatnonzero((fitted[:-1] <= 0) & (fitted[1:] > 0))
     if not len(changes):
         return None
@@ -127,7 +137,8 @@ def _falling_root(line: Array, fitted: Array) -> float | None:
 
 
 def _around(line: Array, inside: Array, root: float | None) -> tuple[float | None, float | None]:
-    """Ends of the connected set of budgets around the root, or of the whole set without one."""
+    """The ends of the connected set of budgets around the root, or of the whole set where there is
+    no root."""
     if not inside.any():
         return root, root  # without noise
     if root is None:

@@ -1,10 +1,10 @@
 """A second, independent solver of the laws, by variable projection.
 
 With exponents given, ``E + sum of A_i / X_i^alpha_i`` is linear in E and the coefficients: what is
-left to search has one dimension an exponent (Golub and Pereyra 1973). Least squares of the relative
-difference of losses, E and coefficients not below 0; there is neither a Huber loss, nor a logarithm
-of the loss, nor a gradient in it. Where it disagrees with :mod:`.solver`, the law rests on the
-method, as with an outlier or a valley of equally good laws.
+left to search has one dimension an exponent (Golub and Pereyra 1973). It minimises the squares of
+the relative difference of losses, with E and the coefficients not below 0; it has neither a Huber
+loss, nor a logarithm of the loss, nor a gradient. Where it disagrees with :mod:`.solver`, the law
+rests on the method, as with an outlier or a valley of equally good laws.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from megatron_progressive.laws.solver import LARGEST_EXPONENT, Array
 
 _GRID = np.geomspace(0.02, 2.5, 16)
 _STARTS = 3
-"""Best points of the grid that a simplex search starts from."""
+"""How many of the best points of the grid a simplex search starts from."""
 
 
 def project(logs: Array, losses: Array) -> Array:
-    """The law that fits these cells: coefficients, exponents and E, [2 k + 1], with inputs centred
-    as in ``logs``.
+    """The law that fits these cells, as [2 k + 1] coefficients, exponents and E, with inputs
+    centred as in ``logs``.
 
     Args:
-        logs: centred natural logarithms of the inputs, [cells, k].
-        losses: final losses, nats per token, [cells].
+        logs: the centred natural logarithms of the inputs, [cells, k].
+        losses: the final losses in nats per token, [cells].
     """
     count = logs.shape[1]
 
     def linear(exponents: Array) -> tuple[Array, float]:
-        """Coefficients and E, and the norm of the relative residual."""
+        """The coefficients and E, and the norm of the relative residual."""
         terms = np.column_stack([np.exp(-exponents * logs), np.ones(len(logs))])
         found, norm = nnls(terms / losses[:, None], np.ones(len(logs)))
         return np.asarray(found), float(norm)

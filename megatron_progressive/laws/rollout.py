@@ -1,7 +1,7 @@
 """The honest test of a law: fit it without the largest size and predict that size.
 
-As OLMo-core's model ladder does. A law that cannot predict the next size on a ladder says nothing
-of sizes beyond it.
+OLMo-core's model ladder does the same. A law that cannot predict the next size on a ladder says
+nothing of sizes beyond it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from megatron_progressive.laws.fits import DRAWS, Interval, fit_compute, predict
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a law of all sizes but the largest predicts of it."""
+    """What a law of all sizes but the largest predicts of the largest."""
 
     compute: float
-    """FLOPs of the largest size's cells, their mean."""
+    """The mean FLOPs of the largest size's cells."""
     measured: float
-    """Mean of their losses, nats per token."""
+    """The mean of their losses, in nats per token."""
     predicted: Interval
-    """Of the law, nats per token."""
+    """The loss that the law predicts, in nats per token."""
     cells: int
-    """That the law was fitted to."""
+    """The number of cells to which the law was fitted."""
 
     @property
     def error_percent(self) -> float | None:
-        """Predicted less measured, in percent of the measured loss."""
+        """The predicted loss less the measured one, in percent of the measured one."""
         if self.predicted.value is None:
             return None
         return 100 * (self.predicted.value / self.measured - 1)
@@ -39,9 +39,9 @@ def rollout(compute: ArrayLike, loss: ArrayLike, size: ArrayLike, *, draws: int 
     """Fit ``L = E + A / C^alpha`` to all sizes but the largest and predict its loss.
 
     Args:
-        compute: training FLOPs of each cell.
-        loss: its final validation loss, nats per token.
-        size: its parameters.
+        compute: the training FLOPs of each cell.
+        loss: the final validation loss of each cell, in nats per token.
+        size: the number of parameters of each cell.
 
     Raises:
         ConfigError: the cells that are left are too few for a law (:func:`.fits.fit_compute`).

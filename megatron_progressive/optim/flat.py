@@ -12,6 +12,7 @@ likewise. One rank of all orthogonalises each matrix.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.exchange import Exchange, Parted
 from megatron_progressive.optim.lr_factor import lr_factor
-from megatron_progressive.optim.muon import muon_updates, normalised, with_momentum
+from megatron_progressive.optim.muon import muon_updates, normalised, squares_of, with_momentum
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
 
@@ -121,6 +122,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         several = tensor_group is not None and tensor_group.size() > 1
         self.tensor_group = tensor_group if several else None
         self._fragments: dict[torch.Tensor, list[Fragment]] = {}
+        self._counted: dict[tuple[bool, ...], torch.Tensor] = {}
 
     def attach(self, param: torch.Tensor, partition: torch.Tensor, cuts: Sequence[Cut]) -> None:
         """Say which tensors lie in ``partition``, and allocate their state (zero).
@@ -169,10 +171,16 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _decay(self, fragment: Fragment) -> float:
         return self.optim.weight_decay if len(fragment.cut.spec.shape) > 1 else 0.0
 
-    def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
-        if decay := self._decay(fragment):
-            fragment.weight.mul_(1 - lr * decay)
-        fragment.weight.add_(update, alpha=-lr * fragment.lr_factor)
+    def _apply(self, fragments: list[Fragment], updates: list[torch.Tensor], lr: float) -> None:
+        """Decay weights and add updates to them, all of one decay and rate at once."""
+        kinds: dict[tuple[float, float], list[int]] = defaultdict(list)
+        for i, fragment in enumerate(fragments):
+            kinds[self._decay(fragment), fragment.lr_factor].append(i)
+        for (decay, factor), members in kinds.items():
+            weights = [fragments[i].weight for i in members]
+            if decay:
+                torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_add_(weights, [updates[i] for i in members], alpha=-lr * factor)
 
     def _gradient(self, fragment: Fragment) -> torch.Tensor:
         return fragment.part(self.gradient(fragment.param))
@@ -196,11 +204,13 @@ class FlatOptimizer(torch.optim.Optimizer):
                 maximize=False,
             )
 
-    def _update(self, fragment: Fragment) -> torch.Tensor:
-        """The update before it is normalised: fp32 and flat, empty where the rank holds nothing."""
-        if not fragment.slots:
-            return fragment.weight
-        return with_momentum(self._gradient(fragment), fragment.slots["momentum"], self.optim)
+    def _updates(self, fragments: list[Fragment]) -> list[torch.Tensor]:
+        """The updates before they are normalised: fp32 and flat, empty where the rank holds
+        nothing."""
+        held = [f for f in fragments if f.slots]
+        grads = [self._gradient(f) for f in held]
+        found = iter(with_momentum(grads, [f.slots["momentum"] for f in held], self.optim))
+        return [next(found) if f.slots else f.weight for f in fragments]
 
     def _normalise(self, fragments: list[Fragment], lr: float) -> None:
         shared = self.group is not None and any(f.cut.shared for f in fragments)
@@ -208,38 +218,37 @@ class FlatOptimizer(torch.optim.Optimizer):
         fragments = fragments if shared else [f for f in fragments if f.slots]
         if not fragments:
             return
-        updates = [self._update(f) for f in fragments]
-        squares = torch.stack([update.square().sum() for update in updates])
+        updates = self._updates(fragments)
+        squares = squares_of(updates)
         if shared:
             dist.all_reduce(squares, group=self.group)
         if self.tensor_group is not None:
             # shards add their squares; replicated vectors count on one rank only
             first = self.tensor_group.rank() == 0
-            counts = [first or f.cut.spec.tp_axis is not None for f in fragments]
-            squares *= torch.tensor(counts, dtype=squares.dtype, device=squares.device)
+            counted = tuple(first or f.cut.spec.tp_axis is not None for f in fragments)
+            if counted not in self._counted:  # it goes to the device once
+                self._counted[counted] = torch.tensor(counted, device=squares.device).float()
+            squares *= self._counted[counted]
             dist.all_reduce(squares, group=self.tensor_group)
         norms = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        for fragment, update, norm in zip(fragments, updates, norms, strict=True):
-            self._apply(fragment, normalised(update, norm, fragment.cut.spec.numel), lr)
+        numels = [f.cut.spec.numel for f in fragments]
+        self._apply(fragments, normalised(updates, norms, numels), lr)
 
     def _muon(self, fragments: list[Fragment], lr: float) -> None:
         """Update matrices: those that lie whole on a rank where they are, the others after an
         exchange, the same ones on all ranks."""
         own = [f for f in fragments if f.slots and not f.cut.shared]
-        for some in _batches(own, EXCHANGE_NUMEL):
-            updates = self._orthogonalised([self._update(f) for f in some], [f.cut for f in some])
-            for fragment, update in zip(some, updates, strict=True):
-                self._apply(fragment, update, lr)
+        for some in _batches(_by_shape(own), EXCHANGE_NUMEL):
+            updates = self._orthogonalised(self._updates(some), [f.cut for f in some])
+            self._apply(some, updates, lr)
         shared = [f for f in fragments if f.cut.shared]
         ranks = self.group.size() if self.group is not None else 1
-        for some in _batches(shared, EXCHANGE_NUMEL * ranks):
+        for some in _batches(_by_shape(shared), EXCHANGE_NUMEL * ranks):
             parts = [Parted(f.cut.numel, f.cut.ranges) for f in some]
             exchange = Exchange(parts, self.rank, self.group)
-            whole = exchange.gather([self._update(f) for f in some])
+            whole = exchange.gather(self._updates(some))
             whole = self._orthogonalised(whole, [some[i].cut for i in exchange.owned])
-            updates = exchange.scatter(whole, some[0].weight)
-            for fragment, update in zip(some, updates, strict=True):
-                self._apply(fragment, update, lr)
+            self._apply(some, exchange.scatter(whole, some[0].weight), lr)
 
     def _orthogonalised(self, updates: list[torch.Tensor], cuts: list[Cut]) -> list[torch.Tensor]:
         """The scaled updates of flat tensors, as one tensor-parallel rank has them.
@@ -268,6 +277,15 @@ class FlatOptimizer(torch.optim.Optimizer):
         matrices = [u.view(cut.spec.shape) for u, cut in zip(updates, cuts, strict=True)]
         blocks = [cut.spec.row_blocks for cut in cuts]
         return [u.reshape(-1) for u in muon_updates(matrices, blocks, self.optim)]
+
+
+def _by_shape(fragments: list[Fragment]) -> list[Fragment]:
+    """Fragments of tensors of one shape one after the other: they make larger batches for
+    Newton-Schulz."""
+    shapes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Fragment]] = defaultdict(list)
+    for fragment in fragments:
+        shapes[fragment.cut.spec.shape, fragment.cut.spec.row_blocks].append(fragment)
+    return [fragment for same in shapes.values() for fragment in same]
 
 
 def _batches(fragments: list[Fragment], most: int) -> Iterator[list[Fragment]]:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -37,11 +38,17 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.optim.newton_schulz import compute_dtype, newton_schulz
 
 
-def with_momentum(grad: torch.Tensor, momentum: torch.Tensor, optim: OptimSection) -> torch.Tensor:
-    """The direction of an update, fp32 and of the gradient's shape; ``momentum`` is updated."""
-    grad = grad.to(torch.float32)
-    momentum.lerp_(grad, 1 - optim.momentum)
-    return grad.lerp(momentum, optim.momentum) if optim.nesterov else momentum
+def with_momentum(
+    grads: list[torch.Tensor], momenta: list[torch.Tensor], optim: OptimSection
+) -> list[torch.Tensor]:
+    """The directions of updates, fp32 of the gradients' shapes; ``momenta`` are updated."""
+    if not grads:
+        return []
+    grads = [grad.to(torch.float32) for grad in grads]
+    torch._foreach_lerp_(momenta, grads, 1 - optim.momentum)
+    if not optim.nesterov:
+        return momenta
+    return list(torch._foreach_lerp(grads, momenta, optim.momentum))
 
 
 def matrices_of(tensor: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch.Tensor]:
@@ -51,23 +58,31 @@ def matrices_of(tensor: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch
     group (Q rows, K rows, V rows of group 0, then of group 1, ...); each block over all groups
     is one matrix.
     """
-    if tensor.dim() > 2:
-        return list(tensor.flatten(0, -3))
-    if not row_blocks:
-        return [tensor]
-    grouped = tensor.view(-1, sum(row_blocks), tensor.size(1))
-    return [
-        part.reshape(-1, tensor.size(1)) for part in torch.split(grouped, list(row_blocks), dim=1)
-    ]
+    return [matrix for part in _parts(tensor[None], row_blocks) for matrix in part]
 
 
 def joined(matrices: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.Tensor:
-    """The tensor of these matrices, as the inverse of :func:`matrices_of`; without blocks, several
-    matrices are stacked."""
+    """The inverse of :func:`matrices_of`; several matrices without blocks are stacked."""
     if not row_blocks:
         return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
-    parts = [m.view(-1, n, m.size(1)) for m, n in zip(matrices, row_blocks, strict=True)]
-    return torch.cat(parts, dim=1).reshape(-1, matrices[0].size(1))
+    return _rejoined([matrix[None] for matrix in matrices], row_blocks)[0]
+
+
+def _parts(tensors: torch.Tensor, row_blocks: tuple[int, ...]) -> list[torch.Tensor]:
+    """The matrices of tensors of one shape, [L, ...]: [M, O, I] of each block of rows."""
+    if tensors.dim() > 3 or not row_blocks:
+        return [tensors.flatten(0, -3)]
+    count, _, columns = tensors.shape
+    grouped = tensors.view(count, -1, sum(row_blocks), columns)
+    parts = torch.split(grouped, list(row_blocks), dim=2)
+    return [part.reshape(count, -1, columns) for part in parts]
+
+
+def _rejoined(parts: list[torch.Tensor], row_blocks: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of :func:`_parts`, [L, O, I], of matrices in blocks of rows."""
+    count, _, columns = parts[0].shape
+    blocks = [p.view(count, -1, n, columns) for p, n in zip(parts, row_blocks, strict=True)]
+    return torch.cat(blocks, dim=2).reshape(count, -1, columns)
 
 
 def update_scale(n_out: int, n_in: int, scale: str) -> float:
@@ -84,38 +99,73 @@ def update_scale(n_out: int, n_in: int, scale: str) -> float:
 def muon_updates(
     tensors: list[torch.Tensor], row_blocks: list[tuple[int, ...]], optim: OptimSection
 ) -> list[torch.Tensor]:
-    """Muon's scaled update of each whole tensor; :func:`matrices_of` gives the matrices of a
-    tensor.
+    """Muon's scaled update of each whole tensor, whose matrices :func:`matrices_of` names.
 
-    Newton-Schulz runs on one batch for each shape, since for small matrices the launches of kernels
-    take the time.
+    Small matrices are bound by launches: tensors of one shape are cut and joined together, and
+    Newton-Schulz runs on one batch for each shape of matrices.
     """
-    by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
-    parts = [matrices_of(t, blocks) for t, blocks in zip(tensors, row_blocks, strict=True)]
-    for i, matrices in enumerate(parts):
-        for j, matrix in enumerate(matrices):
-            by_shape[matrix.shape].append((i, j))
-    for shape, places in by_shape.items():
+    kinds: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = defaultdict(list)
+    for i, (tensor, blocks) in enumerate(zip(tensors, row_blocks, strict=True)):
+        kinds[tensor.shape, blocks if tensor.dim() == 2 else ()].append(i)
+    parts: dict[Any, list[torch.Tensor]] = {}  # of tensors in blocks, which are copied for it
+    places: dict[torch.Size, list[tuple[Any, int]]] = defaultdict(list)
+    for (shape, blocks), members in kinds.items():
+        kind = shape, blocks
+        if blocks:
+            parts[kind] = _parts(torch.stack([tensors[i] for i in members]), blocks)
+        else:
+            parts[kind] = [tensors[i].reshape(-1, *shape[-2:]) for i in members]
+        for number, part in enumerate(parts[kind]):
+            places[part.shape[1:]].append((kind, number))
+    for size, of_size in places.items():
+        found = [parts[kind][number] for kind, number in of_size]
+        counts = [len(part) for part in found]
         batch = newton_schulz(
-            torch.stack([parts[i][j] for i, j in places]),
+            torch.cat(found),
             optim.ns_steps,
             coefficients=optim.ns_coefficients,
             dtype=compute_dtype(optim, tensors[0].device),
             kernel_from=optim.ns_kernel_from,
         )
-        batch *= update_scale(shape[0], shape[1], optim.scale)
-        for (i, j), matrix in zip(places, batch, strict=True):
-            parts[i][j] = matrix
-    return [joined(matrices, blocks) for matrices, blocks in zip(parts, row_blocks, strict=True)]
+        batch *= update_scale(size[0], size[1], optim.scale)
+        for (kind, number), matrices in zip(of_size, torch.split(batch, counts), strict=True):
+            parts[kind][number] = matrices
+    updates: dict[int, torch.Tensor] = {}
+    for kind, members in kinds.items():
+        whole = _rejoined(parts[kind], kind[1]) if kind[1] else parts[kind]
+        updates |= zip(members, (one.reshape(kind[0]) for one in whole), strict=True)
+    return [updates[i] for i in range(len(tensors))]
 
 
-def normalised(update: torch.Tensor, norm: torch.Tensor, numel: int) -> torch.Tensor:
-    """NSGD's update of a tensor; ``update`` may be a part of it.
+def normalised(
+    updates: list[torch.Tensor], norms: torch.Tensor, numels: list[int]
+) -> list[torch.Tensor]:
+    """NSGD's updates of tensors of which ``updates`` may be parts.
 
     Args:
-        update: the update with momentum, fp32 of any shape.
-        norm: the norm of the whole tensor's update, a number above zero.
-        numel: the number of elements of the whole tensor.
+        updates: the updates with momentum, fp32 and flat.
+        norms: the norms of the whole tensors' updates, [tensors], all above zero.
+        numels: the numbers of elements in the whole tensors.
     """
-    # divided first: a zero tensor has a zero update, not 0 x infinity
-    return update.div(norm).mul_(math.sqrt(numel))
+    found: dict[int, torch.Tensor] = {}
+    kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (update, numel) in enumerate(zip(updates, numels, strict=True)):
+        kinds[len(update), numel].append(i)
+    for (_, numel), members in kinds.items():
+        norm = torch.stack([norms[i] for i in members])[:, None]
+        # divided first: a zero tensor has a zero update, not 0 x infinity
+        rows = torch.stack([updates[i] for i in members]).div_(norm).mul_(math.sqrt(numel))
+        found |= zip(members, rows, strict=True)
+    return [found[i] for i in range(len(updates))]
+
+
+def squares_of(updates: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of squares of each flat tensor, fp32 [tensors]; those of one size at once."""
+    found: dict[int, torch.Tensor] = {}
+    sizes: dict[int, list[int]] = defaultdict(list)
+    for i, update in enumerate(updates):
+        sizes[len(update)].append(i)
+    for members in sizes.values():
+        rows = torch.stack([updates[i] for i in members])
+        found |= zip(members, rows.square_().sum(1), strict=True)
+    return torch.stack([found[i] for i in range(len(updates))])

@@ -12,6 +12,7 @@ from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.cost import flops
 from megatron_progressive.cost.activations import RankPeak, fullest_rank
 from megatron_progressive.cost.cluster import Cluster
+from megatron_progressive.cost.headroom import headroom_percent
 from megatron_progressive.cost.memory import RankMemory, largest_rank
 from megatron_progressive.cost.step_time import StepTime, step_time
 from megatron_progressive.models import (
@@ -137,6 +138,19 @@ class Plan:
         if self.fixed_flops is None:
             return None
         return 100 * (1 - self.total_flops / self.fixed_flops)
+
+    @property
+    def headroom_percent(self) -> float | None:
+        """How much above fixed-size a short control of this run's FLOPs is expected to end, in %
+        (:mod:`.cost.headroom`). None without an expansion, where nothing is saved, and for models
+        that are not of language."""
+        if self.fixed_flops is None or not isinstance(self.shape, TransformerShape):
+            return None
+        share = self.total_flops / self.fixed_flops
+        tokens = self.config.last_step * self.step_tokens
+        if share >= 1:
+            return None
+        return headroom_percent(self.phases[-1].active_params, tokens, share)
 
 
 def make_plan(

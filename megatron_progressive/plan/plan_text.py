@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
+from megatron_progressive.cost.headroom import LAW
 from megatron_progressive.cost.memory import divides_state
 from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.models.description import expert_words, input_words, size_words
@@ -208,6 +209,12 @@ def _compute(plan: Plan) -> list[str]:
         "only where it ends below the short control and below the source that is never grown, "
         "over several seeds",
     )
+    if plan.headroom_percent is not None:
+        lines += _line(
+            "headroom",
+            f"the short control is expected to end {plan.headroom_percent:.1f} % above fixed-size "
+            f"({LAW}; other data and optimizers differ): about as much as growing can win",
+        )
     for expansion in plan.expansions:
         lines += _line(
             "theory",

@@ -10,7 +10,8 @@ import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
 from megatron_progressive.engines.megatron.kernel_checks import check_possible
-from megatron_progressive.expansion.depth_map import check_depths, survivors
+from megatron_progressive.expansion.depth_map import check_growth
+from megatron_progressive.expansion.placing import survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
 from megatron_progressive.runtime.layout import Layout, make_layout
@@ -112,7 +113,8 @@ def _check_expansions(config: RunConfig) -> None:
                 f"{field}.at: got {expansion.at} (step {step}) after one at step {before}; "
                 f"accepted: expansions in increasing order of step"
             )
-        check_depths(expansion, depth, field, "before it")
+        shapes = model_shape(config, depth), model_shape(config, expansion.to_layers)
+        check_growth(expansion, *shapes, field, "before it")
         before, depth = step, expansion.to_layers
 
 
@@ -274,7 +276,9 @@ def _lands_above(source: ModelShape, target: ModelShape, expansion: ExpansionSec
     for stack, kinds in target.stacks().items():
         trained = survivors(before[stack], kinds, expansion.order, expansion.insert, False)
         new = set(range(len(kinds))) - set(trained)
-        if trained and new and max(new) > min(trained):
+        # in the middle some trained layers lie below on purpose: those at the head are what counts
+        above = max(trained, default=0) if expansion.insert == "middle" else min(trained, default=0)
+        if trained and new and max(new) > above:
             return True
     return False
 

@@ -1,6 +1,6 @@
 """What torch computes in, where a device would let it be less than was asked for.
 
-Settings of the process, made once, before anything is computed.
+These are settings of the process, made once, before anything is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 
 
 def exact_products() -> None:
-    """fp32 products are fp32, and sums of fp16 products too.
+    """Let fp32 products be fp32, and sums of fp16 products, too.
 
     TF32 has 10 bits of mantissa: NVIDIA's images turn it on for products by an environment
     variable, torch itself for convolutions. cuBLAS may also add up partial sums of fp16 products in
@@ -24,8 +24,10 @@ def exact_products() -> None:
 
 
 def deterministic_kernels() -> None:
-    """Only kernels that give the same bits each time they are given the same, of torch, cuBLAS,
-    Transformer Engine and NCCL: what Megatron-core's script sets in its deterministic mode.
+    """Allow only kernels of torch, cuBLAS, Transformer Engine and NCCL that give the same bits each
+    time they are given the same, which is what Megatron-core's script sets in its deterministic
+    mode. It has to be called before a CUDA device or a process group is used. torch raises an error
+    where an operation has no such kernel.
 
     To be called before a CUDA device or a process group is used. torch raises an error where an
     operation has no such kernel.

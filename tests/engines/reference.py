@@ -50,9 +50,41 @@ def zeroed_by(init: str, name: str, shape: Any) -> bool:
     return init == "zero"
 
 
+def copied_layers(
+    sources: list[int], own: list[int], places: int, insert: str, block: list[int] | None
+) -> list[int]:
+    """The layers of a kind that are copied: of the configured block, or the middle ones."""
+    if block is not None:
+        return [s for s in sources if s in range(*block)]
+    if insert == "middle" and own:
+        n, new = len(own), places - len(own)
+        for size in reversed(range(1, n - 1)):  # one stays below, one above
+            if new and new % size == 0:
+                skipped = (n - size) // 2
+                return own[skipped : skipped + size]
+    return sources
+
+
+def in_order(
+    own: list[int], targets: list[int], row: list[int], insert: str
+) -> list[tuple[int, int]]:
+    """Where each trained layer stays: of all places of their copies in the layers' order the
+    highest ones, or the lowest."""
+    found: list[list[tuple[int, int]]] = [[]]
+    for source in own:
+        found = [
+            [*chain, (i, source)]
+            for chain in found
+            for i, s in zip(targets, row, strict=True)
+            if s == source and (not chain or i > chain[-1][0])
+        ]
+    chains = sorted(found)
+    return chains[-1] if insert == "bottom" else chains[0]
+
+
 def expanded(
     old: Full, shape: Any, old_layers: int, init: str, order: str, insert: str,
-    policy: str, seed: int, adam: Callable[[str], bool],
+    policy: str, seed: int, adam: Callable[[str], bool], block: list[int] | None = None,
 ) -> Full:  # fmt: skip
     """Whole tensors of the deeper model: weights (param, master) and optimizer slots.
 
@@ -67,17 +99,23 @@ def expanded(
             targets = [i for i, k in enumerate(kinds) if k == kind]
             own = [i for i, k in enumerate(before[stack]) if k == kind]
             sources = own or list(range(len(before[stack])))
-            n, m = len(sources), len(targets)
             if copying:
-                for j, i in enumerate(targets):
+                copied = copied_layers(sources, own, len(targets), insert, block)
+                row = [s for s in own if copied and s < copied[0]]
+                rest = [s for s in own if s not in row and s not in copied]
+                n, m = len(copied), len(targets) - len(row) - len(rest)
+                for j in range(m):
                     places = {"stack": j % n, "inter": j * n // m, "last": min(j, n - 1)}
-                    origin[stack, i] = sources[places[order]]
-                for source in own:
-                    copies = [i for i in targets if origin[stack, i] == source]
-                    keeps[stack, copies[0] if insert == "top" else copies[-1]] = source
+                    row.append(copied[places[order]])
+                for i, source in zip(targets, row + rest, strict=True):
+                    origin[stack, i] = source
+                keeps |= {(stack, i): s for i, s in in_order(own, targets, row + rest, insert)}
             else:
-                below = m - len(own) if insert == "bottom" else 0
-                keeps |= {(stack, targets[below + j]): source for j, source in enumerate(own)}
+                new = len(targets) - len(own)
+                below = {"bottom": new, "top": 0, "middle": None}[insert]
+                for j, source in enumerate(own):
+                    up = new * (2 * j + 1 >= len(own)) if below is None else below
+                    keeps[stack, targets[j + up]] = source
     weights = {slot for _, slot in old if slot in ("param", "master")}
     low = next(value.dtype for (name, slot), value in old.items()
                if slot == "param" and "expert_bias" not in name)  # fmt: skip

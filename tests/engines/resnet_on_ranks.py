@@ -38,7 +38,7 @@ def random_case(seed: int, world: int) -> RunConfig:
         "to_layers": rng.randint(source + 1, 6),
         "init": rng.choice(["random", "zero", *copying]),
         "order": rng.choice(["stack", "inter", "last"]),
-        "insert": rng.choice(["bottom", "top"]),
+        "insert": rng.choice(["bottom", "top", "middle"]),
         "optimizer_state": rng.choice(["inherit", "copy", "reset"]),
         "parallel": {"zero_stage": rng.randint(0, 1)},
     }

@@ -62,6 +62,7 @@ def check_expansion(pool: Pool, world: int, config: RunConfig) -> Any:
         lambda name: config.optim.name == "adamw" or (
             config.optim.embeddings == "adamw" and ("embedding" in name or "output" in name)
         ),
+        expansion.block,
     )  # fmt: skip
     assert set(after) == set(expected)
     different = [key for key in expected if not torch.equal(after[key], expected[key])]
@@ -86,6 +87,26 @@ def test_lossless_expansion_onto_another_layout(
     event = check_expansion(pool, 4, config)
     assert event.layout_before == "DP=4"
     assert event.layout_after == "DP=1 x TP=2 x PP=2" + " x VPP=2" * (virtual > 1)
+    assert abs(event.loss_before - event.loss_after) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "placing"),
+    [
+        (3, 4, {"order": "stack"}),  # A B C A: trained layers keep their order
+        (3, 5, {"order": "inter"}),
+        (3, 7, {"order": "last", "insert": "top"}),
+        (4, 7, {"order": "stack", "insert": "middle"}),
+        (4, 6, {"order": "stack", "block": [1, 2]}),
+        (4, 7, {"order": "stack", "block": [0, 3]}),
+    ],
+)
+def test_zeroed_copies_keep_the_loss_wherever_they_are(
+    pool: Pool, source: int, target: int, placing: dict[str, Any]
+) -> None:
+    expansion = {"at": 2, "to_layers": target, "init": "copying_zeroL", **placing}
+    config = on_ranks.small_config([f"model.num_layers={source}"], expansion)
+    event = check_expansion(pool, 1, config)
     assert abs(event.loss_before - event.loss_after) < 1e-5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_progressive.config import RunConfig
+from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.engines.base import GlobalBatch
 from megatron_progressive.models import model_shape
 from megatron_progressive.plan.preflight import check_run
@@ -96,7 +97,7 @@ def random_case(seed: int, world: int) -> RunConfig:
         "to_layers": rng.randint(source + 1, 12 if not experts or rng.random() < 0.25 else 6),
         "init": rng.choice(["random", "zero", *copying]),
         "order": rng.choice(["stack", "inter", "last"]),
-        "insert": rng.choice(["bottom", "top"]),
+        "insert": rng.choice(["bottom", "top", "middle"]),
         "optimizer_state": rng.choice(["inherit", "copy", "reset"]),
         "parallel": after,
     }
@@ -113,6 +114,14 @@ def random_case(seed: int, world: int) -> RunConfig:
     ]
     config = on_ranks.family_config(family, words, expansion)
     check_run(config, world)
+    if source > 1 and rng.random() < 0.5:
+        first = rng.randrange(source)
+        block = [first, rng.randint(first + 1, source)]
+        with contextlib.suppress(ConfigError):  # of random layers, or without one of a new kind
+            config = on_ranks.family_config(family, words, {**expansion, "block": block})
+            check_run(config, world)
+            return config
+        config = on_ranks.family_config(family, words, expansion)
     return config
 
 
@@ -146,6 +155,7 @@ def _compare(
         lambda name: optim.name == "adamw" or (
             optim.embeddings == "adamw"
             and ("embedding" in name or "output" in name or name == "head.weight")),
+        section.block,
     )  # fmt: skip
     wrong = [f"{key} only on one side" for key in after.keys() ^ expected.keys()]
     wrong += [f"{key} differs" for key in after.keys() & expected.keys()
@@ -182,6 +192,13 @@ def test_cases_cover_what_they_are_meant_to() -> None:
     assert any(b.expert > 1 and b.expert_tensor == b.tensor == 2 for _, b in phases)
     assert {c.model.num_layers for c in configs} == set(range(5))
     assert {c.expansion[0].to_layers for c in configs} >= set(range(2, 13))
+    grown = [(c.model.num_layers, c.expansion[0]) for c in configs]
+    copied = [(depth, e) for depth, e in grown if e.init.startswith("copying")]
+    placed = {(e.insert, e.order, e.block is None) for depth, e in copied if depth > 1}
+    assert placed == set(
+        itertools.product(["bottom", "top", "middle"], ["stack", "inter", "last"], [True, False])
+    )
+    assert any(e.insert == "middle" and depth > 1 for depth, e in grown if e.init == "random")
 
 
 @pytest.mark.parametrize("first", range(0, CASES, EACH))

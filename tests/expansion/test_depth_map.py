@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
 from megatron_progressive.config import from_dict
-from megatron_progressive.expansion.depth_map import depth_map, source_layers, survivors
+from megatron_progressive.expansion.depth_map import depth_map
+from megatron_progressive.expansion.placing import middle_block, source_layers, survivors
 from megatron_progressive.models import model_shape, tensor_table
 
 SHAPE = model_shape(from_dict({"model": {"family": "gpt2", "num_layers": 6}}))
@@ -34,6 +36,67 @@ def test_survivors_of_copies_are_their_last_or_first_copy() -> None:
     assert survivors(DENSE * 2, DENSE * 6, "inter", "bottom", copied=True) == [2, 5]
 
 
+def test_survivors_keep_their_order() -> None:
+    """Three layers stacked to four are A B C A: the last copies of them, B C A, would change
+    places, and with them what the model computes where new layers do nothing."""
+    assert survivors(DENSE * 3, DENSE * 4, "stack", "bottom", copied=True) == [0, 1, 2]
+    assert survivors(DENSE * 3, DENSE * 8, "stack", "bottom", copied=True) == [3, 4, 5]
+    for trained, grown in itertools.product(range(1, 7), range(1, 15)):
+        if grown < trained:
+            continue
+        for order, insert in itertools.product(["stack", "inter", "last"],
+                                               ["bottom", "top", "middle"]):  # fmt: skip
+            origins = source_layers(DENSE * trained, DENSE * grown, order, insert)
+            for copied in (True, False):
+                kinds = DENSE * trained, DENSE * grown
+                alive = survivors(*kinds, order, insert, copied)
+                assert alive == sorted(set(alive))
+                if copied:
+                    assert [origins[place] for place in alive] == list(range(trained))
+
+
+def test_the_middle_is_copied_in_whole_copies_between_the_outer_layers() -> None:
+    # arXiv 2609.19107: 11 to 17, 12 to 18 and 14 to 22 layers with a copied middle block
+    assert [middle_block(11, 6), middle_block(12, 6), middle_block(14, 8)] == [
+        (2, 8), (3, 9), (3, 11),
+    ]  # fmt: skip
+    assert source_layers(DENSE * 11, DENSE * 17, "stack", "middle") == [
+        *range(8), *range(2, 8), 8, 9, 10,
+    ]  # fmt: skip
+    assert source_layers(DENSE * 4, DENSE * 8, "stack", "middle") == [0, 1, 2, 1, 2, 1, 2, 3]
+    assert source_layers(DENSE * 4, DENSE * 8, "inter", "middle") == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert survivors(DENSE * 4, DENSE * 8, "stack", "middle", copied=True) == [0, 1, 2, 7]
+    # too few for outer layers: all are copied
+    assert source_layers(DENSE * 2, DENSE * 4, "stack", "middle") == [0, 1, 0, 1]
+    assert source_layers(DENSE, DENSE * 3, "stack", "middle") == [0, 0, 0]
+    # layers that are not copied: between the lower and the upper half, at the bottom of one
+    assert survivors(DENSE * 3, DENSE * 5, "stack", "middle", copied=False) == [0, 3, 4]
+    assert survivors(DENSE, DENSE * 5, "stack", "middle", copied=False) == [4]
+
+
+def test_a_block_is_copied_and_the_layers_beside_it_stay_single() -> None:
+    def origins(order: str, block: tuple[int, int]) -> list[int]:
+        return source_layers(DENSE * 4, DENSE * 7, order, block=block)
+
+    assert origins("stack", (1, 3)) == [0, 1, 2, 1, 2, 1, 3]
+    assert origins("inter", (1, 3)) == [0, 1, 1, 1, 2, 2, 3]
+    assert origins("last", (1, 3)) == [0, 1, 2, 2, 2, 2, 3]
+    assert origins("stack", (3, 4)) == [0, 1, 2, 3, 3, 3, 3]
+    assert origins("stack", (0, 4)) == source_layers(DENSE * 4, DENSE * 7, "stack")
+
+    def alive(insert: str) -> list[int]:
+        return survivors(DENSE * 4, DENSE * 8, "stack", insert, copied=True, block=(1, 3))
+
+    assert (alive("bottom"), alive("top"), alive("middle")) == (
+        [0, 5, 6, 7], [0, 1, 2, 7], [0, 1, 2, 7],
+    )  # fmt: skip
+    # of two kinds: a kind without new layers needs none in the block
+    kinds = DENSE * 2 + MOE * 2, DENSE * 2 + MOE * 4
+    assert source_layers(*kinds, "stack", block=(2, 3)) == [0, 1, 2, 2, 2, 3]
+    with pytest.raises(ValueError, match="source layer"):
+        source_layers(*kinds, "stack", block=(0, 1))
+
+
 def test_layers_of_two_kinds_keep_to_their_places() -> None:
     source, target = DENSE * 2 + MOE * 2, DENSE * 3 + MOE * 5
     assert source_layers(source, target, "stack") == [0, 1, 0, 2, 3, 2, 3, 2]
@@ -41,7 +104,7 @@ def test_layers_of_two_kinds_keep_to_their_places() -> None:
     assert source_layers(source, target, "last") == [0, 1, 1, 2, 3, 3, 3, 3]
     assert survivors(source, target, "stack", "bottom", copied=False) == [1, 2, 6, 7]
     assert survivors(source, target, "stack", "top", copied=False) == [0, 1, 3, 4]
-    assert survivors(source, target, "stack", "bottom", copied=True) == [2, 1, 7, 6]
+    assert survivors(source, target, "stack", "bottom", copied=True) == [0, 1, 5, 6]
     assert survivors(source, target, "stack", "top", copied=True) == [0, 1, 3, 4]
     # a kind that the source lacks takes all layers in turn, and none of them survives there
     assert source_layers(DENSE * 2, DENSE * 2 + MOE * 3, "stack") == [0, 1, 0, 1, 0]

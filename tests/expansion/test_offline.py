@@ -39,6 +39,8 @@ GROWTHS: list[tuple[int, dict[str, Any], dict[str, int]]] = [
     (2, {"to_layers": 6, "init": "copying", "order": "inter", "insert": "top"}, {}),
     (2, {"to_layers": 6, "init": "copying_zeroN", "order": "stack"}, {"pipeline": 2}),
     (2, {"to_layers": 6, "init": "zero"}, {}),
+    (4, {"to_layers": 8, "init": "copying", "insert": "middle"}, {}),
+    (3, {"to_layers": 5, "init": "copying_zeroL", "block": [1, 2]}, {"tensor": 2}),
 ]  # fmt: skip
 
 

@@ -12,7 +12,15 @@ from megatron_progressive.config import OptimSection
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.optim.coefficients import SETS
 from megatron_progressive.optim.flat import Cut, FlatOptimizer
-from megatron_progressive.optim.muon import joined, matrices_of, update_scale
+from megatron_progressive.optim.muon import (
+    joined,
+    matrices_of,
+    muon_updates,
+    normalised,
+    squares_of,
+    update_scale,
+    with_momentum,
+)
 from megatron_progressive.optim.newton_schulz import newton_schulz
 from tests.optim import plain_muon
 from tests.pool import Pool
@@ -198,3 +206,47 @@ def test_ranks_together_do_what_plain_code_does(pool: Pool, world: int) -> None:
         whole = shards[0] if axis is None else torch.cat(shards, axis)
         assert torch.allclose(whole, expected, atol=1e-5), name
         assert axis is not None or all(torch.equal(shards[0], other) for other in shards)
+
+
+SHAPES = [((24, 8), ()), ((24, 8), ()), ((24, 8), (4, 2, 2)), ((8, 24), ()), ((6, 10, 3), ()),
+          ((24, 8), (4, 2, 2)), ((8, 8), ()), ((16, 8), ()), ((1, 40), ())]  # fmt: skip
+
+
+def test_tensors_of_one_shape_together_have_the_bits_of_each_alone() -> None:
+    """Cut, orthogonalised, scaled and joined."""
+    generator = torch.Generator().manual_seed(3)
+    optim = OptimSection()
+    tensors = [torch.randn(shape, generator=generator) for shape, _ in SHAPES]
+    blocks = [rows for _, rows in SHAPES]
+    together = muon_updates(tensors, blocks, optim)
+    for tensor, rows, found in zip(tensors, blocks, together, strict=True):
+        (alone,) = muon_updates([tensor], [rows], optim)
+        parts = [
+            newton_schulz(m[None])[0] * update_scale(m.shape[0], m.shape[1], optim.scale)
+            for m in matrices_of(tensor, rows)
+        ]
+        assert found.shape == tensor.shape
+        assert torch.equal(found, alone)
+        assert torch.equal(found, joined(parts, rows))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_many_vectors_have_the_bits_of_each_alone(nesterov: bool) -> None:
+    """Momentum, squares and division, of vectors of several sizes, some cut, some not there."""
+    generator = torch.Generator().manual_seed(4)
+    optim = OptimSection(nesterov=nesterov)
+    sizes = [768, 5, 0, 768, 3072, 1, 768, 0, 20_000, 5]
+    numels = [max(1, size) * (1 + i % 2) for i, size in enumerate(sizes)]
+    grads = [torch.randn(size, generator=generator) for size in sizes]
+    momenta = [torch.randn(size, generator=generator) for size in sizes]
+    plain_momenta = [momentum.clone() for momentum in momenta]
+    updates = with_momentum(grads, momenta, optim)
+    squares = squares_of(updates)
+    norms = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    found = normalised(updates, norms, numels)
+    for i, (grad, momentum) in enumerate(zip(grads, plain_momenta, strict=True)):
+        momentum.lerp_(grad, 1 - optim.momentum)
+        update = grad.lerp(momentum, optim.momentum) if nesterov else momentum
+        assert torch.equal(momenta[i], momentum)
+        assert torch.equal(squares[i], update.square().sum())
+        assert torch.equal(found[i], update.div(norms[i]).mul(math.sqrt(numels[i])))

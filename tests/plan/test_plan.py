@@ -12,6 +12,7 @@ import pytest
 
 from megatron_progressive.config import ConfigError, from_dict, load
 from megatron_progressive.cost.flops import total_flops
+from megatron_progressive.cost.headroom import headroom_percent
 from megatron_progressive.models import (
     FAMILIES,
     TRANSFORMERS,
@@ -134,6 +135,14 @@ def test_numbers_are_those_of_the_parts(path: Path) -> None:
     assert plan.short_steps == short_control(config).train.steps
     assert plan.never_grown == [(0, never_grown(config)[0].train.steps)]
     assert len(plan.controls) == 3
+    assert plan.headroom_percent == pytest.approx(
+        headroom_percent(
+            plan.phases[-1].active_params,
+            config.last_step * plan.step_tokens,
+            plan.total_flops / total_flops(fixed_size(config)),
+        )
+    )
+    assert f"{plan.headroom_percent:.1f} % above fixed-size" in " ".join(render(plan).split())
     tau = config.expansion_steps()[0]
     rates = [learning_rate(config, step) for step in range(1, config.train.steps + 1)]
     assert plan.expansions[0].lr_share == pytest.approx(sum(rates[:tau]) / sum(rates))

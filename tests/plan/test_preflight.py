@@ -232,6 +232,11 @@ def test_sound_corner_cases_pass(good: RunConfig, world: int) -> None:
             ["instability after expansion; likely cause: random layers at the top"],
         ),
         (config(growth(insert="top", init="copying"), layers=1), []),
+        (config(growth(insert="middle"), layers=2), []),  # trained layers stay at the head
+        (
+            family("deepseek_v3", model={"num_layers": 1}, expansion=growth(insert="middle")),
+            ["insert: middle with init random puts new layers of one kind above trained ones"],
+        ),
         # the trained dense layer stays below the new ones with experts
         (
             family("deepseek_v3", model={"num_layers": 1}, expansion=growth()),
@@ -262,3 +267,32 @@ def test_smallest_world_fits_every_phase() -> None:
     assert smallest_world(run) == 8
     check_run(run, 8)
     assert smallest_world(family("mixtral", parallel={"expert": 8, "tensor": 2})) == 16
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (
+            family("resnet", 1, expansion=growth(init="copying", block=[0, 1])),
+            ["expansion[0].block: got [0, 1] for family resnet", "none (its layers are in"],
+        ),
+        (
+            family("deepseek_v3", 3, expansion=growth(init="copying", block=[0, 1])),
+            ["expansion[0].block: got [0, 1], which has no layer of the kind 'moe' that 3 new",
+             "a block with one of the layers 1 to 2"],
+        ),
+        (
+            config(growth(init="copying", block=[2, 2]), layers=3),
+            ["expansion[0].block: got [2, 2]", "0 <= first < last <= 3, the layers before it"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_block_is_of_layers_that_can_be_copied(bad: RunConfig, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_run(bad, 1)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_block_without_a_kind_is_fine_where_that_kind_does_not_grow() -> None:
+    check_run(family("deepseek_v3", 3, expansion=growth(init="copying", block=[1, 2])), 1)

@@ -14,6 +14,7 @@ from megatron_progressive.config import RunConfig, from_dict, to_yaml
 from megatron_progressive.cost.flops import step_flops, step_tokens
 from megatron_progressive.data import DATA_FILE, DataIdentity
 from megatron_progressive.grid.cell_runs import one_a_run
+from megatron_progressive.grid.cells import ALONE, Cell
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.optim.schedule import learning_rate
@@ -144,17 +145,38 @@ def planted_loss(arm: str, flops: float) -> float:
     return floor + (MEETING_LOSS - floor) * (MEETING / flops) ** alpha
 
 
-def write_study(grid: Grid, noise: float = 0.0, skip: Sequence[str] = (), **more: Any) -> None:
-    """Run folders of every cell, on its arm's planted law; cells whose name has a word of ``skip``
-    are left out.
+CROSSING_SLOPE = 0.02
+"""The power of FLOPs over the crossing by which a shallow depth's loss is above the deep one's."""
+
+
+def alone_loss(cell: Cell, full: int, crossing: float) -> float:
+    """The loss of a depth alone: fixed-size's law at the ``full`` depth, and for a shallower one
+    what crosses it at ``crossing`` FLOPs."""
+    shallow = cell.config.model.num_layers < full
+    factor = (cell.flops / crossing) ** CROSSING_SLOPE if shallow else 1.0
+    return planted_loss("fixed", cell.flops) * factor
+
+
+def write_study(
+    grid: Grid, noise: float = 0.0, skip: Sequence[str] = (), crossing: float = MEETING,
+    **more: Any,
+) -> None:  # fmt: skip
+    """Run folders of every cell that has none, on its arm's planted law; cells whose name has a
+    word of ``skip`` are left out.
 
     Args:
         noise: standard deviation of the log loss between cells.
+        crossing: where a crossing study's depths cross, in FLOPs.
     """
     random_ = random.Random(1)
+    full = {one.size: one.target for one in grid.crossings}
     for cell in one_a_run(grid.cells):
-        loss = planted_loss(cell.arm, cell.flops) * math.exp(random_.gauss(0, noise))
-        if cell.unknown or any(word in cell.name for word in skip):
+        loss = (
+            alone_loss(cell, full[cell.size], crossing)
+            if cell.arm == ALONE
+            else planted_loss(cell.arm, cell.flops)
+        ) * math.exp(random_.gauss(0, noise))
+        if cell.unknown or cell.folder.exists() or any(word in cell.name for word in skip):
             continue
         write_run(cell.config, loss, **more)
         path = grid.folder / "attempts" / f"{cell.config.run.name}.json"

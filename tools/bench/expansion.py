@@ -184,7 +184,8 @@ def in_memory(args: argparse.Namespace) -> None:
         old, config.expansion[0], build_new, batch(args.ranks), 1, 1, args.staging_mib << 20
     )
     extra = peak_bytes() - before
-    totals = torch.tensor([least[0]], dtype=torch.int64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    totals = torch.tensor([least[0]], dtype=torch.int64, device=device)
     dist.all_reduce(totals)
     ratios: list[Any] = [None] * args.ranks
     dist.all_gather_object(ratios, (extra, sizes[0]))

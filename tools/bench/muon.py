@@ -161,31 +161,43 @@ class Contestant:
 
 
 def newton_schulz(args: argparse.Namespace) -> Any:
-    """Time Newton-Schulz batched by shape against one matrix at a time, for this rank's model."""
+    """Time Newton-Schulz batched by shape against one matrix at a time, for this rank's model, on
+    its device and in the type that the run computes in."""
     import torch
     from rich.table import Table
 
     from megatron_progressive.models import tensor_table
     from megatron_progressive.optim.muon import matrices_of
-    from megatron_progressive.optim.newton_schulz import newton_schulz
+    from megatron_progressive.optim.newton_schulz import DTYPES, compute_dtype, newton_schulz
+
+    config = bench_config(args, ARMS[0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(config.optim, device)
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+
+    def now() -> float:
+        """When all that was launched is done, s."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     shapes: Counter[tuple[int, ...]] = Counter()
-    for spec in tensor_table(model_shape(bench_config(args, ARMS[0]))).values():
+    for spec in tensor_table(model_shape(config)).values():
         if len(spec.shape) > 1:
             whole = torch.empty(spec.shape)
             shapes.update(tuple(m.shape) for m in matrices_of(whole, spec.row_blocks))
-    table = Table("shape", title="Newton-Schulz in fp32, ms", title_justify="left")
+    table = Table("shape", title=f"Newton-Schulz in {name} on {device}, ms", title_justify="left")
     for column in ("matrices", "batched", "one at a time", "ratio"):
         table.add_column(column, justify="right")
     for shape, count in shapes.items():
-        batch = torch.randn(count, *shape)
+        batch = torch.randn(count, *shape, device=device)
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(25):
             for batched, found in times.items():
-                started = time.perf_counter()
+                started = now()
                 for part in [batch] if batched else batch:
-                    newton_schulz(part)
-                found.append(1e3 * (time.perf_counter() - started))
+                    newton_schulz(part, dtype=dtype)
+                found.append(1e3 * (now() - started))
         batched, looped = (statistics.median(times[key]) for key in (True, False))
         numbers = (f"{batched:.2f}", f"{looped:.2f}", f"{looped / batched:.2f}")
         table.add_row("{} x {}".format(*shape), str(count), *numbers)

@@ -249,11 +249,18 @@ def optimizer_parts(engine: Any) -> list[tuple[Any, str]]:
 def timed(function: Callable[..., Any], add: Callable[[float], None]) -> Callable[..., Any]:
     """The function itself, whose seconds are passed to ``add``."""
 
+    def now() -> float:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # when what was launched is done
+        return time.perf_counter()
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
+        started = now()
         try:
             return function(*args, **kwargs)
         finally:
-            add(time.perf_counter() - started)
+            add(now() - started)
 
     return call

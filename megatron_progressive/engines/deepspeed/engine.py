@@ -43,6 +43,7 @@ from megatron_progressive.optim.flat import Cut, FlatOptimizer
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.runtime.memory import sent_to
 
 _BUCKET_NUMEL = 50_000_000
 """The most gradient elements that DeepSpeed collects before it reduces them."""
@@ -116,7 +117,9 @@ class DeepSpeedEngine:
             reset_model_temporary_tensors(self._transformer, [self.engine.module])
         self.engine.step()
         share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
-        total, stops, counts = sum_over_ranks(share, float(stop), self._load.counts, self._device)
+        total, stops, counts, _ = sum_over_ranks(
+            share, float(stop), self._load.counts, self._device
+        )
         if isinstance(self.optimizer, ReplicatedOptimizer):
             norm = self.optimizer.grad_norm
         else:
@@ -183,7 +186,7 @@ class DeepSpeedEngine:
     def _loss(self, sample: torch.Tensor, counted: int) -> torch.Tensor:
         """The mean cross-entropy of the first ``counted`` samples of one micro-batch; 0 where none
         counts."""
-        sample = sample.to(self._device, non_blocking=True)
+        sample = sent_to(sample, self._device)
         positions = self._positions.expand(sample.size(0), -1)
         losses: torch.Tensor = self.engine(
             sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()

@@ -40,6 +40,7 @@ from megatron_progressive.engines.megatron.model import (
 from megatron_progressive.engines.megatron.optimizer import (
     build_optimizer,
     clip_gradients,
+    norm_of,
 )
 from megatron_progressive.engines.megatron.owner_optimizer import owner_layout
 from megatron_progressive.engines.megatron.state import sharded_state, table_with_tied_head
@@ -51,6 +52,7 @@ from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.runtime.memory import sent_to
 
 
 class MegatronEngine:
@@ -139,11 +141,13 @@ class MegatronEngine:
             # an optimizer with several tensors in a group has their factors itself
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.prepare_grads()
-        grad_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
+        squares = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
         share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
-        total, stops, counts = self._sum_over_ranks(share, float(stop), self._load.counts)
-        return StepMetrics(total, grad_norm, stops > 0, self._load.busiest(counts))
+        total, stops, counts, found = self._sum_over_ranks(
+            share, float(stop), self._load.counts, squares
+        )
+        return StepMetrics(total, norm_of(found), stops > 0, self._load.busiest(counts))
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         self._load.read()
@@ -211,7 +215,7 @@ class MegatronEngine:
         self, samples: Iterator[tuple[torch.Tensor, int]], model: Any
     ) -> tuple[Any, Any]:
         tokens, counted = next(samples)
-        sample = tokens.to(self._device, non_blocking=True)
+        sample = sent_to(tokens, self._device)
         positions = self._positions.expand(sample.size(0), -1)
         output = model(
             sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
@@ -219,12 +223,16 @@ class MegatronEngine:
         return output, partial(_mean_loss, counted=counted)
 
     def _sum_over_ranks(
-        self, share: float, stop: float = 0.0, counts: torch.Tensor | None = None
-    ) -> tuple[float, float, torch.Tensor]:
-        """The global mean loss, and the sums of ``stop`` and ``counts``."""
+        self,
+        share: Any,
+        stop: float = 0.0,
+        counts: torch.Tensor | None = None,
+        same: Sequence[torch.Tensor] = (),
+    ) -> tuple[float, float, torch.Tensor, list[float]]:
+        """The global mean loss, sums of ``stop`` and ``counts``, and the numbers of ``same``."""
         if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
             share = 0.0
-        return sum_over_ranks(share, stop, counts, self._device)
+        return sum_over_ranks(share, stop, counts, self._device, same)
 
 
 def _mean_loss(losses: torch.Tensor, counted: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

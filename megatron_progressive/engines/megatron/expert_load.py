@@ -29,13 +29,14 @@ class ExpertLoad:
             for layer in chunk.decoder.layers
             if self.layers and kinds[layer.layer_number - 1] == MOE
         }
-        self._counts = torch.zeros(self.layers, self.experts, dtype=torch.float64)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._counts = torch.zeros(self.layers, self.experts, dtype=torch.float64, device=device)
 
     def read(self) -> None:
         """Remember the tokens that this rank has sent to each expert in the current step."""
         self._counts.zero_()
         for number, router in self._routers.items():
-            self._counts[number - self._first] = router.local_tokens_per_expert.cpu()
+            self._counts[number - self._first] = router.local_tokens_per_expert
 
     @property
     def counts(self) -> torch.Tensor:

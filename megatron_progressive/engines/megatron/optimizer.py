@@ -9,6 +9,7 @@ layers that are new at τ start at step zero.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
@@ -169,15 +169,51 @@ def _wrapper(
     return wrapper
 
 
-def clip_gradients(optimizer: ChainedOptimizer, most: float) -> float:
-    """Scale the gradients so that their common norm is at most ``most`` (0 leaves them as they
-    are); returns the norm before."""
-    norm = float(optimizer.get_grad_norm())
+def clip_gradients(optimizer: ChainedOptimizer, most: float) -> list[torch.Tensor]:
+    """Scale the gradients so that the norm of all is at most ``most`` (0: leave them).
+
+    What Megatron-core 0.19.2 does without the kernels of Transformer Engine or apex, to the same
+    bits on a CPU, but that the host does not wait for the norm of each tensor.
+
+    Returns: squares of norms before, by group of tensors, each a tensor of one number: the norm is
+    :func:`norm_of` these.
+    """
+    wrappers = optimizer.chained_optimizers
+    if len(wrappers) == 1 or optimizer.grads_states_parallel_group_is_shared():
+        together = [wrappers]  # over the same ranks
+    else:
+        together = [[wrapper] for wrapper in wrappers]
+    squares = [
+        _square_of_norm(
+            [gradient for one in some for gradient in one.get_grads_for_grad_norm()],
+            some[0].get_grad_stats_parallel_group(),
+        )
+        for some in together
+    ]
     if most > 0:
-        for wrapper in optimizer.chained_optimizers:
-            if parameters := wrapper.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, most, norm)
-    return norm
+        norm = torch.cat(squares).double().sum().sqrt()
+        factor = (most / (norm + 1.0e-6)).clamp_max(1.0).float()
+        parameters = [p for wrapper in wrappers for p in wrapper.get_parameters()]
+        if gradients := [p.grad for p in parameters if p.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
+    return squares
+
+
+def norm_of(squares: list[float]) -> float:
+    """The norm of gradients, from the squares that :func:`clip_gradients` has found."""
+    norms: list[float] = [square**0.5 for square in squares]
+    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
+
+
+def _square_of_norm(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> torch.Tensor:
+    """Over the ranks of a group: one fp32 number, of shape [1]."""
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        square: torch.Tensor = torch.linalg.vector_norm(norms).view(1) ** 2.0
+    else:
+        square = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(square, group=group)
+    return square
 
 
 def _init_adamw_state(inner: torch.optim.Optimizer) -> None:

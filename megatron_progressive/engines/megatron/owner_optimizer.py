@@ -148,17 +148,19 @@ class OwnerOptimizer(FlatOptimizer):
 
     def _muon(self, fragments: list[Fragment], lr: float) -> None:
         super()._muon([f for f in fragments if f.cut.name not in self._received], lr)
-        for fragment in fragments:
-            if fragment.cut.name in self._received and fragment.slots:
-                update = torch.empty_like(self._update(fragment))
-                dist.broadcast(update, group=self._stages, group_src=0)
-                self._apply(fragment, update, lr)
-
-    def _apply(self, fragment: Fragment, update: torch.Tensor, lr: float) -> None:
-        if fragment.cut.name in self._sent and fragment.slots:
-            update = update.contiguous()
+        received = [f for f in fragments if f.cut.name in self._received and f.slots]
+        updates = [torch.empty_like(update) for update in self._updates(received)]
+        for update in updates:
             dist.broadcast(update, group=self._stages, group_src=0)
-        super()._apply(fragment, update, lr)
+        super()._apply(received, updates, lr)
+
+    def _apply(self, fragments: list[Fragment], updates: list[torch.Tensor], lr: float) -> None:
+        updates = list(updates)
+        for i, fragment in enumerate(fragments):
+            if fragment.cut.name in self._sent and fragment.slots:
+                updates[i] = updates[i].contiguous()
+                dist.broadcast(updates[i], group=self._stages, group_src=0)
+        super()._apply(fragments, updates, lr)
 
 
 class WholeOptimizer(FlatOptimizer):

@@ -108,19 +108,20 @@ class FlatModel:
         for bucket in self.buckets:
             bucket.gradients.zero_()
 
-    def step(self, lr: float, most: float) -> float:
+    def step(self, lr: float, most: float) -> torch.Tensor:
         """Average the gradients, clip their norm to ``most`` (0 does not clip) and update the
-        weights; returns the norm before. Collective over all ranks."""
+        weights; returns the norm before, on the device. Collective over all ranks."""
         for bucket in self.buckets:
             bucket.reduce()
         squares = torch.stack([bucket.own_gradients.square().sum() for bucket in self.buckets])
         square = squares.sum()
         if self._divided:
             dist.all_reduce(square)
-        norm = float(square.sqrt())
-        if 0 < most < norm:
+        norm = square.sqrt()
+        if most > 0:
+            factor = (most / norm.double()).clamp_max(1.0).float()
             for bucket in self.buckets:
-                bucket.own_gradients *= most / norm
+                bucket.own_gradients *= factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

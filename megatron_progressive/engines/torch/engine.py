@@ -27,6 +27,7 @@ from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.models.families.resnet import ResNetShape
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.runtime.memory import sent_to
 
 
 class TorchEngine:
@@ -60,8 +61,8 @@ class TorchEngine:
             losses.append(loss.detach())
         norm = self._flat.step(lr, self.config.optim.clip_grad)
         share = batch.share_of_mean(losses, [micro] * len(losses), ranks)
-        total, stops, _ = sum_over_ranks(share, float(stop), None, self._device)
-        return StepMetrics(total, norm, stops > 0)
+        total, stops, _, (found,) = sum_over_ranks(share, float(stop), None, self._device, [norm])
+        return StepMetrics(total, found, stops > 0)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
@@ -92,9 +93,9 @@ class TorchEngine:
         """The mean cross-entropy of the first ``counted`` samples of one micro-batch (pixels,
         labels); 0 where none counts."""
         pixels, labels = sample
-        logits: torch.Tensor = self._model(pixels.to(self._device, self._dtype, non_blocking=True))
+        logits: torch.Tensor = self._model(sent_to(pixels, self._device).to(self._dtype))
         logits = logits.float()
-        labels = labels.to(self._device, non_blocking=True)
+        labels = sent_to(labels, self._device)
         if not counted:
             return logits.new_zeros(())
         return F.cross_entropy(logits[:counted], labels[:counted])

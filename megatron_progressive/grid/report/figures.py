@@ -33,7 +33,7 @@ from megatron_progressive.laws.fits import Fit, losses_of, rows_of
 
 _PALETTES = {FIXED: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
 _SHIFTS = {SHORT: 1, NEVER: 2}
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8
 """The number of families that one picture can tell apart."""
 _TAIL = (0.025, 0.975)  # of the bootstrap samples: the band
@@ -70,7 +70,7 @@ def looks(results: Sequence[Result]) -> dict[str, Look]:
             counts[palette] = index + 1
             # controls differ from what they control in shape as well
             shift = _SHIFTS.get(cells[0].cell.arm, 0)
-            marker = _MARKERS[(index // len(palette) + shift) % len(_MARKERS)]
+            marker = MARKERS[(index // len(palette) + shift) % len(MARKERS)]
             known[name] = Look(palette[index % len(palette)], marker, name)
         found[family] = known[name]
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_progressive.compare.arms import Missing
 from megatron_progressive.grid.grid import Grid
+from megatron_progressive.grid.report.crossings import Study as Crossings
 from megatron_progressive.grid.report.laws import (
     Law,
     Saving,
@@ -33,6 +34,8 @@ class GridReport:
     ablation: tuple[list[str], list[list[str]]] | None
     pilot: str
     """What the pilot found, and whether it came true; empty without a pilot."""
+    crossings: list[Crossings] = field(default_factory=list)
+    """Where depths cross, in a crossing study."""
     pictures: dict[str, Path] = field(default_factory=dict)
     """The pictures, by what they show; a picture for which there is too little data is left out."""
 
@@ -60,6 +63,8 @@ class GridReport:
             arms = " and no ".join(dict.fromkeys(o.arm for o in absent if o.command == command))
             lines.append(f"  the grid has no {arms} run, without which nothing pays: {command}")
         lines += [f"  {line}" for line in refusals(self.laws)]
+        for crossing in self.crossings:
+            lines += [f"  {crossing.title}", *(f"    {text}" for text in crossing.sentences)]
         if self.pilot:
             lines.append(f"  pilot: {self.pilot}")
         if not self.complete:

@@ -14,6 +14,7 @@ from megatron_progressive.compare.verdict_words import gap_text, needed_text
 from megatron_progressive.cost.flops import step_tokens
 from megatron_progressive.grid.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.grid.labels import arm_meaning, arm_words
+from megatron_progressive.grid.report import crossings
 from megatron_progressive.grid.report.figures import factor_text
 from megatron_progressive.grid.report.judged import partial, refusals
 from megatron_progressive.grid.report.laws import Law
@@ -37,7 +38,9 @@ def render(report: GridReport) -> str:
         parts.append(
             f'<div class="missing"><strong>Partial.</strong> {escape(partial(report))}</div>'
         )
-    parts += [_missing(report), _answer(report), _what_was_run(report), _pilot(report)]
+    parts += [_missing(report), _answer(report)]
+    parts += [crossings.section(report.crossings, report.pictures.get("crossing"))]
+    parts += [_what_was_run(report), _pilot(report)]
     parts += [_laws(report), _savings(report)]
     parts += [_figure(report, "mixing", "After the expansion", _no_mixing(report))]
     parts += [_figure(report, "tau", "Where to expand", ""), _ablation(report)]
@@ -153,7 +156,7 @@ def _sizes(results: list[Result]) -> str:
     for size, params in sizes_of(results).items():
         mine = [r for r in results if r.cell.size == size]
         longest = max(mine, key=lambda r: r.cell.config.train.steps).cell.config
-        layers = mine[0].cell.config
+        layers = max(mine, key=lambda r: r.params).cell.config  # of the full depth
         depth = layers.expansion[-1].to_layers if layers.expansion else layers.model.num_layers
         shape = model_shape(layers, depth)
         tokens = longest.train.steps * step_tokens(shape, longest)

@@ -8,16 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_progressive.compare.data_words import per_unit
 from megatron_progressive.compare.figures import mixing_curve
 from megatron_progressive.compare.gaps import MIXED_PERCENT
 from megatron_progressive.compare.pilot import headline as pilot_headline
 from megatron_progressive.grid.cells import PILOT
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.labels import arm_words, is_control
+from megatron_progressive.grid.report import crossing_figure, sweep_figures
 from megatron_progressive.grid.report import figures as grid_figures
 from megatron_progressive.grid.report import page as grid_page
-from megatron_progressive.grid.report import sweep_figures
 from megatron_progressive.grid.report import verdict as grid_verdict
+from megatron_progressive.grid.report.crossings import as_values, studies
 from megatron_progressive.grid.report.judged import GridReport
 from megatron_progressive.grid.report.laws import (
     Law,
@@ -62,6 +64,7 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
         savings=savings(results, laws),
         ablation=ablation(results),
         pilot=_pilot_text(grid, results, found),
+        crossings=studies(grid, results, found),
     )
     styles, out = grid_figures.looks(results), grid.folder
     drawn: list[tuple[str, str, Callable[[str, Path], bool]]] = [
@@ -75,6 +78,8 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
         ("tau", "Where to expand: final loss against τ",
          lambda t, p: sweep_figures.tau_sweep(results, t, p)),
         ("pilot", grid.name, lambda t, p: _pilot_picture(grid, p)),
+        ("crossing", "; ".join(one.title for one in report.crossings),
+         lambda t, p: crossing_figure.crossings(report.crossings, t, _per(results), p)),
     ]  # fmt: skip
     for name, title, draw in drawn:
         path = out / f"{name}.png"
@@ -86,6 +91,10 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
     write_json(out / "report.json", as_json(report))
     write_atomically(out / "report.html", grid_page.render(report))
     return report
+
+
+def _per(results: list[Result]) -> str:
+    return per_unit(result.run.unit for result in results if result.run is not None)
 
 
 def _laws_title(laws: list[Law]) -> str:
@@ -188,6 +197,7 @@ def as_json(report: GridReport) -> dict[str, Any]:
         "grid": str(report.grid.file),
         "versions": report.versions,
         "pilot": report.pilot,
+        "crossings": [as_values(one) for one in report.crossings],
         "findings": [asdict(one) for one in report.findings],
         "missing": [asdict(one) for one in report.missing],
         "laws": [_law(law) for law in report.laws],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_progressive.compare.gaps import gap_percent
-from megatron_progressive.grid.cells import FIXED, SCRATCH
+from megatron_progressive.grid.cells import AROUND, FIXED, SCRATCH, Cell
 from megatron_progressive.grid.labels import arm_words
 from megatron_progressive.grid.report.laws import usable
 from megatron_progressive.grid.results import Result, sizes_of
@@ -47,9 +47,16 @@ def _key(result: Result) -> _Key:
     taus = "+".join(f"{step / config.train.steps:.3g}" for step in config.expansion_steps())
     copied = last.init != "random"
     return (
-        arm_words(result.cell.arm), result.cell.tau or taus, last.init,
-        last.order if copied else "–", last.insert, last.optimizer_state, config.schedule.name,
+        _arm(result.cell), result.cell.tau or taus, last.init,
+        last.order if copied else "–", last.insert + f" {last.block}" * (last.block is not None),
+        last.optimizer_state, config.schedule.name,
     )  # fmt: skip
+
+
+def _arm(cell: Cell) -> str:
+    """The arm's name, with the multiple of the crossing at which it grows, if it does."""
+    around = cell.axes.get(AROUND)
+    return arm_words(cell.arm) + (f" at {around}x" if around else "")
 
 
 def _cell(mine: Sequence[Result], done: Sequence[Result], size: str) -> str:

@@ -17,7 +17,7 @@ from megatron_progressive.compare.arms import Comparison, Missing, depth_words
 from megatron_progressive.compare.decision import NOT_BELOW, Against, overall
 from megatron_progressive.compare.pairs import paired
 from megatron_progressive.compare.verdict import Verdict, verdicts
-from megatron_progressive.compare.verdict_words import study_sentence, study_title
+from megatron_progressive.compare.verdict_words import sentence, study_sentence, study_title
 from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.results import Result, sizes_of
@@ -67,6 +67,7 @@ def comparisons(results: Sequence[Result], grid: Grid) -> dict[str, Comparison]:
             for arm, key, controls in (
                 (FIXED_ARM, FIXED, fixed), (SHORT_ARM, SHORT, short), (NEVER_ARM, NEVER, never),
             )
+            if key != FIXED or not grid.crossings  # whose depths alone are the controls
             for one in _missing(result, arm, key, controls, grid)
         ]  # fmt: skip
         found[result.cell.name] = Comparison(
@@ -128,6 +129,7 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
     to_fixed, controls = paired(compared)
     speedups = [v.speedup_flops for v in mine if v.speedup_flops]
     share = 1 / float(np.mean(speedups)) if speedups else None
+    has_fixed = any(c.fixed or any(m.arm == FIXED_ARM for m in c.missing) for c in compared)
     if share is not None and share >= 1:  # as FLOPs are counted, no seed changes that
         to_fixed = replace(to_fixed, outcome=NOT_BELOW)
     return Finding(
@@ -140,7 +142,9 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
         controls=controls,
         outcome=overall(controls),
         mixed=[v.mixing.mixed for v in mine if v.mixing is not None],
-        sentence=study_sentence(share, to_fixed, controls),
+        sentence=study_sentence(share, to_fixed, controls)
+        if has_fixed  # a crossing study has none
+        else sentence(controls).removesuffix("."),
         verdicts=mine,
     )
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_progressive import cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO, GRID = str(ROOT / "configs" / "demo.yaml"), str(ROOT / "configs" / "grids" / "gpt2_tiny.yaml")
 
 COUNTS = [
