@@ -57,7 +57,10 @@ def check(ranks: list[DryRank]) -> None:
             assert fullest > (1 - WITHIN) * phase.predicted
 
 
-@pytest.mark.parametrize("name", ["gpt2/124m_progressive.yaml", "llama3/1b_progressive.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2/124m_progressive.yaml", "llama3/1b_progressive.yaml", "resnet/50_progressive.yaml"],
+)
 def test_memory_is_as_planned(name: str) -> None:
     check(dry(name, 8, [0]))
 

@@ -38,7 +38,6 @@ CASES = [
 REDUCED = {
     ("llama3", "pipeline", "fp32", "muon_nsgd"),
     ("deepseek_v3", "expert", "fp32", "muon_nsgd"),
-    ("mixtral", "tensor", "bf16", "adamw"),
 }
 """Those of every run; the rest needs ``-m cuda_full``."""
 
