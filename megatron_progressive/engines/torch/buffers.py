@@ -145,9 +145,11 @@ class FlatModel:
 def _accumulate(parameter: torch.nn.Parameter, total: torch.Tensor) -> None:
     """Have the gradients of backward passes added to ``total`` in fp32."""
 
-    def add(_: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            total.add_(parameter.grad)
-            parameter.grad = None
+    # The hook must not hold the parameter, which holds the hook where no collection looks: the
+    # memory of a closed engine would stay for ever.
+    def add(given: torch.Tensor) -> None:
+        if given.grad is not None:
+            total.add_(given.grad)
+            given.grad = None
 
     parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
