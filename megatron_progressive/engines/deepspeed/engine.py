@@ -7,7 +7,6 @@ there, so the fp32 sums and the master weights are ours, too.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import sent_to
+from megatron_progressive.runtime.memory import collect, sent_to
 
 _BUCKET_NUMEL = 50_000_000
 """The most gradient elements that DeepSpeed collects before it reduces them."""
@@ -164,7 +163,7 @@ class DeepSpeedEngine:
         deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
         del self.engine, self.optimizer, self._names, self._buffers, self._load
         self.groups.close()
-        gc.collect()  # its parts refer to each other, and its tensors are large
+        collect()  # its parts refer to each other, and its tensors are large
 
     def _deepspeed_config(self) -> dict[str, Any]:
         bucket = min(_BUCKET_NUMEL, sum(spec.numel for spec in self._table.values()))

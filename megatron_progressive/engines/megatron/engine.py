@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -56,7 +55,7 @@ from megatron_progressive.optim.schedule import rewarms_new_layers
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import sent_to
+from megatron_progressive.runtime.memory import collect, sent_to
 
 
 class MegatronEngine:
@@ -202,7 +201,7 @@ class MegatronEngine:
         self.groups.close()
         # Buffers, parameters and groups refer to each other: memory, threads and connections
         # would stay until some later collection.
-        gc.collect()
+        collect()
 
     def _run(
         self, samples: list[tuple[torch.Tensor, int]], forward_only: bool

@@ -6,7 +6,6 @@ the work and the state of the optimizer (:mod:`.buffers`).
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,7 +27,7 @@ from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.models.families.resnet import ResNetShape
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import sent_to
+from megatron_progressive.runtime.memory import collect, sent_to
 
 
 class TorchEngine:
@@ -91,7 +90,7 @@ class TorchEngine:
 
     def close(self) -> None:
         del self._model, self._flat
-        gc.collect()  # parameters and the hooks on them refer to each other
+        collect()  # parameters and the hooks on them refer to each other
 
     def _loss(self, sample: tuple[torch.Tensor, torch.Tensor], counted: int) -> torch.Tensor:
         """The mean cross-entropy of the first ``counted`` samples of one micro-batch (pixels,
