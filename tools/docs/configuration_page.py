@@ -17,7 +17,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megatron_progressive.config import schema
+from megatron_progressive.config import model_schema, schema
 from megatron_progressive.config.accepted import BOUNDS, CHOICES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -25,7 +25,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-*Made from `megatron_progressive/config/schema.py` by `tools/docs/configuration_page.py`.*
+*Made from `schema.py` and `model_schema.py` in `megatron_progressive/config` by `tools/docs/configuration_page.py`.*
 
 A configuration is a YAML file of sections. `key=value` words after it on the command line replace
 single keys (`train.steps=200`, `expansion.0.at=0.6`). Every key has a default but `model.family`
@@ -61,7 +61,7 @@ def _markdown(text: str) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is schema.MISSING:
+    if field.default is model_schema.MISSING:
         return "*required*"
     if field.default is dataclasses.MISSING:
         return "`[]`"
