@@ -7,7 +7,7 @@ there, so the fp32 sums and the master weights are ours, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines.base import (
+    NO_SHARES,
     GlobalBatch,
     StepMetrics,
     mean_over,
@@ -38,7 +39,7 @@ from megatron_progressive.engines.megatron.model import (
 )
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, TransformerShape
-from megatron_progressive.optim.flat import Cut, FlatOptimizer
+from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
@@ -95,9 +96,12 @@ class DeepSpeedEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
 
-    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+    def train_step(
+        self, batch: GlobalBatch, lr: float, stop: bool = False,
+        shares: Mapping[str, float] = NO_SHARES,
+    ) -> StepMetrics:  # fmt: skip
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr, SHARES: shares}
         micro = self.config.train.micro_batch
         samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
         # losses of their own that Megatron-core adds in the backward pass

@@ -6,7 +6,7 @@ the work and the state of the optimizer (:mod:`.buffers`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import (
+    NO_SHARES,
     GlobalBatch,
     StepMetrics,
     mean_over,
@@ -50,7 +51,10 @@ class TorchEngine:
         _check(parameters, table)
         self._flat = FlatModel(parameters, table, config.optim, divided=layout.zero_stage >= 1)
 
-    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+    def train_step(
+        self, batch: GlobalBatch, lr: float, stop: bool = False,
+        shares: Mapping[str, float] = NO_SHARES,
+    ) -> StepMetrics:  # fmt: skip
         self._flat.zero_gradients()
         micro, ranks = self.config.train.micro_batch, self.layout.data
         samples, losses = batch.micro_batches(micro, dist.get_rank(), ranks), []
@@ -58,7 +62,7 @@ class TorchEngine:
             loss = self._loss(sample, micro)
             (loss / len(samples)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        norm = self._flat.step(lr, self.config.optim.clip_grad)
+        norm = self._flat.step(lr, self.config.optim.clip_grad, shares)
         share = batch.share_of_mean(losses, [micro] * len(losses), ranks)
         total, stops, _, (found,) = sum_over_ranks(share, float(stop), None, self._device, [norm])
         return StepMetrics(total, found, stops > 0)
