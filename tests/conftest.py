@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+from tests.cuda.serve import PoolOnDevice, variables
 from tests.jobs import Jobs
 from tests.pool import Pool
 
@@ -32,9 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("ranks" if ranks and not launch else "others"))
 
 
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    pool = Pool(4)
+@pytest.fixture(
+    scope="session", params=["gloo", pytest.param("standin", marks=pytest.mark.cuda_full)]
+)
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool | PoolOnDevice]:
+    """Ranks over gloo; with ``-m cuda_full`` over NCCL, on the stand-in CUDA device."""
+    if request.param == "gloo":
+        pool: Pool | PoolOnDevice = Pool(4)
+    else:
+        pool = PoolOnDevice(4, variables("computing"))
     yield pool
     pool.close()
 

@@ -68,6 +68,8 @@ class DryRank:
     """Bytes still allocated after the last engine was closed."""
     communicators_left: int
     """Communicators still live then; one is the job's own."""
+    groups_left: int
+    """Process groups still known then, the job's own among them."""
 
 
 def check_available() -> None:
@@ -151,7 +153,9 @@ def _of_lines(config: RunConfig, world: int, rank: int, lines: list[dict[str, An
             )
         )  # fmt: skip
     last = lines[-1]
-    return DryRank(rank, phases, expansions, last["allocated"], last["communicators"])
+    return DryRank(
+        rank, phases, expansions, last["allocated"], last["communicators"], last["groups"]
+    )
 
 
 def render(ranks: list[DryRank], gib: float = H100_GIB) -> str:

@@ -87,13 +87,17 @@ def _key(wheels: Wheels, callers: list[Path]) -> str:
 
 
 def _callers(wheels: Wheels) -> list[Path]:
-    """The libraries whose calls must find a function: torch's and, if there, Transformer
-    Engine's."""
+    """torch's libraries, whose calls must find a function."""
     found = [wheels.torch / "lib" / f"lib{name}.so" for name in _CALLERS]
-    spec = importlib.util.find_spec("transformer_engine")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        found += sorted(Path(place).rglob("*.so"))
     return [path for path in found if path.is_file()]
+
+
+def _replaced(wheels: Wheels) -> list[Path]:
+    """NVIDIA's libraries in whose place the stand-in is: who else calls them finds one too."""
+    folders = [wheels.nvidia / name / "lib" for name in ("cu13", "cudnn", "nccl")]
+    names = ("libcudart", "libcublas", "libcudnn", "libnccl")
+    found = [path for folder in folders for path in sorted(folder.glob("*.so*"))]
+    return [path for path in found if path.name.startswith(names) and not path.is_symlink()]
 
 
 def _names(library: Path, *options: str) -> set[str]:
@@ -152,6 +156,7 @@ def _compile(wheels: Wheels, callers: list[Path], folder: Path) -> None:
         objects.append(str(folder / f"{source.stem}.o"))
         _run([*_COMPILE, *options, "-c", str(source), "-o", objects[-1]])
     wanted = set().union(*(_names(path, "-D", "--undefined-only") for path in callers))
+    wanted |= set().union(*(_names(path, "-D", "--defined-only") for path in _replaced(wheels)))
     have = set().union(*(_names(Path(path), "--defined-only") for path in objects))
     _stubs({n for n in wanted if n.startswith(_CALLED)} - have, folder / "rest.c")
     _link(folder, PRELOADED, objects, "rest.c")

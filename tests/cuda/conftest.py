@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_progressive import standin
-from tests.cuda.serve import ROOT, PoolOnDevice
+from tests.cuda.serve import ROOT, PoolOnDevice, variables
+from tests.pool import Pool
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def variables(mode: str) -> dict[str, str]:
-    """The environment of a process on the device; skips where there is none."""
-    if reason := standin.available():
-        pytest.skip(reason)
-    environment = standin.environment(mode, devices=4, timeout_s=60)
-    # torch asks NVML, and not the runtime, whether there is a device: it may fork afterwards
-    return {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-
-
 def _pool(mode: str) -> Iterator[PoolOnDevice]:
     pool = PoolOnDevice(4, variables(mode))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Ranks over gloo alone: these tests compare with them."""
+    pool = Pool(4)
     yield pool
     pool.close()
 

@@ -12,9 +12,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from megatron_progressive import standin
 from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def variables(mode: str) -> dict[str, str]:
+    """The environment of a process on the device; skips where there is none."""
+    if reason := standin.available():
+        pytest.skip(reason)
+    environment = standin.environment(mode, devices=4, timeout_s=60)
+    # torch asks NVML, and not the runtime, whether there is a device: it may fork afterwards
+    return {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 class PoolOnDevice:

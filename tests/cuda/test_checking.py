@@ -55,14 +55,17 @@ def test_what_is_in_order_is_not_refused(refusals: dict[str, list[str]]) -> None
     assert refusals["all_in_order"] == ["", ""]
 
 
+FULL = pytest.mark.cuda_full
+
+
 @pytest.mark.parametrize(
     ("family", "words", "after"),
     [
-        ("gpt2", ["optim.name=adamw"], {"tensor": 2}),
-        ("gpt2", ["parallel.pipeline=2"], {"tensor": 2}),
+        ("gpt2", ["parallel.pipeline=2", "optim.name=adamw"], {"tensor": 2}),
         ("llama3", ["parallel.tensor=2"], {"pipeline": 2, "virtual_pipeline": 2}),
-        ("mixtral", ["parallel.expert=2"], {"tensor": 2}),
-        ("deepseek_v3", ["optim.name=adamw"], {"expert": 2}),
+        pytest.param("gpt2", ["optim.name=adamw"], {"tensor": 2}, marks=FULL),
+        pytest.param("mixtral", ["parallel.expert=2"], {"tensor": 2}, marks=FULL),
+        pytest.param("deepseek_v3", ["optim.name=adamw"], {"expert": 2}, marks=FULL),
     ],
 )
 def test_engines_are_not_refused(

@@ -34,16 +34,19 @@ def test_ranks_are_on_the_device(device_pool: PoolOnDevice) -> None:
         assert "stand-in" in device
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon_nsgd"])
+LAYOUTS = {"tensor": {"tensor": 2}, "virtual": {"pipeline": 2, "virtual_pipeline": 2}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout"), [("adamw", "tensor"), ("muon_nsgd", "tensor"), ("adamw", "virtual")]
+)
 def test_expansion_with_another_layout(
-    pool: Pool, device_pool: PoolOnDevice, optimizer: str
+    pool: Pool, device_pool: PoolOnDevice, optimizer: str, layout: str
 ) -> None:
-    """GPT-2, DP 2 → TP 2, in fp32: losses and whole state before and after."""
-    words = [f"optim.name={optimizer}", "optim.ns_dtype=fp32", "kernels.cross_entropy=false"]
-    expansion = {"at": 10, "to_layers": 4, "init": "copying", "parallel": {"tensor": 2}}
-    config = family_config(
-        "gpt2", ["model.num_layers=1", "train.precision=fp32", *words], expansion
-    )
+    """GPT-2, from DP 2, in fp32: losses and whole state before and after."""
+    words = [f"optim.name={optimizer}", "optim.ns_dtype=fp32", "train.precision=fp32"]
+    expansion = {"at": 10, "to_layers": 4, "init": "copying", "parallel": LAYOUTS[layout]}
+    config = family_config("gpt2", ["model.num_layers=1", *words], expansion)
     there = pool.run(2, through_an_expansion, config)[0]
     here = device_pool.run(2, through_an_expansion, config)[0]
     assert here["losses"] == pytest.approx(there["losses"], rel=FP32)

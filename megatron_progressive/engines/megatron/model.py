@@ -29,6 +29,7 @@ from megatron_progressive.models import TRANSFORMERS
 from megatron_progressive.models.base import LAYER_PREFIX, MOE, TensorSpec, TransformerShape
 from megatron_progressive.models.tensor_table import MTP_PREFIX
 from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.layout import Layout
 
 TIED_HEAD = "output_layer.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -81,7 +82,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        batch_p2p_comm=cuda,
+        batch_p2p_comm=cuda and not _both_neighbours_are_one(layout),
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=cuda,
         use_cpu_initialization=not cuda,
@@ -99,6 +100,17 @@ def transformer_config(
     if not cuda:
         check_gloo_pipeline(config)
     return config
+
+
+def _both_neighbours_are_one(layout: Layout) -> bool:
+    """Whether the stages before and after a rank's are the same rank's, which sends to it and
+    receives from it in both directions at once: two stages under the interleaved schedule.
+
+    NCCL pairs the messages of two ranks in the order of issue. Megatron-core's batched calls
+    (0.19.2: ``_batched_p2p_ops``) issue "to the stage before" first on both sides, so that each
+    would take a gradient for an activation. Its single calls keep the directions in two groups.
+    """
+    return layout.pipeline == 2 and layout.virtual_pipeline > 1
 
 
 def check_gloo_pipeline(config: TransformerConfig) -> None:

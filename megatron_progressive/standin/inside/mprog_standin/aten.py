@@ -37,7 +37,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None) -> tuple[Te
     factor = q.size(-1) ** -0.5 if scale is None else scale
     scores = (q.float() @ k.float().mT) * factor
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)
     return scores, factor
 

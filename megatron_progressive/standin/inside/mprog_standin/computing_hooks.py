@@ -1,9 +1,24 @@
-"""What libraries must be told when the host computes: calls into C++ that no dispatcher sees."""
+"""What libraries must be told when the host computes: calls that no dispatcher sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
-AFTER: dict[str, Callable[[ModuleType], None]] = {}
+
+def _calls(package: ModuleType) -> None:
+    from . import transformer_engine
+
+    transformer_engine.replace_calls(package)
+
+
+def _permutation(module: ModuleType) -> None:
+    from . import transformer_engine
+
+    transformer_engine.replace_permutation(module)
+
+
+AFTER = {
+    "transformer_engine.pytorch": _calls,
+    "transformer_engine.pytorch.triton.permutation": _permutation,
+}
 """By module: what is called once it has been imported."""

@@ -1,0 +1,91 @@
+"""Every family through an expansion with another layout, CUDA against the CPU.
+
+The local layers, and Transformer Engine's where MPROG_TRANSFORMER_ENGINE names a folder with its
+wheels unpacked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_progressive.config import RunConfig
+from tests.cuda.on_device import layers_and_losses
+from tests.cuda.serve import PoolOnDevice, variables
+from tests.engines.on_ranks import SMALL_FAMILIES, family_config
+from tests.pool import Pool
+
+ROUNDING = {"fp32": 2e-6, "bf16": 5e-3}
+"""Largest relative difference of losses. In bf16 intermediate values are rounded elsewhere."""
+LAYOUTS = {
+    "tensor": ([], {"tensor": 2}),
+    "pipeline": ([], {"pipeline": 2}),
+    "expert": (["parallel.expert=2"], {"expert": 1, "tensor": 2}),
+}
+"""Words of the first layout, of two ranks, and the second layout."""
+EXPERTS = ("mixtral", "deepseek_v3")
+CASES = [
+    (family, layout, precision, optimizer)
+    for family in SMALL_FAMILIES
+    for layout in LAYOUTS
+    for precision in ROUNDING
+    for optimizer in ("muon_nsgd", "adamw")
+    if layout != "expert" or family in EXPERTS
+]
+REDUCED = {
+    ("llama3", "pipeline", "fp32", "muon_nsgd"),
+    ("deepseek_v3", "expert", "fp32", "muon_nsgd"),
+}
+"""Those of every run; the rest needs ``-m cuda_full``."""
+
+
+@pytest.fixture(scope="session")
+def engine_pool() -> Iterator[PoolOnDevice]:
+    """Ranks on the device that find Transformer Engine."""
+    folder = os.environ.get("MPROG_TRANSFORMER_ENGINE", "")
+    if not (Path(folder) / "transformer_engine").is_dir() or not folder:
+        pytest.skip("no Transformer Engine: MPROG_TRANSFORMER_ENGINE names no folder with it")
+    there = variables("computing")
+    pool = PoolOnDevice(4, {**there, "PYTHONPATH": f"{there['PYTHONPATH']}:{folder}"})
+    yield pool
+    pool.close()
+
+
+def config_of(family: str, layout: str, precision: str, optimizer: str) -> RunConfig:
+    before, after = LAYOUTS[layout]
+    expansion = {"at": 10, "to_layers": 4, "init": "copying", "parallel": after}
+    own = [f"train.precision={precision}", f"optim.name={optimizer}", "optim.ns_dtype=fp32"]
+    return family_config(family, ["model.num_layers=2", *own, *before], expansion)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id="-".join(c), marks=() if c in REDUCED else pytest.mark.cuda_full)
+        for c in CASES
+    ],
+)
+def test_family_agrees_with_the_cpu(
+    pool: Pool, device_pool: PoolOnDevice, case: tuple[str, str, str, str]
+) -> None:
+    config = config_of(*case)
+    _, there = pool.run(2, layers_and_losses, config)[0]
+    layers, here = device_pool.run(2, layers_and_losses, config)[0]
+    assert layers == "local"
+    assert here == pytest.approx(there, rel=ROUNDING[case[2]])
+
+
+@pytest.mark.cuda_full
+@pytest.mark.parametrize("case", [pytest.param(c, id="-".join(c)) for c in CASES if c[2] == "bf16"])
+def test_transformer_engine_agrees_with_the_cpu(
+    pool: Pool, engine_pool: PoolOnDevice, case: tuple[str, str, str, str]
+) -> None:
+    """In bf16, its only precision here: in fp32 its products are TF32."""
+    config = config_of(*case)
+    _, there = pool.run(2, layers_and_losses, config)[0]
+    layers, here = engine_pool.run(2, layers_and_losses, config)[0]
+    assert layers == "transformer_engine"
+    assert here == pytest.approx(there, rel=ROUNDING["bf16"])
