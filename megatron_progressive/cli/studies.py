@@ -113,7 +113,7 @@ def add(commands: Commands) -> None:
     for name, text in (
         ("plan", "show the cells of a grid and what they cost"),
         ("pilot", "measure the grid's mixing time, which gives cells with tau: pilot their τ"),
-        ("run", "train the pilot, then the cells that are not finished"),
+        ("run", "train the pilot or a crossing's depths alone, then what is not finished"),
         ("submit", "submit the pilot, the cells and the report as jobs of Slurm"),
         ("status", "show how far every cell is, and how long the rest takes"),
         ("collect", "print the results of the finished cells, and write results.json"),

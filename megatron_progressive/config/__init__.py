@@ -15,18 +15,20 @@ from megatron_progressive.config.loading import (
     to_yaml,
     with_value,
 )
+from megatron_progressive.config.model_schema import (
+    MLASection,
+    ModelSection,
+    MoESection,
+    ResNetSection,
+    RopeSection,
+)
 from megatron_progressive.config.schema import (
     DataSection,
     ExpansionSection,
     KernelsSection,
-    MLASection,
-    ModelSection,
-    MoESection,
     OptimSection,
     ParallelOverride,
     ParallelSection,
-    ResNetSection,
-    RopeSection,
     RunConfig,
     RunSection,
     ScheduleSection,

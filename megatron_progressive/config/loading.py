@@ -25,10 +25,10 @@ from megatron_progressive.config.accepted import (
     WORDING,
 )
 from megatron_progressive.config.errors import ConfigError
+from megatron_progressive.config.model_schema import MISSING
 from megatron_progressive.config.places import check_run_name, expanded
 from megatron_progressive.config.schema import (
     FAMILY_DEFAULTS,
-    MISSING,
     ExpansionSection,
     RunConfig,
 )

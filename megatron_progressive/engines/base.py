@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.layout import Layout
+
+NO_SHARES: Mapping[str, float] = MappingProxyType({})
+"""All tensors have the whole learning rate."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,21 @@ class Engine(Protocol):
     @property
     def shape(self) -> ModelShape: ...
 
-    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
-        """Do one optimizer step. ``stop`` is this rank's wish to stop, which the metrics share with
-        all ranks."""
+    def train_step(
+        self,
+        batch: GlobalBatch,
+        lr: float,
+        stop: bool = False,
+        shares: Mapping[str, float] = NO_SHARES,
+    ) -> StepMetrics:
+        """Do one optimizer step.
+
+        Args:
+            stop: this rank's wish to stop, which the metrics share with all ranks.
+            shares: of the learning rate, by the name of each tensor that has not all of it, in
+                weight decay as well. All tensors of a layer have the same. Where there are any
+                ``schedule.rewarm_layers`` is ``new``.
+        """
 
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
         """The mean cross-entropy over the samples of all batches, in nats per token or image,

@@ -125,6 +125,23 @@ def rules_of(
     )
 
 
+def new_tensors(expansion: ExpansionSection, source: ModelShape, target: ModelShape) -> list[str]:
+    """The names of the tensors of the layers that an expansion adds."""
+    copied, before = expansion.init.startswith("copying"), source.stacks()
+    placing = expansion.order, expansion.insert, copied, block_of(expansion)
+    kept = {
+        (stack, place)
+        for stack, kinds in target.stacks().items()
+        for place in (survivors(before[stack], kinds, *placing) if before[stack] else [])
+    }
+    found = []
+    for name in tensor_table(target):
+        layer = layer_of(name)
+        if layer is not None and layer not in kept:
+            found.append(name)
+    return found
+
+
 def block_of(expansion: ExpansionSection) -> Block | None:
     """The configured block, which :func:`check_growth` has accepted."""
     return None if expansion.block is None else (expansion.block[0], expansion.block[1])

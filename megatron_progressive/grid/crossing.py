@@ -30,6 +30,7 @@ from megatron_progressive.grid.cells import (
     Span,
 )
 from megatron_progressive.laws.crossing import LEAST_BUDGETS, Crossing, distinct, find_crossing
+from megatron_progressive.laws.fits import LEVEL
 from megatron_progressive.models import model_shape
 from megatron_progressive.plan.preflight import check_run, smallest_world
 from megatron_progressive.runs.files import is_finished, read_summary
@@ -67,18 +68,13 @@ class GridCrossing:
 
     def found(self) -> Crossing | None:
         """The crossing; None until every one of :attr:`cells` is finished."""
-        summaries = [[_finished(cell) for cell in pair] for pair in self.pairs]
-        done = [
-            (shallow, deep)
-            for shallow, deep in summaries
-            if shallow is not None and deep is not None
-        ]
-        if len(done) < len(self.pairs):
+        losses = [[_final_loss(cell) for cell in pair] for pair in self.pairs]
+        done = [(low, high) for low, high in losses if low is not None and high is not None]
+        if len(done) < len(losses):
             return None
-        return find_crossing(
-            [(s["total_flops"] + d["total_flops"]) / 2 for s, d in done],
-            *([float(one[at]["final_eval_loss"]) for one in done] for at in (0, 1)),
-        )
+        shallow, deep = zip(*done, strict=True)
+        flops = [(low.flops + high.flops) / 2 for low, high in self.pairs]
+        return find_crossing(flops, shallow, deep)
 
     def span(self, factor: float, found: Crossing | None) -> Span:
         """The FLOPs of runs that grow at ``factor`` times the crossing."""
@@ -103,7 +99,7 @@ class GridCrossing:
     def finding(self, found: Crossing | None) -> str:
         """What the cells say, in one line without the size's name."""
         if found is None:
-            done = sum(_finished(cell) is not None for cell in self.cells)
+            done = sum(_final_loss(cell) is not None for cell in self.cells)
             return f"{done} of {len(self.cells)} cells of depths alone are finished"
         if found.compute.value is None:
             return self.why_none(found)
@@ -115,20 +111,22 @@ class GridCrossing:
 
 def interval_text(found: Crossing) -> str:
     """The interval of a crossing; an end that is open lies beyond the budgets."""
-    low, high = found.compute.low, found.compute.high
+    low, high, level = found.compute.low, found.compute.high, f"{100 * LEVEL:.0f} %"
     if low is None and high is None:
-        return "95 %: anywhere among the budgets, or beyond"
+        return f"{level}: anywhere among the budgets, or beyond"
     if low is None:
-        return f"95 %: up to {flops_text(high or 0)}, from below the budgets"
+        return f"{level}: up to {flops_text(high or 0)}, from below the budgets"
     if high is None:
-        return f"95 %: from {flops_text(low)} to above the budgets"
-    return f"95 %: {flops_text(low)} to {flops_text(high)}"
+        return f"{level}: from {flops_text(low)} to above the budgets"
+    return f"{level}: {flops_text(low)} to {flops_text(high)}"
 
 
-def _finished(cell: Cell) -> dict[str, Any] | None:
-    """The summary of a finished cell."""
+def _final_loss(cell: Cell) -> float | None:
+    """The final validation loss of a finished cell."""
     summary, _ = read_summary(cell.folder)
-    return summary if is_finished(summary, cell.config.last_step) else None
+    if summary is None or not is_finished(summary, cell.config.last_step):
+        return None
+    return float(summary["final_eval_loss"])
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,8 @@ def _numbers(key: str, values: Any, what: str) -> list[float]:
 
 def budget_text(flops: float) -> str:
     """A budget as names of cells have it: ``2e12``."""
-    return f"{flops:.6g}".replace("e+", "e")
+    digits, _, power = f"{flops:.6g}".partition("e")
+    return f"{digits}e{int(power)}" if power else digits
 
 
 def crossings_of(asked: Asked, bases: Sequence[SizeCells], folder: Path) -> list[GridCrossing]:

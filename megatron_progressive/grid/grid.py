@@ -29,6 +29,7 @@ from megatron_progressive.grid.cells import (
 )
 from megatron_progressive.grid.crossing import KEYS as CROSSING_KEYS
 from megatron_progressive.grid.crossing import (
+    Asked,
     GridCrossing,
     asked_of,
     crossings_of,
@@ -123,6 +124,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         if not isinstance(arm, str) or (arm not in ARMS and not DEEPER_SOURCE.fullmatch(arm)):
             raise ConfigError(f"arms: got {shown(arm)}; accepted: {', '.join(ARMS)}, N_layers")
     taus = _taus(values)
+    wanted = _crossing(values, arms, taus) if crosses else None
     inits, seeds = _texts(values, "init", ["copying"], "", "expansion.init"), _seeds(values)
     schedules: list[str | None] = [None]
     if "schedule" in values:
@@ -149,11 +151,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         pilot = grid_pilot(asked, list(first.values())[::-1], arms, inits[0], folder)
     cells: dict[str, Cell] = {}
     crossings: list[GridCrossing] = []
-    if crosses:
-        if pilot is not None:
-            raise ConfigError("pilot: got one with crossing; accepted: one of both")
-        _check_keys(values["crossing"], CROSSING_KEYS, "crossing.")
-        wanted = asked_of(values["crossing"], arms, taus)
+    if wanted is not None:
         crossings = crossings_of(wanted, bases, folder / "cells")
         cells = {cell.name: cell for one in crossings for cell in one.cells}
         bases = spanned(wanted, crossings, bases, arms, taus, inits)
@@ -180,6 +178,13 @@ def _warnings(cells: dict[str, Cell]) -> list[str]:
             raise ConfigError(f"cell {cell.name}: {error}") from None
         warnings += [f"{cell.name}: {warning}" for warning in found]
     return warnings
+
+
+def _crossing(values: dict[str, Any], arms: list[str], taus: list[Any]) -> Asked:
+    if not is_null(values.get("pilot")):
+        raise ConfigError("pilot: got one with crossing; accepted: one of both")
+    _check_keys(values["crossing"], CROSSING_KEYS, "crossing.")
+    return asked_of(values["crossing"], arms, taus)
 
 
 def _with_overrides(

@@ -49,7 +49,7 @@ _ARMS = {
         "complete schedule, for as many steps as those FLOPs pay for",
     ),
     ALONE: (
-        "alone",
+        "depth alone",
         "one of the crossing study's two depths from scratch, with a complete schedule of as many "
         "steps as its budget pays for",
     ),

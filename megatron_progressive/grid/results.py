@@ -79,8 +79,9 @@ def once(results: Sequence[Result]) -> list[Result]:
 
 
 def of_families(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each family: fixed-size first, then families that grow, controls last."""
-    order = {FIXED: 0, SHORT: 2, NEVER: 3}
+    """The results of each family: fixed-size or depths alone first, then families that grow,
+    controls last."""
+    order = {FIXED: 0, ALONE: 0, SHORT: 2, NEVER: 3}
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: order.get(r.cell.arm, 1)):
         found.setdefault(result.family, []).append(result)

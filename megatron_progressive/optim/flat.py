@@ -29,6 +29,9 @@ from megatron_progressive.optim.muon import muon_updates, normalised, squares_of
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
 from megatron_progressive.runtime.memory import zeros_like
 
+SHARES = "shares"
+"""The key of a parameter group under which it has the shares of the learning rate."""
+
 EXCHANGE_NUMEL = 1 << 24
 """How many elements of matrices a rank gathers and orthogonalises at a time; at least one
 matrix."""
@@ -101,7 +104,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     Args:
         params: the parameters of the model, in whose place partitions are put when they are cut.
         optim: the hyperparameters; ``lr`` is the first learning rate, which is later set on the
-            groups.
+            groups. Under :data:`SHARES` these may have the shares of it that tensors have, by name.
         rank: the rank of this process in the data-parallel group.
         group: the data-parallel group; None where every rank holds whole tensors.
         tensor_group: the tensor-parallel group; None without tensor parallelism.
@@ -122,6 +125,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         several = tensor_group is not None and tensor_group.size() > 1
         self.tensor_group = tensor_group if several else None
         self._fragments: dict[torch.Tensor, list[Fragment]] = {}
+        self._shares: Mapping[str, float] = {}
         self._counted: dict[tuple[bool, ...], torch.Tensor] = {}
 
     def attach(self, param: torch.Tensor, partition: torch.Tensor, cuts: Sequence[Cut]) -> None:
@@ -164,30 +168,37 @@ class FlatOptimizer(torch.optim.Optimizer):
     def update(self, fragments: list[Fragment], lr: float) -> None:
         """Update the weights of fragments, which are of the same tensors in the same order on all
         ranks."""
+        self._shares = self.param_groups[0].get(SHARES, {})
         self._adamw([f for f in fragments if f.rule == ADAMW and f.slots], lr)
         self._normalise([f for f in fragments if f.rule == NSGD], lr)
         self._muon([f for f in fragments if f.rule == MUON], lr)
+
+    def _share(self, fragment: Fragment) -> float:
+        return self._shares.get(fragment.cut.name, 1.0)
 
     def _decay(self, fragment: Fragment) -> float:
         return self.optim.weight_decay if len(fragment.cut.spec.shape) > 1 else 0.0
 
     def _apply(self, fragments: list[Fragment], updates: list[torch.Tensor], lr: float) -> None:
         """Decay weights and add updates to them, all of one decay and rate at once."""
-        kinds: dict[tuple[float, float], list[int]] = defaultdict(list)
+        kinds: dict[tuple[float, float, float], list[int]] = defaultdict(list)
         for i, fragment in enumerate(fragments):
-            kinds[self._decay(fragment), fragment.lr_factor].append(i)
-        for (decay, factor), members in kinds.items():
-            weights = [fragments[i].weight for i in members]
+            kinds[self._decay(fragment), fragment.lr_factor, self._share(fragment)].append(i)
+        for (decay, factor, share), members in kinds.items():
+            weights, rate = [fragments[i].weight for i in members], lr * share
             if decay:
-                torch._foreach_mul_(weights, 1 - lr * decay)
-            torch._foreach_add_(weights, [updates[i] for i in members], alpha=-lr * factor)
+                torch._foreach_mul_(weights, 1 - rate * decay)
+            torch._foreach_add_(weights, [updates[i] for i in members], alpha=-rate * factor)
 
     def _gradient(self, fragment: Fragment) -> torch.Tensor:
         return fragment.part(self.gradient(fragment.param))
 
     def _adamw(self, held: list[Fragment], lr: float) -> None:
-        for decay, factor in sorted({(self._decay(f), f.lr_factor) for f in held}):
-            same = [f for f in held if (self._decay(f), f.lr_factor) == (decay, factor)]
+        rates = [(self._decay(f), f.lr_factor, self._share(f)) for f in held]
+        for decay, factor, share in sorted(set(rates)):
+            same = [
+                f for f, rate in zip(held, rates, strict=True) if rate == (decay, factor, share)
+            ]
             adamw(
                 [f.weight for f in same],
                 [self._gradient(f) for f in same],
@@ -198,7 +209,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 amsgrad=False,
                 beta1=self.optim.beta1,
                 beta2=self.optim.beta2,
-                lr=lr * factor,
+                lr=lr * share * factor,
                 weight_decay=decay / factor,
                 eps=self.optim.eps,
                 maximize=False,

@@ -17,6 +17,10 @@ TILE, DEPTH = 128, 64
 """The number of rows and columns of a tile of the result, and of columns of X that are multiplied
 at a time."""
 
+WARPS = 8
+"""Of a block, of 32 threads each. A tile of 128 x 128 sums takes 236 registers of each thread with
+4 warps, so that two blocks do not fit, and 126 with 8 (compiled for Hopper)."""
+
 
 # fmt: off
 @triton.jit  # type: ignore[untyped-decorator]
@@ -103,6 +107,6 @@ def symmetric_product(
     grid: Any = (tiles * (tiles + 1) // 2, batch)
     _lower_triangle[grid](
         x, x if added is None else added, out, rows, columns, *x.stride(), scale, added_scale,
-        ADDS=added is not None, UPCASTS=upcasts, TILE=tile, DEPTH=depth,
+        ADDS=added is not None, UPCASTS=upcasts, TILE=tile, DEPTH=depth, num_warps=WARPS,
     )  # fmt: skip
     return out

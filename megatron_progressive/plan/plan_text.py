@@ -10,6 +10,7 @@ from megatron_progressive.cost.headroom import LAW
 from megatron_progressive.cost.memory import divides_state
 from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.models.description import expert_words, input_words, size_words
+from megatron_progressive.optim.schedule import rewarm_steps
 from megatron_progressive.plan.cluster_text import cluster_parts
 from megatron_progressive.runtime.text import _UNITS, _digits, aligned, flops_text, short_counts
 
@@ -89,6 +90,10 @@ def _head(plan: Plan) -> list[str]:
             + (follow if config.schedule.name == "wsd" else ""),
         )
     rates = ", ".join(f"{p.name} {p.first_step:,}-{p.last_step:,}" for p in plan.lr_phases)
+    if plan.expansions and rewarm_steps(config):
+        of = "new layers" if config.schedule.rewarm_layers == "new" else "all layers"
+        start = 100 * (config.schedule.rewarm_from or 0)
+        rates += f"; {of} climb from {start:g} % in the {rewarm_steps(config):,} steps after τ"
     lines += _line("learning rate", f"{config.schedule.name}, peak {config.optim.lr:g}: {rates}")
     ranks = f"{plan.world} rank{'s' * (plan.world != 1)}"
     lines += _line("layout", f"{ranks}: " + arrow(str(p.layout) for p in plan.phases))

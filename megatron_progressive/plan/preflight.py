@@ -6,6 +6,7 @@ is likely to show.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
@@ -37,6 +38,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
         raise ConfigError(f"--nproc: got {world}; accepted: from 1")
     check_schedule(config)
     _check_expansions(config)
+    _check_rewarm(config)
     _check_stop(config)
     _check_mup(config)
     for index in range(len(config.expansion) + 1):
@@ -66,6 +68,25 @@ def check_schedule(config: RunConfig) -> None:
         raise ConfigError(
             f"schedule.decay: got {decay} after warmup {warmup}; accepted: warmup + decay up to 1"
         )
+    for name in ("rewarm_from", "rewarm_layers"):
+        value = getattr(config.schedule, name)
+        if value is not None and config.schedule.rewarm is None:
+            raise ConfigError(
+                f"schedule.{name}: got {value} without schedule.rewarm; accepted: with it, or null"
+            )
+
+
+def _check_rewarm(config: RunConfig) -> None:
+    from megatron_progressive.optim.schedule import rewarm_steps
+
+    climb, taus, total = rewarm_steps(config), config.expansion_steps(), config.train.steps
+    for tau, end in itertools.pairwise([*taus, total]):
+        if tau + climb > end:
+            what = "the next expansion" if end < total else "the end"
+            raise ConfigError(
+                f"schedule.rewarm: got {config.schedule.rewarm}, which is {climb} steps; accepted: "
+                f"up to the {end - tau} from the expansion after step {tau} to {what}"
+            )
 
 
 def _check_mup(config: RunConfig) -> None:

@@ -15,7 +15,12 @@ from pathlib import Path
 
 from megatron_progressive.checkpoints.checkpoint import TrainingPosition, checkpoints, step_of
 from megatron_progressive.config import CONFIG_FILE, ConfigError, RunConfig, load
-from megatron_progressive.optim.schedule import decay_steps, last_stable_step, warmup_steps
+from megatron_progressive.optim.schedule import (
+    decay_steps,
+    last_stable_step,
+    rewarm_steps,
+    warmup_steps,
+)
 from megatron_progressive.runs.decisive import decisive
 from megatron_progressive.runs.files import METRICS_FILE
 from megatron_progressive.runtime.files import fsync_path
@@ -80,12 +85,16 @@ def _difference(config: RunConfig, present: RunConfig) -> tuple[str, object, obj
 def _extended(present: RunConfig, config: RunConfig) -> RunConfig:
     """The configuration ``config`` with the steps of warmup and expansions that ``present`` has."""
     if config.train.steps == present.train.steps:
-        warmup, taus = present.schedule.warmup, [e.at for e in present.expansion]
+        schedule, taus = present.schedule, [e.at for e in present.expansion]
     else:
-        warmup = warmup_steps(present) / config.train.steps
+        climb = rewarm_steps(present) / config.train.steps if present.schedule.rewarm else None
+        schedule = replace(
+            config.schedule, warmup=warmup_steps(present) / config.train.steps,
+            rewarm=config.schedule.rewarm if climb is None else climb,
+        )  # fmt: skip
         taus = [float(step) for step in present.expansion_steps()]
     expansion = [replace(e, at=at) for e, at in zip(config.expansion, taus, strict=True)]
-    return replace(config, schedule=replace(config.schedule, warmup=warmup), expansion=expansion)
+    return replace(config, schedule=schedule, expansion=expansion)
 
 
 def extends(config: RunConfig, present: RunConfig) -> bool:

@@ -121,6 +121,7 @@ def world_group(place: Place, store: Any = None) -> Iterator[None]:
     import torch
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import _abort_process_group
 
     from megatron_progressive.runtime import cpu
 
@@ -128,20 +129,25 @@ def world_group(place: Place, store: Any = None) -> Iterator[None]:
     exact_products()
     # What imports have made stays: collections at an expansion need not look through it.
     gc.freeze()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     alone = place.world == 1 and "MASTER_ADDR" not in os.environ
     if store is None:
         store = HashStore() if alone else meet(place.rank, place.local_rank, place.world)
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "gloo" if device is None else "nccl",
         rank=place.rank,
         world_size=place.world,
         timeout=TIMEOUT,
         store=store,
+        device_id=device,  # the world's communicator is made now, not in the midst of a step
     )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's destroy may wait for ranks that never come: they wait for this one
+        (dist.destroy_process_group if device is None else _abort_process_group)()
+        raise
+    dist.destroy_process_group()

@@ -55,6 +55,22 @@ def _one_group_for_the_same_ranks() -> Iterator[None]:
         parallel_state.create_group = create
 
 
+@contextmanager
+def _made_when_used() -> Iterator[None]:
+    """NCCL's communicators of groups that are made here come with their first use.
+
+    Below a world group that is bound to a device torch makes all at once, with the help of all
+    ranks: some thirty on each, most of which Megatron-core never uses, each with buffers.
+    """
+    world: Any = dist.group.WORLD
+    bound = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
+
+
 def _forget_metrics() -> None:
     """Drop the sums by layer that Megatron-core keeps in globals for its log: their size is the
     depth of the first model, and they belong to its groups."""
@@ -76,7 +92,7 @@ class ProcessGroups:
         _forget_metrics()
         before = set(c10d._world.pg_map)
         parallel_state.destroy_model_parallel()  # clears the globals; groups stay with their owner
-        with _one_group_for_the_same_ranks():
+        with _one_group_for_the_same_ranks(), _made_when_used():
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,

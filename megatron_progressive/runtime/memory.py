@@ -3,6 +3,7 @@ values go to a device."""
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 
@@ -26,6 +27,14 @@ def zeros_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     if tensor.device.type != "cpu":
         return torch.zeros_like(tensor, dtype=dtype)
     return zeros(tensor.shape, dtype or tensor.dtype)
+
+
+def collect() -> None:
+    """Free tensors that refer to each other, and give the device back what the allocator keeps of
+    freed ones: the next model's are of other sizes, and NCCL allocates past the allocator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def sent_to(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -127,8 +127,6 @@ def _rank(
     """
     import torch
 
-    from megatron_progressive.runtime.agreement import RankFailed, cause_line
-
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
@@ -137,24 +135,42 @@ def _rank(
         with world_group(place, leader.store):
             from megatron_progressive.train.loop import train
 
-            with sole_job(config) as start:
-                if start.finished:
-                    _say_finished(config, place)
-                    return 0
-                notes = warnings if start.position is None else changes
-                return train(config, start.position, notes, trained_on, start.lock)
+            try:
+                with sole_job(config) as start:
+                    if start.finished:
+                        _say_finished(config, place)
+                        return 0
+                    notes = warnings if start.position is None else changes
+                    return train(config, start.position, notes, trained_on, start.lock)
+            except (ConfigError, DamagedCheckpoint):
+                raise
+            except Exception as error:
+                # before the group is left, which may take long and end with another error
+                _say_cause(place.rank, error)
+                raise _Said from error
     except DamagedCheckpoint:
         if place.rank:
             return 2  # all ranks have found it: one says so
         raise
     except ConfigError:
         raise
-    except (RankFailed, WriteFailed) as error:  # nothing to look for in this program
-        _last_line(cause_line(place.rank, error))
+    except _Said:
+        pass
     except Exception as error:
-        traceback.print_exc()
-        _last_line(cause_line(place.rank, error))
+        _say_cause(place.rank, error)
     return 1
+
+
+class _Said(Exception):
+    """A rank has failed, and has said why."""
+
+
+def _say_cause(rank: int, error: Exception) -> None:
+    from megatron_progressive.runtime.agreement import RankFailed, cause_line
+
+    if not isinstance(error, (RankFailed, WriteFailed)):  # nothing to look for in this program
+        traceback.print_exception(error)
+    _last_line(cause_line(rank, error))
 
 
 def _last_line(line: str) -> None:

@@ -18,10 +18,11 @@ from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
 from megatron_progressive.engines.megatron.kernels import kernels_line
+from megatron_progressive.expansion.depth_map import new_tensors
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
 from megatron_progressive.models.base import ModelShape
-from megatron_progressive.optim.schedule import learning_rate
+from megatron_progressive.optim.schedule import learning_rate, rewarmed, rewarms_new_layers
 from megatron_progressive.reshard.initial_values import initialise_all
 from megatron_progressive.runs.extension import kept_for_extension
 from megatron_progressive.runs.folder import Recorder
@@ -146,7 +147,7 @@ class _Run:
         batch = GlobalBatch(self.data.train_batch, (step - 1) * size, size)
         lr = learning_rate(config, step)
         start = time.perf_counter()
-        metrics = self.engine.train_step(batch, lr, wants_stop)
+        metrics = self.engine.train_step(batch, lr, wants_stop, self._shares(step))
         seconds = time.perf_counter() - start
         self.train_wall += seconds
         expansions = self.position.expansions
@@ -179,6 +180,15 @@ class _Run:
             self.warn(step, failure)
             raise TrainingFailed(f"step {step}: {failure}")
         return metrics.stop
+
+    def _shares(self, step: int) -> dict[str, float]:
+        """The shares of the learning rate that the tensors of new layers have at a step, while they
+        re-warm alone."""
+        share, done = rewarmed(self.config, step), self.position.expansions
+        if share == 1 or not rewarms_new_layers(self.config):
+            return {}
+        shapes = self.shape(done - 1), self.shape(done)
+        return dict.fromkeys(new_tensors(self.config.expansion[done - 1], *shapes), share)
 
     def expansion_due(self, step: int) -> bool:
         """Whether ``step`` is the next τ."""

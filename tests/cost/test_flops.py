@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -132,3 +133,23 @@ def test_a_step_of_the_engine_has_the_predicted_flops(
     config = family_config(family, words)
     predicted = flops.step_flops(model_shape(config), config)
     assert predicted == pytest.approx(pool.run(1, counts_on_ranks.step_flops, config)[0], rel=0.01)
+
+
+@pytest.mark.parametrize("at", [[0.5], [0.05], [0.97], [0.3, 0.7]])
+def test_steps_within_a_budget(at: list[float]) -> None:
+    """The greatest number of steps, for every budget: one more would cost more."""
+    config = small(2, 32, 2, 16, 128)
+    depths = [4, 8][-len(at) :]
+    expansion = [{"at": a, "to_layers": d} for a, d in zip(at, depths, strict=True)]
+    values = {**asdict(config), "expansion": expansion}
+    config = from_dict(values, resolved=True)
+    costs = [flops.total_flops(_of_steps(config, steps)) for steps in range(1, 200)]
+    assert costs == sorted(costs)
+    for budget in (*costs[::7], *(cost + 1 for cost in costs[::11]), *(c - 1 for c in costs[::13])):
+        steps = flops.steps_within(config, budget)
+        assert steps == sum(cost <= budget for cost in costs)
+    assert flops.steps_within(_of_steps(config, 5, stop_after=3), costs[40]) == 41
+
+
+def _of_steps(config: RunConfig, steps: int, stop_after: int | None = None) -> RunConfig:
+    return replace(config, train=replace(config.train, steps=steps, stop_after=stop_after))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_progressive.config import from_dict
-from megatron_progressive.expansion.depth_map import depth_map
+from megatron_progressive.expansion.depth_map import depth_map, new_tensors
 from megatron_progressive.expansion.placing import middle_block, source_layers, survivors
 from megatron_progressive.models import model_shape, tensor_table
 
@@ -140,6 +140,19 @@ def test_zero_variants_zero_what_their_names_say_and_only_in_new_layers() -> Non
     zeroed = {name for name, rule in rules.items() if rule.weights == "zero"}
     assert zeroed == {n for n in table if ".layers." in n and "layernorm" in n and ".0." not in n}
     assert all(rule.weights == "copy" for n, rule in rules.items() if ".layers." not in n)
+
+
+@pytest.mark.parametrize("init", ["random", "copying"])
+@pytest.mark.parametrize("insert", ["bottom", "middle", "top"])
+def test_new_tensors_are_those_of_layers_that_no_survivor_is(init: str, insert: str) -> None:
+    section = {"at": 1, "to_layers": 6, "init": init, "insert": insert}
+    config = from_dict({"model": {"family": "gpt2", "num_layers": 3}, "expansion": [section]})
+    new = new_tensors(config.expansion[0], model_shape(config), SHAPE)
+    copied = init == "copying"
+    kept = survivors(DENSE * 3, DENSE * 6, "stack", insert, copied)
+    parts = [f"decoder.layers.{layer}." for layer in range(6) if layer not in kept]
+    assert len(parts) == 3
+    assert new == [name for name in tensor_table(SHAPE) if name.startswith(tuple(parts))]
 
 
 def test_optimizer_state_policies() -> None:

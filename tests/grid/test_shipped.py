@@ -22,6 +22,9 @@ from tests.runs.synthetic import write_study
 GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
 # Runs of as many steps as have every phase and enough validations.
 SHORT = ["train.steps=100", "train.eval_every=5"]
+# In a crossing study steps follow from FLOPs.
+FEW = {"crossing_tiny": ["crossing.budgets=[1e11,2e11,4e11,8e11]"]}
+CROSSING = 3e11
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,8 +56,12 @@ def check_labels(report: GridReport) -> None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_grid_has_a_report(path: Path, tmp_path: Path) -> None:
-    study = Study(load_grid(path, [f"study.dir={tmp_path}", *SHORT]))
-    write_study(study.grid)
+    study = Study(load_grid(path, [f"study.dir={tmp_path}", *SHORT, *FEW.get(path.stem, [])]))
+    write_study(study.grid, crossing=CROSSING)
+    if study.grid.crossings:  # now it is known where the depths cross
+        study = Study(study.grid.reloaded())
+        write_study(study.grid)
+        assert not any(cell.unknown for cell in study.grid.cells)
     report = make_grid_report(study)
     check_labels(report)
     grown = [r for r in report.results if r.cell.config.expansion and not r.cell.unknown]

@@ -283,7 +283,8 @@ def test_both_schedules_are_one_until_the_decay(
     def config(steps: int) -> RunConfig:
         values: dict[str, Any] = {
             "run": {"name": "run", "dir": str(tmp_path)}, "model": {"family": "gpt2"},
-            "train": {"steps": steps}, "schedule": {"warmup": warmup, "decay": 0.3},
+            "train": {"steps": steps},
+            "schedule": {"warmup": warmup, "decay": 0.3, "rewarm": 0.1, "rewarm_from": 0.1},
             "expansion": [{"at": 0.5, "to_layers": 20}],
         }  # fmt: skip
         return from_dict(values)

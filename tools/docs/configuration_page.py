@@ -19,13 +19,14 @@ from typing import Any
 
 from megatron_progressive.config import schema
 from megatron_progressive.config.accepted import BOUNDS, CHOICES
+from megatron_progressive.config.model_schema import MISSING
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-*Made from `megatron_progressive/config/schema.py` by `tools/docs/configuration_page.py`.*
+*Made from `megatron_progressive/config/` by `tools/docs/configuration_page.py`.*
 
 A configuration is a YAML file of sections. `key=value` words after it on the command line replace
 single keys (`train.steps=200`, `expansion.0.at=0.6`). Every key has a default but `model.family`
@@ -61,7 +62,7 @@ def _markdown(text: str) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is schema.MISSING:
+    if field.default is MISSING:
         return "*required*"
     if field.default is dataclasses.MISSING:
         return "`[]`"

@@ -7,8 +7,7 @@ there, so the fp32 sums and the master weights are ours, too.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines.base import (
+    NO_SHARES,
     GlobalBatch,
     StepMetrics,
     mean_over,
@@ -39,11 +39,11 @@ from megatron_progressive.engines.megatron.model import (
 )
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, TransformerShape
-from megatron_progressive.optim.flat import Cut, FlatOptimizer
+from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import sent_to
+from megatron_progressive.runtime.memory import collect, sent_to
 
 _BUCKET_NUMEL = 50_000_000
 """The most gradient elements that DeepSpeed collects before it reduces them."""
@@ -96,9 +96,12 @@ class DeepSpeedEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
 
-    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+    def train_step(
+        self, batch: GlobalBatch, lr: float, stop: bool = False,
+        shares: Mapping[str, float] = NO_SHARES,
+    ) -> StepMetrics:  # fmt: skip
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr, SHARES: shares}
         micro = self.config.train.micro_batch
         samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
         # losses of their own that Megatron-core adds in the backward pass
@@ -160,7 +163,7 @@ class DeepSpeedEngine:
         deepspeed_state.close(self.engine, self.engine.module, not DeepSpeedEngine._alive)
         del self.engine, self.optimizer, self._names, self._buffers, self._load
         self.groups.close()
-        gc.collect()  # its parts refer to each other, and its tensors are large
+        collect()  # its parts refer to each other, and its tensors are large
 
     def _deepspeed_config(self) -> dict[str, Any]:
         bucket = min(_BUCKET_NUMEL, sum(spec.numel for spec in self._table.values()))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import (
+    NO_SHARES,
     GlobalBatch,
     StepMetrics,
     mean_over,
@@ -38,6 +38,7 @@ from megatron_progressive.engines.megatron.model import (
     transformer_config,
 )
 from megatron_progressive.engines.megatron.optimizer import (
+    TENSOR,
     build_optimizer,
     clip_gradients,
     norm_of,
@@ -47,12 +48,14 @@ from megatron_progressive.engines.megatron.state import sharded_state, table_wit
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape
+from megatron_progressive.optim.flat import SHARES
 from megatron_progressive.optim.owners import bucket_numel
 from megatron_progressive.optim.rules import ADAMW
+from megatron_progressive.optim.schedule import rewarms_new_layers
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import sent_to
+from megatron_progressive.runtime.memory import collect, sent_to
 
 
 class MegatronEngine:
@@ -98,8 +101,9 @@ class MegatronEngine:
             for chunk, names in zip(chunks, named, strict=True)
         ]
         self.optimizer = build_optimizer(
-            self.chunks, self._names, self._table, config.optim, self.groups, bf16
-        )
+            self.chunks, self._names, self._table, config.optim, self.groups, bf16,
+            by_layer=rewarms_new_layers(config),
+        )  # fmt: skip
         self._buffers = {
             name: buffer
             for chunk in chunks
@@ -130,7 +134,10 @@ class MegatronEngine:
             list(names.values()), bucket_numel(data), data, buffers, experts
         )
 
-    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+    def train_step(
+        self, batch: GlobalBatch, lr: float, stop: bool = False,
+        shares: Mapping[str, float] = NO_SHARES,
+    ) -> StepMetrics:  # fmt: skip
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -138,8 +145,9 @@ class MegatronEngine:
         samples = batch.micro_batches(micro, self.groups.data_rank, self.layout.data)
         losses = self._run([(one, micro) for one in samples], forward_only=False)
         for group in self.optimizer.param_groups if self._names else ():
-            # an optimizer with several tensors in a group has their factors itself
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            # an optimizer with several tensors in a group has their factors and shares itself
+            share = shares.get(group.get(TENSOR, ""), 1.0)
+            group |= {"lr": lr * group.get("lr_factor", 1.0) * share, SHARES: shares}
         self.optimizer.prepare_grads()
         squares = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
@@ -193,7 +201,7 @@ class MegatronEngine:
         self.groups.close()
         # Buffers, parameters and groups refer to each other: memory, threads and connections
         # would stay until some later collection.
-        gc.collect()
+        collect()
 
     def _run(
         self, samples: list[tuple[torch.Tensor, int]], forward_only: bool

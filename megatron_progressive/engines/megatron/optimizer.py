@@ -27,28 +27,42 @@ from megatron.core.optimizer.optimizer import (
 
 from megatron_progressive.config import OptimSection
 from megatron_progressive.engines.megatron.owner_optimizer import OwnerOptimizer, WholeOptimizer
-from megatron_progressive.models.base import TensorSpec
+from megatron_progressive.models.base import TensorSpec, layer_of
 from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.memory import zeros_like
+
+TENSOR = "tensor"
+"""The key of a group under which it has the name of one of its tensors."""
 
 
 def adamw_groups(
     parameters: dict[str, torch.nn.Parameter],
     table: dict[str, TensorSpec],
     optim: OptimSection,
+    by_layer: bool = False,
 ) -> list[dict[str, Any]]:
     """The parameter groups of AdamW, each of tensors with one weight decay and learning rate.
-    Vectors have no weight decay."""
-    members: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
-    for name, parameter in parameters.items():
+    Vectors have no weight decay.
+
+    Args:
+        by_layer: whether each layer may have a learning rate of its own.
+    """
+    members: dict[tuple[float, float, object], list[str]] = defaultdict(list)
+    for name in parameters:
         decay = optim.weight_decay if len(table[name].shape) > 1 else 0.0
-        members[decay, lr_factor(table[name], optim)].append(parameter)
+        layer = layer_of(name) if by_layer else None
+        members[decay, lr_factor(table[name], optim), layer].append(name)
     return [
         # lr is set to the schedule's times lr_factor: the decay, lr x weight_decay, stays
-        dict(params=params, weight_decay=decay / factor, lr_factor=factor)
-        for (decay, factor), params in members.items()
+        {
+            "params": [parameters[name] for name in names],
+            "weight_decay": decay / factor,
+            "lr_factor": factor,
+            TENSOR: names[0],
+        }
+        for (decay, factor, _), names in members.items()
     ]
 
 
@@ -59,6 +73,7 @@ def build_optimizer(
     optim: OptimSection,
     groups: ProcessGroups,
     bf16: bool,
+    by_layer: bool = False,
 ) -> ChainedOptimizer:
     """The optimizer of one rank, with its state allocated and zero.
 
@@ -80,6 +95,7 @@ def build_optimizer(
             groups,
             bf16,
             experts,
+            by_layer,
         )
         # the norm of the gradient is a sum over the ranks of every wrapper, so all have both
         for experts in ((False, True) if groups.layout.separate_experts else (False,))
@@ -99,6 +115,7 @@ def _wrapper(
     groups: ProcessGroups,
     bf16: bool,
     experts: bool,
+    by_layer: bool,
 ) -> MegatronOptimizer:
     sharded = groups.layout.distributed_optimizer
     data_group = groups.expert_data_group if experts else groups.data_group
@@ -117,7 +134,7 @@ def _wrapper(
         # one kernel for all tensors on CUDA; the CPU has none for every type
         fused = torch.cuda.is_available()
         inner = torch.optim.AdamW(
-            adamw_groups(parameters, table, optim),
+            adamw_groups(parameters, table, optim, by_layer),
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,

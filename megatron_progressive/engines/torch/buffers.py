@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_progressive.config import OptimSection
 from megatron_progressive.engines.flat_state import slot_pieces
 from megatron_progressive.models.base import TensorSpec
-from megatron_progressive.optim.flat import Cut, FlatOptimizer
+from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.optim.owners import BufferTensor, owner_places
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.reshard.boxes import PARAM, Piece, ShardedState, whole
@@ -108,7 +108,7 @@ class FlatModel:
         for bucket in self.buckets:
             bucket.gradients.zero_()
 
-    def step(self, lr: float, most: float) -> torch.Tensor:
+    def step(self, lr: float, most: float, shares: Mapping[str, float]) -> torch.Tensor:
         """Average the gradients, clip their norm to ``most`` (0 does not clip) and update the
         weights; returns the norm before, on the device. Collective over all ranks."""
         for bucket in self.buckets:
@@ -123,7 +123,7 @@ class FlatModel:
             for bucket in self.buckets:
                 bucket.own_gradients *= factor
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr, SHARES: shares}
         self.optimizer.step()
         for bucket in self.buckets:
             bucket.gather()

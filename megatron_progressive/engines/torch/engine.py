@@ -6,8 +6,7 @@ the work and the state of the optimizer (:mod:`.buffers`).
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import (
+    NO_SHARES,
     GlobalBatch,
     StepMetrics,
     mean_over,
@@ -27,7 +27,7 @@ from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.models.families.resnet import ResNetShape
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import sent_to
+from megatron_progressive.runtime.memory import collect, sent_to
 
 
 class TorchEngine:
@@ -51,7 +51,10 @@ class TorchEngine:
         _check(parameters, table)
         self._flat = FlatModel(parameters, table, config.optim, divided=layout.zero_stage >= 1)
 
-    def train_step(self, batch: GlobalBatch, lr: float, stop: bool = False) -> StepMetrics:
+    def train_step(
+        self, batch: GlobalBatch, lr: float, stop: bool = False,
+        shares: Mapping[str, float] = NO_SHARES,
+    ) -> StepMetrics:  # fmt: skip
         self._flat.zero_gradients()
         micro, ranks = self.config.train.micro_batch, self.layout.data
         samples, losses = batch.micro_batches(micro, dist.get_rank(), ranks), []
@@ -59,7 +62,7 @@ class TorchEngine:
             loss = self._loss(sample, micro)
             (loss / len(samples)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        norm = self._flat.step(lr, self.config.optim.clip_grad)
+        norm = self._flat.step(lr, self.config.optim.clip_grad, shares)
         share = batch.share_of_mean(losses, [micro] * len(losses), ranks)
         total, stops, _, (found,) = sum_over_ranks(share, float(stop), None, self._device, [norm])
         return StepMetrics(total, found, stops > 0)
@@ -87,7 +90,7 @@ class TorchEngine:
 
     def close(self) -> None:
         del self._model, self._flat
-        gc.collect()  # parameters and the hooks on them refer to each other
+        collect()  # parameters and the hooks on them refer to each other
 
     def _loss(self, sample: tuple[torch.Tensor, torch.Tensor], counted: int) -> torch.Tensor:
         """The mean cross-entropy of the first ``counted`` samples of one micro-batch (pixels,

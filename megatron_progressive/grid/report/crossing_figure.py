@@ -128,15 +128,19 @@ def _differences(axes: Axes, study: Study) -> None:
     axes.plot(x, 0 * x, color=_DEEP, linewidth=2)
     labels.append((x[-1], 0, f"{study.target} layers alone", _DEEP))
     for family, colour, marker, points in _grown(study):
-        known = [(one.flops, one.controls[0]) for one in points if one.controls[0].mean is not None]
+        known = [
+            (one.flops, one.controls[0].mean, one.controls[0])
+            for one in points
+            if one.controls[0].mean is not None
+        ]
         if not known:
             continue
-        for flops, control in known:
+        for flops, mean, control in known:
             if control.low is not None and control.high is not None:
                 axes.plot([flops] * 2, [control.low, control.high], color=colour, alpha=0.7)
-            axes.plot(flops, control.mean, marker, color=colour, markersize=8, markeredgecolor="w")
-        gaps = [control.mean or 0.0 for _, control in known]
-        axes.plot([flops for flops, _ in known], gaps, color=colour, linewidth=1, alpha=0.5)
+            axes.plot(flops, mean, marker, color=colour, markersize=8, markeredgecolor="w")
+        gaps = [mean for _, mean, _ in known]
+        axes.plot([flops for flops, _, _ in known], gaps, color=colour, linewidth=1, alpha=0.5)
         labels.append((known[-1][0], gaps[-1], f"{family} {gaps[-1]:+.2f} %", colour))
     title = f"{study.size}: loss above {study.target} layers of equal FLOPs, %"
     dress(axes, title, "training FLOPs")

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_progressive.compare.decision import Against
 from megatron_progressive.compare.page import items, picture, table
-from megatron_progressive.compare.verdict_words import gap_text, sentence
+from megatron_progressive.compare.verdict_words import gap_text, short_text
 from megatron_progressive.grid.cells import AROUND, SCRATCH
 from megatron_progressive.grid.crossing import GridCrossing, budget_of, interval_text
 from megatron_progressive.grid.grid import Grid
@@ -153,9 +153,8 @@ def _growth(around: Sequence[Around]) -> list[str]:
     found = []
     for one in around:
         where = "At the crossing" if one.factor == "1" else f"At {one.factor} times the crossing"
-        said = sentence(one.controls)
-        said = said[:1].lower() + said[1:]
-        found.append(f"{where} ({flops_text(one.flops)} FLOPs), {one.line}: {said}")
+        said = short_text(one.controls)
+        found.append(f"{where} ({flops_text(one.flops)} FLOPs), {one.line}: {said}.")
     return found
 
 
@@ -205,7 +204,7 @@ def _around_table(study: Study) -> str:
     head = ["run that grows", "times the crossing", "FLOPs", "loss", "pays?",
             *(f"loss to {control}" for control in controls), "pairs"]  # fmt: skip
     rows = [
-        [one.family, f"{one.factor}x", flops_text(one.flops), f"{np.mean(one.losses):.4f}",
+        [one.line, f"{one.factor}x", flops_text(one.flops), f"{np.mean(one.losses):.4f}",
          one.outcome, *map(gap_text, one.controls),
          str(min((len(control.values) for control in one.controls), default=0))]
         for one in study.around

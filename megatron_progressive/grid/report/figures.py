@@ -25,13 +25,13 @@ from megatron_progressive.compare.drawing import (
     new_figure,
     save,
 )
-from megatron_progressive.grid.cells import FIXED, NEVER, SHORT
+from megatron_progressive.grid.cells import ALONE, FIXED, NEVER, SHORT
 from megatron_progressive.grid.labels import arm_words, is_control
 from megatron_progressive.grid.report.laws import Law, Saving, frontier, usable
 from megatron_progressive.grid.results import Result, of_families
 from megatron_progressive.laws.fits import Fit, losses_of, rows_of
 
-_PALETTES = {FIXED: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
+_PALETTES = {FIXED: FIXED_COLOURS, ALONE: FIXED_COLOURS, SHORT: SHORT_COLOURS, NEVER: NEVER_COLOURS}
 _SHIFTS = {SHORT: 1, NEVER: 2}
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MANY = 8

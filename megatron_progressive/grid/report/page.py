@@ -197,6 +197,8 @@ def _figure(report: GridReport, name: str, title: str, without: str) -> str:
 
 
 def _no_mixing(report: GridReport) -> str:
+    if report.grid.crossings:
+        return ""  # they have none
     return "No run that grows has its fixed-size run yet: no gap to draw."
 
 
