@@ -63,11 +63,15 @@ def test_a_step_waits_once_whatever_the_micro_batches(on_device: Run) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
-def test_muon_launches_as_much_for_many_layers_as_for_few(on_device: Run, family: str) -> None:
+@pytest.mark.parametrize("optimizer", ["muon_nsgd", "adamw"])
+def test_many_layers_are_updated_by_as_many_kernels_as_few(
+    on_device: Run, family: str, optimizer: str
+) -> None:
     """Each for all tensors at once: momentum, decay and application (of tensors that the stand-in
     counts: what is done with small ones it computes);
     tensors of one shape are cut, orthogonalised and normalised together."""
-    words = ["model.hidden_size=256", "model.ffn_hidden_size=1024"]
+    words = ["model.hidden_size=256", "model.ffn_hidden_size=1024", f"optim.name={optimizer}",
+             "train.precision=bf16"]  # fmt: skip
     cases = [(family, [f"model.num_layers={layers}", *words]) for layers in (4, 12)]
     besides = []
     for (_, one), (_, four) in count(on_device, cases):

@@ -152,7 +152,7 @@ def _wrapper(
             index: chunk.expert_parallel_buffers if experts else chunk.buffers
             for index, chunk in enumerate(chunks)
         }
-        wrapper = DistributedOptimizer(
+        wrapper = _ShardedOptimizer(
             inner,
             config,
             None,
@@ -184,6 +184,28 @@ def _wrapper(
     elif inner is not None:
         _init_adamw_state(inner)
     return wrapper
+
+
+class _ShardedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+    """Megatron-core's distributed optimizer (0.19.2), which copies updated fp32 weights to those
+    that the model computes with one by one; here all go in one kernel."""
+
+    def _copy_main_params_to_model_params(self) -> None:
+        if self.is_stub_optimizer:
+            return
+        updated, weights = [], []
+        groups = zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)
+        for shard, parameter in (
+            pair for of_group in groups for pair in zip(*of_group, strict=True)
+        ):
+            span = self._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+            buffer, _, bucket = self.model_param_gbuf_map[parameter]
+            flat = self.buffers[buffer].buckets[bucket].param_data.view(-1)
+            updated.append(shard)
+            weights.append(flat[span.start : span.end])
+        # shards of fp32 weights are views of these
+        if weights:
+            torch._foreach_copy_(weights, updated)
 
 
 def clip_gradients(optimizer: ChainedOptimizer, most: float) -> list[torch.Tensor]:
