@@ -259,8 +259,10 @@ class SizeCells:
             if self._span is not None:
                 config = from_dict(values, resolved=True)
                 values["train"]["steps"] = max(1, steps_within(config, self._span.flops))
-        elif source == self.layers:
-            values["parallel"].update(self._after)
+        else:
+            values["schedule"] |= dict.fromkeys(controls.AFTER_EXPANSIONS)
+            if source == self.layers:
+                values["parallel"].update(self._after)
         return from_dict(values, resolved=True)
 
     def _named(

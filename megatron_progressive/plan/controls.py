@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.cost.flops import step_flops, total_flops
@@ -26,6 +27,14 @@ def _depths(config: RunConfig) -> list[int]:
     return [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
 
 
+AFTER_EXPANSIONS = ("rewarm", "rewarm_from", "rewarm_layers")
+"""The keys of ``schedule`` that say what happens after an expansion. A run without one has none of
+them, or equal runs would have different configurations."""
+
+
+_NOTHING: dict[str, Any] = dict.fromkeys(AFTER_EXPANSIONS)
+
+
 def _from_scratch(config: RunConfig, phase: int, suffix: str) -> RunConfig:
     """The model and the layout of one phase from the first step on."""
     return replace(
@@ -33,6 +42,7 @@ def _from_scratch(config: RunConfig, phase: int, suffix: str) -> RunConfig:
         run=replace(config.run, name=config.run.name + suffix),
         model=replace(config.model, num_layers=_depths(config)[phase]),
         parallel=config.parallel_after(phase),
+        schedule=replace(config.schedule, **_NOTHING),
         expansion=[],
     )
 
@@ -117,6 +127,9 @@ def control_words(config: RunConfig, control: RunConfig) -> list[str]:
         words.append(f"train.steps={control.train.steps}")
     if control.train.stop_after != config.train.stop_after:
         words.append("train.stop_after=null")
+    for key in AFTER_EXPANSIONS:
+        if getattr(config.schedule, key) is not None:
+            words.append(f"schedule.{key}=null")
     for key, value in vars(control.parallel).items():
         if value != getattr(config.parallel, key):
             words.append(f"parallel.{key}={value}")

@@ -21,6 +21,6 @@ wherever the package is installed. Nothing here knows the rest of the package.
 """
 
 from megatron_progressive.standin.build import available
-from megatron_progressive.standin.environment import MODES, environment
+from megatron_progressive.standin.environment import MODES, environment, forget
 
-__all__ = ["MODES", "available", "environment"]
+__all__ = ["MODES", "available", "environment", "forget"]

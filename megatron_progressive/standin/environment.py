@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,31 @@ from megatron_progressive.standin.build import DRIVER, PRELOADED, build
 MODES = ("counting", "computing", "checking")
 INSIDE = Path(__file__).with_name("inside")
 """First on a process's path: its ``sitecustomize`` prepares torch."""
+
+
+_MEETINGS = Path("/dev/shm")
+_STALE_S = 24 * 3600
+"""Ranks that are killed leave their folder."""
+
+
+def _sweep() -> None:
+    """Removes the folders of jobs that were killed long ago."""
+    for folder in _MEETINGS.glob("standin_*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # another process was quicker
+            continue
+
+
+def forget(variables: Mapping[str, str]) -> None:
+    """Removes what the ranks of a job have left in the place where they met: nothing, unless some
+    were killed.
+
+    Args:
+        variables: what :func:`environment` gave for the job, which has ended.
+    """
+    shutil.rmtree(_MEETINGS / f"standin_{variables['STANDIN_JOB']}", ignore_errors=True)
 
 
 def environment(
@@ -45,6 +72,7 @@ def environment(
     if mode not in MODES:
         raise ValueError(f"mode: got {mode}; accepted: {', '.join(MODES)}")
     folder = build()
+    _sweep()
     out = dict(os.environ if base is None else base)
     for name, first in (
         ("LD_PRELOAD", str(folder / PRELOADED)),

@@ -68,6 +68,7 @@ class PoolOnDevice:
             server.wait(60)
             connection.close()
             self._server = None
+            standin.forget(self._variables)
 
 
 def main(descriptor: int, size: int) -> None:

@@ -28,6 +28,8 @@ SHIPPED = [
     ("llama3/1b_progressive.yaml", 8),
     ("llama3/2b_progressive.yaml", 64),
     ("deepseek_v3/0.2b_progressive.yaml", 8),
+    ("deepseek_v3/0.5b_progressive.yaml", 8),
+    ("deepseek_v3/671b_progressive.yaml", 1024),
     ("resnet/50_progressive.yaml", 8),
 ]
 

@@ -47,6 +47,29 @@ print(torch.tensor([1.5], device="cuda"))
 """
 
 
+EAGER = """
+import os, sys
+rank = 0 if os.fork() else 1
+import torch, torch.distributed as dist
+device = torch.device("cuda", rank)
+torch.cuda.set_device(device)
+store = dist.FileStore(sys.argv[1], 2)
+dist.init_process_group("nccl", rank=rank, world_size=2, store=store, device_id=device)
+mine = [dist.new_group([r]) for r in range(2)][rank]
+both = dist.new_group([0, 1])
+sums = [torch.full((2,), rank + 1.0, device=device) for _ in range(3)]
+for x, group in zip(sums, (None, both, mine)):
+    dist.all_reduce(x, group=group)
+if rank == 0:
+    dist.send(sums[2], 1)
+else:
+    dist.recv(sums[2], 0)
+dist.destroy_process_group()
+print(rank, [x.tolist() for x in sums], flush=True)
+os._exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0)
+"""
+
+
 def test_memory_and_kernels_are_counted(on_device: Run, tmp_path: Path) -> None:
     done = on_device(
         "counting", "-c", COUNTED, STANDIN_REPORT=str(tmp_path / "r"), STANDIN_MIB="2048"
@@ -72,6 +95,15 @@ def test_numbers_are_right(on_device: Run, mode: str) -> None:
     assert done.stdout.splitlines() == [
         "True cuda:0", "True False", "tensor([1.5000], device='cuda:0')",
     ]  # fmt: skip
+
+
+def test_communicators_of_a_named_device(on_device: Run, tmp_path: Path) -> None:
+    """With ``device_id`` communicators are made at once, those of groups by splitting the world's,
+    and single messages go over them."""
+    done = on_device("checking", "-c", EAGER, str(tmp_path / "store"))
+    assert done.returncode == 0, done.stderr
+    values = "[[3.0, 3.0], [3.0, 3.0], [1.0, 1.0]]"
+    assert sorted(done.stdout.splitlines()) == [f"0 {values}", f"1 {values}"]
 
 
 def test_built_once_by_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

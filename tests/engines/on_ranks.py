@@ -29,6 +29,7 @@ SMALL = {
     "model": {"family": "gpt2", "hidden_size": 32, "num_attention_heads": 4},
     "data": {"vocab_size": 250, "sequence_length": 16},
     "train": {"global_batch": 8, "micro_batch": 2, "steps": 20},
+    "optim": {"ns_dtype": "fp32"},  # as on a CPU by default, on CUDA too
 }
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
        "v_head_dim": 8}  # fmt: skip

@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = {
     "model": {"family": "resnet", "hidden_size": 8, "resnet": {"stages": "2-3-1", "groups": 4}},
     "data": {"image_size": 12},
     "train": {"global_batch": SAMPLES, "micro_batch": 2, "steps": 20},
+    "optim": {"ns_dtype": "fp32"},  # as on a CPU by default, on CUDA too
 }
 
 

@@ -198,6 +198,18 @@ def test_cells_of_one_fingerprint_are_one_run(tmp_path: Path, capsys: Any) -> No
     assert "a-function_preserving-tau0.5-copying_zeroL-s1" in capsys.readouterr().out
 
 
+def test_runs_that_never_grow_do_not_depend_on_what_follows_an_expansion(tmp_path: Path) -> None:
+    """Growth with and without re-warming has one short control and one source."""
+    sizes = [{"name": "a", "to_layers": 4}, {"name": "b", "to_layers": 4, "schedule.rewarm": 0.1}]
+    arms = ["fixed", "2_layers", "short_control", "never_grown"]
+    grid = load_grid(grid_file(tmp_path, sizes=sizes, arms=arms))
+    runs = {size: {c.arm: c.run_name for c in grid.cells if c.size == size} for size in "ab"}
+    for arm in arms:
+        assert (runs["a"][arm] == runs["b"][arm]) is (arm != "2_layers")
+    found = families(grid.cells)
+    assert found["b-2_layers-tau0.5-copying-s1"] == "2-layer rewarm=0.1"
+
+
 def test_a_run_stays_where_it_is_when_the_grid_calls_it_otherwise(tmp_path: Path) -> None:
     before = load_grid(shared(tmp_path))
     write_study(before)

@@ -43,6 +43,10 @@ CASES = [
         ],
     ),
     replace(WHOLE, train=replace(WHOLE.train, stop_after=1000)),
+    replace(
+        WHOLE,
+        schedule=replace(WHOLE.schedule, rewarm=0.1, rewarm_from=0.2, rewarm_layers="new"),
+    ),
 ]
 
 
@@ -86,8 +90,9 @@ def test_fixed_size_is_the_target_on_the_last_layout(config: RunConfig) -> None:
     assert fixed.run.name == "run_fixed"
     unchanged = replace(
         fixed, run=config.run, model=config.model, parallel=config.parallel,
-        expansion=config.expansion,
+        schedule=config.schedule, expansion=config.expansion,
     )  # fmt: skip
+    assert {getattr(fixed.schedule, key) for key in controls.AFTER_EXPANSIONS} == {None}
     assert unchanged == config
 
 

@@ -181,6 +181,22 @@ def test_text_fits_100_columns_and_names_every_phase(schedule: str, optimizer: s
     assert plan.warnings
 
 
+def test_plan_says_what_climbs_again_after_tau() -> None:
+    values: dict[str, Any] = {
+        "model": {"family": "gpt2", "num_layers": 1},
+        "train": {"steps": 1000},
+        "schedule": {"rewarm": 0.02, "rewarm_from": 0.1},
+        "expansion": [{"at": 0.5, "to_layers": 4}],
+    }
+    said = "all layers climb from 10 % in the 20 steps after τ"
+    assert said in " ".join(render(make_plan(from_dict(values))).split())
+    values["schedule"] = {"rewarm": 0.02, "rewarm_layers": "new"}
+    said = "new layers climb from 0 % in the 20 steps after τ"
+    assert said in " ".join(render(make_plan(from_dict(values))).split())
+    alone = render(make_plan(from_dict({**values, "expansion": []})))
+    assert "climb" not in alone
+
+
 def test_plan_without_expansion_has_no_saving() -> None:
     plan = make_plan(from_dict({"model": {"family": "gpt2"}}), 2)
     assert plan.saving_percent is None

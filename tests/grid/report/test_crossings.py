@@ -115,6 +115,9 @@ def test_the_planted_crossing_is_found_drawn_and_grown_around(
     assert saved["crossing"]["compute"]["value"] == at
     assert len(saved["pairs"]) == 8
     assert "crossing.png" in values["pictures"]
+    # the shallow depth is no size of its own
+    assert len({r.size_params for r in report.results}) == 1
+    assert {r.size_params for r in report.results} == {max(r.params for r in report.results)}
     assert values["missing"] == []  # a crossing study has no fixed-size run to miss
     assert not any("fixed-size" in one["sentence"] for one in values["findings"])
 
