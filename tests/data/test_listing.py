@@ -92,7 +92,7 @@ def test_corpus_that_is_no_file_and_no_folder(tmp_path: Path, kind: str) -> None
     (tmp_path / "dangling").symlink_to("no/such")
     (tmp_path / "circle").symlink_to("circle")
     path = {"device": Path("/dev/null"), "long": tmp_path / ("x" * 300)}.get(kind, tmp_path / kind)
-    with config_error("data.corpus", path.name, "stdlib, a file or folder"):
+    with config_error("data.corpus", path.name, "stdlib, packages, a file or folder"):
         data_room.check(make_config(tmp_path / "out", path))
 
 
