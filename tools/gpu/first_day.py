@@ -56,7 +56,7 @@ SECTIONS = (
     Section("tests/gpu", 150, PYTEST, computes=True),
     measure("throughput, GPT-2 124M", 75, "throughput", SMALL, "12", "48", GPT2_VOCABULARY),
     measure("throughput, LLaMA 3 1B", 75, "throughput", LARGE, "24", "4", LLAMA_VOCABULARY),
-    measure("throughput, DeepSeek-V3 0.2B", 75, "throughput", EXPERTS, "12", "4", GPT2_VOCABULARY),
+    measure("throughput, DeepSeek-V3 0.2B", 90, "throughput", EXPERTS, "12", "4", GPT2_VOCABULARY),
     measure("pause, GPT-2 124M", 45, "pause", SMALL, "12", "random", GPT2_VOCABULARY),
     measure("pause, LLaMA 3 1B", 60, "pause", LARGE, "24", "copying", LLAMA_VOCABULARY),
     measure("Newton-Schulz", 40, "newton_schulz"),

@@ -26,8 +26,10 @@ from megatron_progressive.engines.base import Engine, GlobalBatch
 GIB = 2**30
 MICRO_BATCHES = 4
 """Of a step, for the throughput: enough that the optimizer's part is as in a real run or more."""
-WARM_STEPS, TIMED_STEPS = 4, 8
+WARM_STEPS, TIMED_STEPS = 3, 5
 """The first steps compile and fill the allocator."""
+SETTING_STEPS = 2, 3
+"""The same for each of many settings, with one micro-batch a step."""
 
 
 def put(part: str, **values: Any) -> None:
@@ -66,8 +68,10 @@ def peak_flops() -> float | None:
     return next((1e12 * gpu.peak_tflops for key, gpu in GPUS.items() if key in name), None)
 
 
-def load(path: str, micro_batch: int, words: list[str]) -> RunConfig:
-    samples = MICRO_BATCHES * micro_batch
+def load(
+    path: str, micro_batch: int, words: list[str], micro_batches: int = MICRO_BATCHES
+) -> RunConfig:
+    samples = micro_batches * micro_batch
     sizes = [f"train.micro_batch={micro_batch}", f"train.global_batch={samples}"]
     grows = any(word.startswith("expansion") for word in words)
     return configuration.load(path, [*([] if grows else ["expansion=[]"]), *sizes, *words])
@@ -103,13 +107,15 @@ def batch_of(config: RunConfig, engine: Engine) -> GlobalBatch:
     return GlobalBatch(read, 0, config.train.global_batch)
 
 
-def steps_of(config: RunConfig, engine: Engine) -> tuple[list[float], list[float]]:
+def steps_of(
+    config: RunConfig, engine: Engine, warm: int = WARM_STEPS, timed_steps: int = TIMED_STEPS
+) -> tuple[list[float], list[float]]:
     """Seconds of the timed steps, and the losses of all."""
     data = batch_of(config, engine)
-    losses = [engine.train_step(data, 1e-3).loss for _ in range(WARM_STEPS)]
+    losses = [engine.train_step(data, 1e-3).loss for _ in range(warm)]
     torch.cuda.reset_peak_memory_stats()
     times = []
-    for _ in range(TIMED_STEPS):
+    for _ in range(timed_steps):
         seconds, metrics = timed(lambda: engine.train_step(data, 1e-3))
         times.append(seconds)
         losses.append(metrics.loss)
@@ -172,13 +178,14 @@ def settings(path: str, layers: str, micro_batch: str, *words: str) -> None:
     from dataclasses import asdict
 
     from megatron_progressive.engines.megatron.kernels import kernels_here
+    from megatron_progressive.plan.preflight import check_run
 
     with one_rank():
         words = (*words, f"model.num_layers={layers}")
-        config = load(path, int(micro_batch), list(words))
+        config = load(path, int(micro_batch), list(words), 1)
         engine = build(config, int(layers))
         usual: dict[str, Any] = asdict(kernels_here(config, engine.shape, engine.layout))  # type: ignore[arg-type]
-        standard, _ = steps_of(config, engine)
+        standard, _ = steps_of(config, engine, *SETTING_STEPS)
         closed(engine)
         del engine
         put("setting", config=path, setting="defaults", step_s=statistics.median(standard))
@@ -187,12 +194,13 @@ def settings(path: str, layers: str, micro_batch: str, *words: str) -> None:
             if not isinstance(on, bool) or name == "transformer_engine":
                 continue
             try:
-                config = load(path, int(micro_batch), [*words, word])
+                config = load(path, int(micro_batch), [*words, word], 1)
+                check_run(config, 1)  # some settings are refused
                 engine = build(config, int(layers))
                 if asdict(kernels_here(config, engine.shape, engine.layout)) == usual:  # type: ignore[arg-type]
                     put("setting", config=path, setting=word, error="changes nothing here")
                 else:
-                    times, losses = steps_of(config, engine)
+                    times, losses = steps_of(config, engine, *SETTING_STEPS)
                     put("setting", config=path, setting=word, step_s=statistics.median(times),
                         losses=[losses[0], losses[-1]])  # fmt: skip
                 closed(engine)
