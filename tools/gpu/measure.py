@@ -22,6 +22,8 @@ import torch
 from megatron_progressive import config as configuration
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import Engine, GlobalBatch
+from megatron_progressive.models import model_shape
+from megatron_progressive.runtime.layout import make_layout
 
 GIB = 2**30
 MICRO_BATCHES = 4
@@ -80,8 +82,6 @@ def load(
 def build(config: RunConfig, layers: int, expansions: int = 0) -> Engine:
     """An engine of one rank with weights that are right in size, not in kind: normal of 0.02."""
     from megatron_progressive.engines import make_engine
-    from megatron_progressive.models import model_shape
-    from megatron_progressive.runtime.layout import make_layout
 
     layout = make_layout(config.parallel_after(expansions), 1)
     engine = make_engine(config, model_shape(config, layers), layout)
@@ -180,15 +180,19 @@ def settings(path: str, layers: str, micro_batch: str, *words: str) -> None:
     from megatron_progressive.engines.megatron.kernels import kernels_here
     from megatron_progressive.plan.preflight import check_run
 
+    def step_s(config: RunConfig) -> tuple[float, list[float]]:
+        engine = build(config, int(layers))
+        times, losses = steps_of(config, engine, *SETTING_STEPS)
+        closed(engine)
+        return statistics.median(times), [losses[0], losses[-1]]
+
     with one_rank():
         words = (*words, f"model.num_layers={layers}")
         config = load(path, int(micro_batch), list(words), 1)
-        engine = build(config, int(layers))
-        usual: dict[str, Any] = asdict(kernels_here(config, engine.shape, engine.layout))  # type: ignore[arg-type]
-        standard, _ = steps_of(config, engine, *SETTING_STEPS)
-        closed(engine)
-        del engine
-        put("setting", config=path, setting="defaults", step_s=statistics.median(standard))
+        shape: Any = model_shape(config)
+        usual: dict[str, Any] = asdict(kernels_here(config, shape, make_layout(config.parallel, 1)))
+        seconds, losses = step_s(config)
+        put("setting", config=path, setting="defaults", step_s=seconds, losses=losses)
         for name, on in usual.items():
             word = f"kernels.{name}={str(not on).lower()}"
             if not isinstance(on, bool) or name == "transformer_engine":
@@ -196,15 +200,12 @@ def settings(path: str, layers: str, micro_batch: str, *words: str) -> None:
             try:
                 config = load(path, int(micro_batch), [*words, word], 1)
                 check_run(config, 1)  # some settings are refused
-                engine = build(config, int(layers))
-                if asdict(kernels_here(config, engine.shape, engine.layout)) == usual:  # type: ignore[arg-type]
+                found = kernels_here(config, shape, make_layout(config.parallel, 1))
+                if asdict(found) == usual:
                     put("setting", config=path, setting=word, error="changes nothing here")
-                else:
-                    times, losses = steps_of(config, engine, *SETTING_STEPS)
-                    put("setting", config=path, setting=word, step_s=statistics.median(times),
-                        losses=[losses[0], losses[-1]])  # fmt: skip
-                closed(engine)
-                del engine
+                    continue
+                seconds, losses = step_s(config)
+                put("setting", config=path, setting=word, step_s=seconds, losses=losses)
             except Exception as error:  # one setting must not take the others with it
                 put("setting", config=path, setting=word, error=_one_line(error))
 
@@ -213,8 +214,6 @@ def pause(path: str, to_layers: str, init: str, *words: str) -> None:
     """An expansion in the running process: its parts, and memory before, at the peak and after."""
     from megatron_progressive.engines import make_engine
     from megatron_progressive.expansion import hook
-    from megatron_progressive.models import model_shape
-    from megatron_progressive.runtime.layout import make_layout
 
     source, depth = (0 if init == "random" else 1), int(to_layers)
     growth = f"expansion=[{{at: 0.5, to_layers: {depth}, init: {init}}}]"
