@@ -100,7 +100,7 @@ def find_crossing(compute: ArrayLike, shallow: ArrayLike, deep: ArrayLike) -> Cr
     fitted = powers @ coefficients
     error = spread * np.sqrt(np.einsum("pi,ij,pj->p", powers, inverse, powers))
     inside = np.abs(fitted) <= stats.t.ppf(0.5 + LEVEL / 2, spare) * error
-    root = _falling_root(line, fitted)
+    root = _root(line, fitted)
     low, high = _around(line, inside, root)
     notes = []
     if root is None and inside.any():
@@ -125,13 +125,13 @@ def distinct(compute: ArrayLike) -> int:
     return len(np.unique(np.round(np.log(np.asarray(compute, dtype=float)), 2)))
 
 
-def _falling_root(line: Array, fitted: Array) -> float | None:
-    """The budget where the shallow model's loss rises above the deep one's. Of several it is the
-    last: beyond it depth stays ahead."""
+def _root(line: Array, fitted: Array) -> float | None:
+    """Where the shallow model's loss rises above the deep one's: a line or a parabola does so
+    once at most."""
     changes = np.flatnonzero((fitted[:-1] <= 0) & (fitted[1:] > 0))
     if not len(changes):
         return None
-    at = changes[-1]
+    at = changes[0]
     share = fitted[at] / (fitted[at] - fitted[at + 1])
     return float(line[at] + share * (line[at + 1] - line[at]))
 

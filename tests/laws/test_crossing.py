@@ -79,8 +79,8 @@ def test_noise_that_hides_both_says_so() -> None:
     assert sum(c.lower == "neither" for c in nowhere) > 0.8 * len(nowhere) > 4
 
 
-def test_the_last_crossing_counts() -> None:
-    """A difference that falls and rises again: beyond the last zero depth stays ahead."""
+def test_the_zero_beyond_which_depth_is_ahead_counts() -> None:
+    """Of a difference that falls through zero and rises through it again, where it rises."""
     compute = np.geomspace(1e12, 1e14, 9)
     x = np.log10(compute) - 12
     difference = (x - 0.3) * (x - 1.5)
