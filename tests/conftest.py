@@ -1,4 +1,4 @@
-"""Shared fixtures: one pool of gloo ranks and one small prepared corpus for all tests."""
+"""Shared fixtures: a pool of gloo ranks and a small prepared corpus for all tests of a worker."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SI
 for _number, _handler in _DEFAULTS.items():
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two groups, for two workers side by side (``-n 2 --dist loadgroup``): tests on ranks, which
-    share a pool and fill the cores; and all others, of which those of Slurm mostly wait."""
-    for item in items:
-        ranks = not {"pool", "jobs"}.isdisjoint(getattr(item, "fixturenames", ()))
-        launch = "launch" in item.path.parts  # which share one Slurm
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks and not launch else "others"))
 
 
 @pytest.fixture(
