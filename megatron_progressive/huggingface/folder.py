@@ -41,13 +41,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"folder: no folder {folder}; accepted: one with {CONFIG_FILE} and safetensors"
+            f"folder: no folder {folder}; accepted: one with {CONFIG_FILE} and safetensors, or a "
+            "GGUF"
         )
     values = read_object(folder / CONFIG_FILE)
     if values is None:
+        ggufs = sorted(folder.glob("*.gguf"))
+        file = f", or a GGUF itself ({ggufs[0]})" if ggufs else ""
         raise ConfigError(
             f"folder: no file {folder / CONFIG_FILE}; accepted: a folder with {CONFIG_FILE} and "
-            "safetensors"
+            f"safetensors{file}"
         )
     return values
 
