@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 from megatron_progressive.cli.arguments import (
     Commands,
@@ -14,7 +15,7 @@ from megatron_progressive.cli.arguments import (
     least_zero,
     limit,
 )
-from megatron_progressive.config import ExpansionSection, expansion_from_words
+from megatron_progressive.config import ConfigError, ExpansionSection, expansion_from_words
 from megatron_progressive.config.places import place
 
 
@@ -57,14 +58,28 @@ def _eval(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _export_hf(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive.hub.card import model_card
+    from megatron_progressive.hub.push import PushFailed, check_push, push
     from megatron_progressive.huggingface.exporting import export_checkpoint, plan_export
 
     tokenizer = None if args.tokenizer is None else place("--tokenizer", args.tokenizer)
-    plan = plan_export(checkpoint_of(args), place("OUT", args.out), args.dtype, tokenizer)
-    export_checkpoint(plan)
+    checkpoint, out = checkpoint_of(args), place("OUT", args.out)
+    if args.private and args.push is None:
+        raise ConfigError("--private: got it without --push; accepted: with --push REPO")
+    plan = plan_export(checkpoint, out, args.dtype, tokenizer)
+    if args.push is not None:
+        check_push(args.push)
+    card = model_card(checkpoint, out.resolve().name if args.push is None else args.push)
+    export_checkpoint(replace(plan, card=card))
     for note in plan.notes:
         print(note, file=sys.stderr)
     print(f"{args.out}: {plan.config['architectures'][0]}, {plan.config['dtype']}")
+    if args.push is not None:
+        try:
+            print(push(out, args.push, args.private))
+        except PushFailed as error:
+            print(f"mprog: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -154,6 +169,10 @@ def add(commands: Commands) -> None:
     export.add_argument(
         "--tokenizer", metavar="FOLDER", help="default: the tokenizer that the checkpoint keeps"
     )
+    export.add_argument(
+        "--push", metavar="REPO", help="upload it to the Hugging Face hub, as NAME/MODEL"
+    )
+    export.add_argument("--private", action="store_true", help="make that repository a private one")
     importing = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
     imports = importing.add_subparsers(dest="import_command", required=True, metavar="FORMAT")
     imported = command(imports, "hf", _import_hf, "make a checkpoint of a model folder")

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -198,7 +199,7 @@ def _evaluated(plan: Evaluation, folder: Path, manager: Any) -> list[Path]:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     pinned = sha256_of(folder, files)
-    with _plain_bars():
+    with _plain_bars(), _Truncated() as truncated:
         found = simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder)},
@@ -217,6 +218,7 @@ def _evaluated(plan: Evaluation, folder: Path, manager: Any) -> list[Path]:
         "limit": settings.limit,
         "batch_size": settings.batch_size,
         "device": device,
+        "truncated_requests": truncated.count,
         "versions": {name: importlib.metadata.version(name) for name in _PINNED},
         "seeds": {key: found["config"].get(key) for key in found["config"] if "seed" in key},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -293,6 +295,34 @@ class _Lines(io.TextIOBase):
         if line.strip():
             print(line, file=sys.stderr, flush=True)
         return len(text)
+
+
+class _Truncated(logging.Filter):
+    """The number of requests that were longer than the model's length, of each of which the harness
+    has a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._logger = logging.getLogger("lm_eval.models.huggingface")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_one = "Truncating" in record.getMessage()
+        self.count += is_one
+        return not is_one
+
+    def __enter__(self) -> _Truncated:
+        self._logger.addFilter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeFilter(self)
+        if self.count:
+            print(
+                f"warning: {self.count} requests are longer than the model's sequences: their "
+                "beginnings are left out",
+                file=sys.stderr,
+            )
 
 
 @contextmanager

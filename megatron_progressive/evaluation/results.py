@@ -134,6 +134,43 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+@dataclass(frozen=True)
+class TaskRow:
+    """One score of one checkpoint of a run."""
+
+    run: str
+    step: int
+    num_layers: int | None
+    task: str
+    settings: str
+    metric: str
+    value: float
+    stderr: float | None
+
+
+def task_rows(name: str, run: Path) -> list[TaskRow]:
+    """The scores of a run's checkpoints, oldest first.
+
+    Args:
+        name: the name of the run.
+        run: its folder.
+    """
+    return [
+        TaskRow(
+            run=name,
+            step=step,
+            num_layers=(result.get("checkpoint") or {}).get("num_layers"),
+            task=score.task,
+            settings=settings_words(result),
+            metric=score.metric,
+            value=score.value,
+            stderr=score.stderr,
+        )
+        for step, result in results_of_run(run)
+        for score in scores_of(result)
+    ]
+
+
 HEADER = ("task", "settings", "metric", "value", "error")
 """What :func:`rows` has."""
 

@@ -109,8 +109,9 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """The names of the files of which an import takes nothing, without hidden ones."""
-    taken = {CONFIG_FILE, INDEX_FILE, *weight_files(folder)}
+    """The names of the files of which an import takes nothing, without hidden ones and without the
+    model card, which tells people of another model than what an import becomes."""
+    taken = {CONFIG_FILE, INDEX_FILE, "README.md", *weight_files(folder)}
     used = (*tokenizer_files(folder), *usage_files(folder))
     taken |= {path.relative_to(folder).parts[0] for path in used}
     names = (f"{p.name}/" if p.is_dir() else p.name for p in sorted(folder.iterdir()))

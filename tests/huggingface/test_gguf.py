@@ -42,8 +42,10 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def tensors_of(model: Any) -> dict[str, np.ndarray]:
     """The weights of a small Llama under llama.cpp's names."""
     config, values = model.config, {n: t.numpy() for n, t in model.state_dict().items()}
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+             "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+             "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
              "post_attention_layernorm": "ffn_norm"}  # fmt: skip
     found = {"token_embd.weight": values["model.embed_tokens.weight"],
