@@ -80,12 +80,18 @@ def render(found: dict[str, Any]) -> str:
         ("optimizer", model["optimizer"] + (f" (embeddings: {embeddings})" if embeddings else "")
                       + f", {model['precision']}, seed {model['seed']}"),
         *([("trained on", _data_words(model["data"]))] if model.get("data") else []),
+        *([("imported", _import_words(model["imported"]))] if model.get("imported") else []),
         ("saved by", model["layout"]),
         ("files", f"{totals['files']} ({_size(totals['file_bytes'])})"),
     ]  # fmt: skip
     lines = [f"Checkpoint {found['checkpoint']}"]
     lines += [f"  {label:<12}{text}" for label, text in facts]
     return "\n".join([*lines, "", *_table(found)])
+
+
+def _import_words(imported: dict[str, Any]) -> str:
+    allowed = ", ".join(imported.get("allowed", {}))
+    return imported["from"] + (f", without {allowed}" if allowed else "")
 
 
 def _data_words(data: dict[str, Any]) -> str:

@@ -35,10 +35,15 @@ class ModelRecord:
     depth_history: DepthHistory
     data: DataIdentity | None = None
     """What it was trained on; None where that is not known, or where it was not trained here."""
+    imported: dict[str, Any] | None = None
+    """Where the weights were imported from, and what was passed over then
+    (:mod:`megatron_progressive.huggingface.importing`); None for weights that were not imported."""
 
     def to_values(self) -> dict[str, Any]:
         """The record as JSON has it, with the fields of the shape beside the others."""
         values = asdict(self)
+        if self.imported is None:
+            del values["imported"]
         return {**values.pop("shape"), **values}
 
     @classmethod

@@ -38,6 +38,26 @@ def positive(text: str) -> float:
     return value
 
 
+def least_zero(text: str) -> int:
+    """An integer from 0."""
+    return 0 if text == "0" else count(text)
+
+
+def limit(text: str) -> float:
+    """A number of things, or a fraction of them below 1."""
+    value = positive(text)
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(
+            f"got {shown(text)}; accepted: a count, or a share below 1"
+        )
+    return value
+
+
+def batch(text: str) -> str:
+    """An integer from 1, or ``auto``."""
+    return text if text == "auto" else str(count(text))
+
+
 Call = Callable[[argparse.Namespace, list[str]], int]
 """A command: it gets its parsed arguments and all of them as they were given, and returns the exit
 code."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_progressive.compare.arms import Missing
 from megatron_progressive.compare.rows import Row
 from megatron_progressive.compare.verdict import Verdict
+from megatron_progressive.evaluation.results import TaskRow
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Report:
     rows: list[Row]
     verdicts: list[Verdict]
     missing: list[Missing]
+    tasks: list[TaskRow] = field(default_factory=list)
+    """The scores of the runs' checkpoints on downstream tasks."""
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     """The files that were written, the page first."""

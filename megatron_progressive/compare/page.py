@@ -45,6 +45,7 @@ def render(report: Report, pictures: Sequence[Path]) -> str:
         "<h2>Runs</h2>",
         table(header(report.rows), [table_cells(row) for row in report.rows]),
         _expansions(report),
+        _tasks(report),
     ]
     warnings = [f"{row.name}: {text}" for row in report.rows for text in row.warnings]
     for title, texts in (("Warnings of the runs", warnings), ("Notes", report.notes)):
@@ -114,6 +115,22 @@ def _expansions(report: Report) -> str:
                 f"loss {_value(event.get('loss_before'))} to {_value(event.get('loss_after'))}"
             )
     return "<h2>Expansions</h2>" + items(texts) if texts else ""
+
+
+def _tasks(report: Report) -> str:
+    """The scores on downstream tasks, of which a run's newest checkpoint comes last."""
+    if not report.tasks:
+        return ""
+    head = ["task", "run", "settings", "metric", "step", "layers", "value", "standard error"]
+    cells = [
+        [
+            row.task, row.run, row.settings, row.metric, f"{row.step:,}",
+            "–" if row.num_layers is None else str(row.num_layers), f"{row.value:.4f}",
+            "–" if row.stderr is None else f"{row.stderr:.4f}",
+        ]
+        for row in sorted(report.tasks, key=lambda row: (row.task, row.metric, row.settings))
+    ]  # fmt: skip
+    return "<h2>Downstream tasks</h2>" + table(head, cells)
 
 
 def _value(value: object) -> str:

@@ -20,6 +20,7 @@ from megatron_progressive.compare.rows import HEADER, make_row, table_cells
 from megatron_progressive.compare.verdict import recipes, verdicts
 from megatron_progressive.compare.verdict_words import mixing_title, report_title
 from megatron_progressive.config import ConfigError
+from megatron_progressive.evaluation.results import task_rows
 from megatron_progressive.runs.files import SUMMARY_FILE, read_summary
 from megatron_progressive.runs.reading import Run, read_run
 from megatron_progressive.runtime.files import finite_values, write_atomically, write_json
@@ -73,6 +74,7 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
             rows=rows,
             verdicts=found,
             missing=[missing for comparison in comparisons for missing in comparison.missing],
+            tasks=[row for run in runs for row in task_rows(run.name, run.folder)],
             notes=list(dict.fromkeys([*notes, *_data_notes(comparisons), *_flops_notes(runs)])),
         ),
         comparisons,
@@ -143,6 +145,7 @@ def as_json(report: Report) -> dict[str, Any]:
         **{key: getattr(first, key, None) for key in VERDICT_KEYS},
         "verdicts": [asdict(verdict) for verdict in report.verdicts],
         "runs": [asdict(row) for row in report.rows],
+        "tasks": [asdict(task) for task in report.tasks],
         "missing": [asdict(missing) for missing in report.missing],
         "notes": report.notes,
         "files": [path.name for path in report.files],

@@ -79,6 +79,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.micro_batch": (1, _COUNT),
     "train.eval_every": (1, _COUNT),
     "train.eval_samples": (1, _COUNT),
+    "train.eval_tasks_every": (0, _COUNT),
+    "train.eval_tasks_limit": (1, _COUNT),
     "train.save_every": (0, _COUNT),
     "train.keep_checkpoints": (0, _COUNT),
     "train.log_every": (1, _COUNT),

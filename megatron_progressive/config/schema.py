@@ -85,6 +85,18 @@ class TrainSection:
     eval_samples: int = 128
     """Number of samples that a validation reads: the first ones of the validation split, whatever
     the batch and the layout. A split that has fewer is read once, and a warning says so."""
+    eval_tasks: list[str] = field(default_factory=list)
+    """Downstream tasks on which saved checkpoints are evaluated, by lm-evaluation-harness (the
+    extra ``eval``) in a process of its own beside the run: names of tasks, groups or tags, or YAML
+    files of tasks. The scores are in ``evaluations`` in the run folder, and in the report."""
+    eval_tasks_every: int = 0
+    """Number of steps between evaluations on ``eval_tasks``, a multiple of ``save_every``; the last
+    checkpoint is always evaluated, and with 0 it alone."""
+    eval_tasks_limit: Optional[int] = None
+    """Number of questions of each task (default: all of them)."""
+    eval_tasks_device: str = "cpu"
+    """Where evaluations on ``eval_tasks`` compute, as torch names it. A GPU should be one that no
+    rank has: its memory and time would be the run's."""
     save_every: int = 300
     """Number of steps between checkpoints; 0 saves only before each expansion and at the end."""
     keep_checkpoints: int = 2

@@ -39,13 +39,16 @@ from megatron_progressive.huggingface.tensors import Entry, NameMap
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.reshard.boxes import MASTER, PARAM
-from megatron_progressive.runtime.files import write_json
+from megatron_progressive.runtime.files import write_atomically, write_json
 from megatron_progressive.runtime.progress import show_bytes
 
 if TYPE_CHECKING:  # bad input is refused without loading torch
     import torch
 
     from megatron_progressive.checkpoints.streamed import TensorReader
+
+
+CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Export:
     """The content of ``generation_config.json``."""
     notes: tuple[str, ...]
     """What the user should know, such as what is left behind, one line for each thing."""
+    card: str | None = None
+    """The text of the model card, ``README.md``; None for a folder without one."""
 
     @property
     def nbytes(self) -> int:
@@ -251,6 +256,8 @@ def export_checkpoint(plan: Export, shard_bytes: int = SHARD_BYTES) -> None:
         write_json(folder / GENERATION, plan.generation)
         if plan.tokenizer is not None:
             copy_tokenizer(plan.tokenizer, folder, usage=False)
+        if plan.card is not None:
+            write_atomically(folder / CARD_FILE, plan.card)
 
 
 def _tensors(plan: Export, part: Part, reader: TensorReader) -> list[torch.Tensor]:

@@ -41,13 +41,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"folder: no folder {folder}; accepted: one with {CONFIG_FILE} and safetensors"
+            f"folder: no folder {folder}; accepted: one with {CONFIG_FILE} and safetensors, or a "
+            "GGUF"
         )
     values = read_object(folder / CONFIG_FILE)
     if values is None:
+        ggufs = sorted(folder.glob("*.gguf"))
+        file = f", or a GGUF itself ({ggufs[0]})" if ggufs else ""
         raise ConfigError(
             f"folder: no file {folder / CONFIG_FILE}; accepted: a folder with {CONFIG_FILE} and "
-            "safetensors"
+            f"safetensors{file}"
         )
     return values
 
@@ -106,8 +109,9 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """The names of the files of which an import takes nothing, without hidden ones."""
-    taken = {CONFIG_FILE, INDEX_FILE, *weight_files(folder)}
+    """The names of the files of which an import takes nothing, without hidden ones and without the
+    model card, which tells people of another model than what an import becomes."""
+    taken = {CONFIG_FILE, INDEX_FILE, "README.md", *weight_files(folder)}
     used = (*tokenizer_files(folder), *usage_files(folder))
     taken |= {path.relative_to(folder).parts[0] for path in used}
     names = (f"{p.name}/" if p.is_dir() else p.name for p in sorted(folder.iterdir()))

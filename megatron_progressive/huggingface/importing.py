@@ -1,10 +1,10 @@
-"""``mprog import hf``: a model folder of Hugging Face as a checkpoint of step 0 with weights
-alone."""
+"""``mprog import hf``: a model folder of Hugging Face, or a GGUF file, as a checkpoint of step 0
+with weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from megatron_progressive.data.tokenizer_folder import (
     read_object,
     token_settings,
 )
-from megatron_progressive.huggingface import read_description
+from megatron_progressive.huggingface import gguf, read_description
 from megatron_progressive.huggingface.finite import FiniteWeights
 from megatron_progressive.huggingface.folder import (
     TheirTensor,
@@ -67,6 +67,10 @@ class Import:
     kept: dict[str, Any]
     """The keys of ``config.json`` that an export gives back, and the model type to which they
     belong."""
+    origin: dict[str, Any]
+    """Where the model comes from, and what is passed over, as the record of the checkpoint keeps
+    it: ``from`` (the name of the folder or file), ``allowed`` (the keys that the user allowed, and
+    what they have), and of a GGUF its ``tensors`` by type."""
     notes: tuple[str, ...]
     """What the user should know, such as what is passed over, left behind or changed, one line for
     each thing."""
@@ -91,7 +95,23 @@ class Import:
             seed=RunSection().seed,
             layout=LAYOUT,
             depth_history=((0, self.shape.num_layers),),
+            imported=self.origin,
         )
+
+
+@contextmanager
+def opened_import(source: Path, out: Path, allowed: Sequence[str] = ()) -> Iterator[Import]:
+    """What :func:`plan_import` gives for a folder or a GGUF file. Inside of the context it can be
+    written; the folder that a GGUF is made into (:func:`.gguf.as_folder`) is gone afterwards."""
+    if source.suffix != gguf.SUFFIX or source.is_dir():
+        yield plan_import(source, out, allowed)
+        return
+    with gguf.as_folder(source, out, allowed) as made:
+        used = made.unread_names(allowed)
+        plan = plan_import(made.folder, out, [key for key in allowed if key not in used])
+        origin = {**plan.origin, **made.origin}
+        origin["allowed"] = {**made.passed_over, **plan.origin["allowed"]}
+        yield replace(plan, origin=origin, notes=(*made.notes, *plan.notes))
 
 
 def plan_import(folder: Path, out: Path, allowed: Sequence[str] = ()) -> Import:
@@ -138,7 +158,8 @@ def plan_import(folder: Path, out: Path, allowed: Sequence[str] = ()) -> Import:
     if names_left := left_behind(folder):
         notes.append(f"{listed('left behind:', names_left)} (no part of model or tokenizer)")
     kept = {"model_type": known.model_type, **described.kept}
-    plan = Import(folder, out, shape, names, found, dtype, without, kept, tuple(notes))
+    origin = {"from": folder.resolve().name, "allowed": dict(described.findings.passed_over)}
+    plan = Import(folder, out, shape, names, found, dtype, without, kept, origin, tuple(notes))
     check_new_folder(out, plan.nbytes)
     return plan
 

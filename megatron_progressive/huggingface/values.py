@@ -34,6 +34,8 @@ class Findings:
     allowed: Collection[str] = ()
     """The keys, by their full names, whose values may be passed over; a mapping allows everything
     in it."""
+    file: str = FILE
+    """The name of the file with the keys."""
     wrong: dict[str, str] = field(default_factory=dict)
     """The keys that are wrong, by full name, each with what it has and what is accepted."""
     could_be_allowed: list[str] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Findings:
         """Raise :class:`ConfigError`, in one line with every key, where something is wrong."""
         if not self.wrong:
             return
-        line = f"{FILE} " + " | ".join(f"{name}: {text}" for name, text in self.wrong.items())
+        line = f"{self.file} " + " | ".join(f"{name}: {text}" for name, text in self.wrong.items())
         if self.could_be_allowed:
             options = " ".join(f"--allow {name}" for name in self.could_be_allowed)
             line += f" ({options}: import all the same)"

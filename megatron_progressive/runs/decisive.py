@@ -11,7 +11,9 @@ from megatron_progressive.models import model_shape
 
 # How a run is laid out and watched: never what is computed, but for rounding.
 _FREE = {"run.dir", "run.extend", "train.stop_after", "train.save_every", "train.keep_checkpoints",
-         "train.log_every", "train.trackers", "data.prepared", "optim.ns_kernel_from"}  # fmt: skip
+         "train.log_every", "train.trackers", "data.prepared", "optim.ns_kernel_from",
+         "train.eval_tasks", "train.eval_tasks_every", "train.eval_tasks_limit",
+         "train.eval_tasks_device"}  # fmt: skip
 _MICRO_BATCH = "train.micro_batch"
 
 

@@ -101,6 +101,20 @@ def _done(event: dict[str, Any], position: TrainingPosition, config: RunConfig) 
     return bool(step <= position.step)
 
 
+def record_late(config: RunConfig, kind: str, values: dict[str, Any]) -> None:
+    """Record an event of a run that has finished, when its :class:`Recorder` is closed."""
+    with (
+        writing(f"writing {config.folder / METRICS_FILE}"),
+        open(config.folder / METRICS_FILE, "a") as file,
+    ):
+        file.write(json_text({"event": kind, **values}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    trackers = Trackers(config, config.last_step)
+    trackers.event(kind, values)
+    trackers.close()
+
+
 class Recorder:
     """The one writer of the run folder. Only rank 0 has one that writes; those of other ranks do
     nothing."""
@@ -196,4 +210,4 @@ class Recorder:
             self._trackers.close()
 
 
-__all__ = ["Recorder", "check_folder", "is_finished", "look", "read_metrics"]
+__all__ = ["Recorder", "check_folder", "is_finished", "look", "read_metrics", "record_late"]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from megatron_progressive.config import ConfigError, RunConfig
 
-EVENTS = ("train", "eval", "expansion")
+EVENTS = ("train", "eval", "expansion", "tasks")
 """The events of ``metrics.jsonl`` that trackers get."""
 
 

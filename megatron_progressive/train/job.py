@@ -18,8 +18,13 @@ from megatron_progressive.checkpoints.init_from import check_tokenizer, unknown_
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
 from megatron_progressive.engines.megatron.kernel_checks import check_kernels
+from megatron_progressive.evaluation.background import (
+    Evaluations,
+    check_eval_tasks,
+    evaluations,
+)
 from megatron_progressive.plan.preflight import check_run, transformer_phases
-from megatron_progressive.runs.folder import look
+from megatron_progressive.runs.folder import look, record_late
 from megatron_progressive.runs.sole_job import check_free, sole_job
 from megatron_progressive.runs.trackers import check_trackers
 from megatron_progressive.runtime.distributed import (
@@ -55,6 +60,8 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     warnings = check_run(config, world)
     check_kernels(config, transformer_phases(config, world))
     check_trackers(config)
+    # of the processes of a job one looks for the tasks; local workers come after it has
+    check_eval_tasks(config, looks_up=place is None or place.rank == 0)
     position, finished = look(config)
     if finished:
         _say_finished(config, place)
@@ -132,22 +139,26 @@ def _rank(
     try:
         if config.kernels.deterministic:
             deterministic_kernels()
-        with world_group(place, leader.store):
-            from megatron_progressive.train.loop import train
+        with evaluations(config, active=place.rank == 0) as tasks:
+            with world_group(place, leader.store):
+                from megatron_progressive.train.loop import DONE, train
 
-            try:
-                with sole_job(config) as start:
-                    if start.finished:
-                        _say_finished(config, place)
-                        return 0
-                    notes = warnings if start.position is None else changes
-                    return train(config, start.position, notes, trained_on, start.lock)
-            except (ConfigError, DamagedCheckpoint):
-                raise
-            except Exception as error:
-                # before the group is left, which may take long and end with another error
-                _say_cause(place.rank, error)
-                raise _Said from error
+                try:
+                    with sole_job(config) as start:
+                        if start.finished:
+                            _say_finished(config, place)
+                            return 0
+                        notes = warnings if start.position is None else changes
+                        code = train(config, start.position, notes, trained_on, start.lock, tasks)
+                except (ConfigError, DamagedCheckpoint):
+                    raise
+                except Exception as error:
+                    # before the group is left, which may take long and end with another error
+                    _say_cause(place.rank, error)
+                    raise _Said from error
+            if code == DONE:  # the other ranks need not wait, nor does their hardware
+                _wait_for(tasks, config)
+            return code
     except DamagedCheckpoint:
         if place.rank:
             return 2  # all ranks have found it: one says so
@@ -159,6 +170,12 @@ def _rank(
     except Exception as error:
         _say_cause(place.rank, error)
     return 1
+
+
+def _wait_for(tasks: Evaluations, config: RunConfig) -> None:
+    tasks.say = lambda step, line: _last_line(f"{config.run.name}: {line}")
+    tasks.record = lambda step, scores: record_late(config, "tasks", {"step": step, **scores})
+    tasks.wait()
 
 
 class _Said(Exception):

@@ -18,6 +18,7 @@ from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
 from megatron_progressive.engines.megatron.kernels import kernels_line
+from megatron_progressive.evaluation.background import Evaluations
 from megatron_progressive.expansion.depth_map import new_tensors
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape, parameter_count, tensor_table
@@ -53,8 +54,10 @@ class _Run:
         trained_on: DataIdentity,
         lock: FolderLock | None,
         damaged: dict[Path, str],
+        evaluations: Evaluations,
     ) -> None:
         self.config, self.resumed, self.lock = config, resumed is not None, lock
+        self.evaluations = evaluations
         self.trained_on = trained_on
         self.world, first = dist.get_world_size(), dist.get_rank() == 0
         self.taus = config.expansion_steps()
@@ -93,6 +96,9 @@ class _Run:
             warnings = [*warnings, *self._short_of_samples()]
         for warning in [*warnings, *self.recorder.warnings]:
             self.warn(self.position.step, warning)
+        evaluations.say = self.warn
+        evaluations.record = lambda step, scores: self.recorder.event("tasks", step=step, **scores)
+        evaluations.catch_up()
 
     def _short_of_samples(self) -> list[str]:
         wanted, corpus = self.config.train.eval_samples, self.config.data.corpus
@@ -175,6 +181,7 @@ class _Run:
             **({} if metrics.expert_load is None else {"expert_load": metrics.expert_load}),
         )
         self.monitor.step(step, metrics.loss, lr, tokens / seconds)
+        self.evaluations.poll()
         failure = signatures.after_step(metrics.loss, metrics.grad_norm)
         if failure:
             self.warn(step, failure)
@@ -296,11 +303,12 @@ class _Run:
             self.position,
             model,
             train.keep_checkpoints,
-            protected=[*self.taus, *kept_for_extension(self.config, step)],
+            protected=[*self.taus, *kept_for_extension(self.config, step), *self.evaluations.steps],
             tokenizer=None if prepared is None else Path(prepared) / TOKENIZER_FOLDER,
         )
         seconds = time.perf_counter() - start
         self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
+        self.evaluations.saved(step)
         self.monitor.resume_clock()
 
     def finish(self) -> None:
@@ -334,6 +342,7 @@ def train(
     warnings: list[str],
     trained_on: DataIdentity,
     lock: FolderLock | None = None,
+    evaluations: Evaluations | None = None,
 ) -> int:
     """Run or continue a run, inside the world process group; returns the exit code.
 
@@ -344,6 +353,7 @@ def train(
             in a run that goes on.
         trained_on: the data of the run, which is prepared (:func:`.data.settle`).
         lock: the lock of the run folder, on rank 0, which is looked at before each save.
+        evaluations: of checkpoints on downstream tasks; whoever made them waits for the last ones.
 
     Raises:
         ConfigError: on every rank, where no checkpoint of the run is whole, or the one of
@@ -356,7 +366,8 @@ def train(
         resumed, damaged = resuming.newest_whole(config.folder, resumed.step)
     elif config.run.init_from is not None:
         resuming.check_whole(Path(config.run.init_from))
-    run = _Run(config, resumed, warnings, trained_on, lock, damaged)
+    evaluations = Evaluations(config, active=False) if evaluations is None else evaluations
+    run = _Run(config, resumed, warnings, trained_on, lock, damaged, evaluations)
     try:
         with StopFlag() as flag:
             if run.expansion_due(run.position.step):  # saved right before it

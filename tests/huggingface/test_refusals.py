@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_progressive import cli
-from megatron_progressive.checkpoints.checkpoint import checkpoint_path
+from megatron_progressive.checkpoints.checkpoint import checkpoint_path, read_description
 from tests.checkpoints.altered import alter
 from tests.huggingface import random_models
 from tests.pool import Pool
@@ -57,6 +57,8 @@ CONFIGS: list[tuple[str, dict[str, Any], list[str]]] = [
      ["rope_theta: got 10000.0", "500000.0, as in rope_parameters"]),
     ("llama3", {"rope_interleaved": True}, ["rope_interleaved: got true", "no such key"]),
     ("llama3", {"pruned_heads": {"0": [1]}}, ["pruned_heads"]),
+    ("llama3", {"use_alibi": True}, ["use_alibi: got true", "no such key"]),
+    ("llama3", {"load_in_4bit": True}, ["load_in_4bit: got true"]),
     ("llama3", {"num_experts_per_token": 2}, ["num_experts_per_token: got 2"]),
     ("gpt2", {"activation_function": "relu"}, ["activation_function", '"relu"']),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
@@ -155,6 +157,12 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
     ("llama3", {"eos_token_id": [1, 2], "image_token_id": 5, "max_sequence_length": 2048}),
     ("gpt2", {"n_special": 0, "predict_special_tokens": True, "_num_labels": 1, "output_past": True,
               "finetuning_task": None, "attn_pdrop": 0.3, "summary_type": "cls_index"}),
+    ("gpt2", {"xla_device": None, "cross_attention_hidden_size": 64, "forced_decoder_ids": [[1, 2]],
+              "return_legacy_cache": True, "generation_kwargs": {}, "diversity_penalty": 0.5,
+              "encoder_no_repeat_ngram_size": 2, "penalty_alpha": 0.1, "low_memory": True}),
+    ("llama3", {"use_alibi": False, "load_in_8bit": False, "neftune_noise_alpha": 5,
+                "residual_dropout": 0.1, "trust_remote_code": True, "bf16": True,
+                "use_flash_attention_2": True, "language": "en", "base_model": "a/b"}),
     ("qwen3", {"mlp_bias": False, "attention_dropout": 0.1, "layer_types": None}),
     ("mixtral", {"output_router_logits": True, "hidden_dropout": 0.1, "rms_norm_eps": 1e-6}),
     ("deepseek_v3", {"auto_map": {"AutoModel": "modeling_deepseek.DeepseekV3Model"}}),
@@ -202,6 +210,11 @@ def test_all_keys_are_named_at_once(theirs: dict[str, Path], tmp_path: Path, cap
     for name in names:
         assert [line for line in lines if line.startswith(f"config.json {name}: got")], name
     assert "--allow absent: not needed" in lines
+    origin = read_description(tmp_path / "out")[1].imported
+    assert origin is not None
+    assert origin["from"] == "folder"
+    assert origin["allowed"].keys() == set(names)
+    assert origin["allowed"]["new"] == "got 1; accepted: no such key"
     assert not [line for line in lines if "--allow rope" in line]
     # sizes cannot be passed over
     (tmp_path / "out").rename(tmp_path / "first")

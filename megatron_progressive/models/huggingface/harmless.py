@@ -20,20 +20,26 @@ _KEPT = frozenset({
     # training
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "pretraining_tp",
-    "gradient_checkpointing", "finetuning_task",
+    "gradient_checkpointing", "finetuning_task", "dropout", "attn_dropout", "activation_dropout",
+    "residual_dropout", "resid_dropout", "embedding_dropout", "embd_dropout", "ffn_dropout",
+    "mlp_dropout", "initializer_factor", "neftune_noise_alpha", "bf16", "fp16", "fp32",
     # what a forward pass returns, and how it is computed
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_past",
     "output_router_logits", "chunk_size_feed_forward", "torchscript", "use_bfloat16",
-    "tf_legacy_loss", "use_flash_attention", "use_flash_attn", "use_sdpa",
+    "tf_legacy_loss", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "use_sdpa",
+    "xla_device", "trust_remote_code", "use_unpad", "use_memory_efficient_attention",
     # tokens and generation, beside the parameters of transformers' GenerationConfig
     "tokenizer_class", "prefix", "task_specific_params", "model_max_length",
     "max_sequence_length", "padding_side", "tokenizer_padding_side", "tokenizer_model_max_length",
-    "bos_token", "eos_token", "pad_token", "unk_token",
+    "bos_token", "eos_token", "pad_token", "unk_token", "forced_decoder_ids",
+    "return_legacy_cache", "generation_kwargs", "chat_template", "add_bos_token", "add_eos_token",
     # other heads than the language model's
     "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "classifier_dropout",
-    "n_special", "predict_special_tokens",
+    "n_special", "predict_special_tokens", "classifier_bias", "classifier_activation",
+    "cross_attention_hidden_size",  # of a cross-attention, which is off or refused
     # notes for other programs
-    "is_llama_config", "is_decoder", "transformers.js_config", "license",
+    "is_llama_config", "is_decoder", "transformers.js_config", "license", "language", "languages",
+    "base_model", "datasets", "model_name", "revision",
 })  # fmt: skip
 _OFF: dict[str, Any] = {
     "rope_interleaved": False,
@@ -44,6 +50,12 @@ _OFF: dict[str, Any] = {
     "tie_encoder_decoder": False,
     "add_cross_attention": False,
     "pruned_heads": {},
+    "alibi": False,
+    "use_alibi": False,
+    "parallel_attn": False,
+    "use_parallel_residual": False,
+    "load_in_4bit": False,
+    "load_in_8bit": False,
 }
 """Keys that are harmless with this one value only."""
 
