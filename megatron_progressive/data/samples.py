@@ -82,10 +82,12 @@ class Samples:
 
 
 @overload
-def order(seed: int, numbers: int, size: int) -> int: ...
+def order(seed: int, numbers: int, size: int, part: int = 0) -> int: ...
 @overload
-def order(seed: int, numbers: NDArray[np.int64], size: int) -> NDArray[np.int64]: ...
-def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArray[np.int64]:
+def order(seed: int, numbers: NDArray[np.int64], size: int, part: int = 0) -> NDArray[np.int64]: ...
+def order(
+    seed: int, numbers: int | NDArray[np.int64], size: int, part: int = 0
+) -> int | NDArray[np.int64]:
     """The number of the sample that each draw of training takes.
 
     Draw ``n`` is in epoch ``n // size``; every epoch is a permutation of ``range(size)`` keyed by
@@ -97,6 +99,7 @@ def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArr
         seed: the run's ``run.seed``.
         numbers: the numbers of draws, from 0, as one number or an array of any shape.
         size: the number of samples in the split.
+        part: the place of the corpus in a mixture, each part of which has an order of its own.
 
     Returns:
         Sample numbers in ``range(size)``, of the shape of ``numbers``.
@@ -111,12 +114,13 @@ def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArr
     result = np.empty_like(places)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
-        result[mine] = _permuted(places[mine], size, _round_keys(seed, int(epoch)))
+        result[mine] = _permuted(places[mine], size, _round_keys(seed, int(epoch), part))
     return int(result) if isinstance(numbers, int) else result
 
 
-def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
+def _round_keys(seed: int, epoch: int, part: int) -> list[np.uint64]:
     message = b"order of samples" + struct.pack("<QQ", seed, epoch)
+    message += struct.pack("<Q", part) if part else b""
     digest = hashlib.shake_128(message).digest(8 * _ROUNDS)
     return [np.uint64(key) for key in struct.unpack(f"<{_ROUNDS}Q", digest)]
 
