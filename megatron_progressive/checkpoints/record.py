@@ -39,6 +39,7 @@ class ModelRecord:
     def to_values(self) -> dict[str, Any]:
         """The record as JSON has it, with the fields of the shape beside the others."""
         values = asdict(self)
+        values["data"] = None if self.data is None else self.data.to_values()
         return {**values.pop("shape"), **values}
 
     @classmethod

@@ -9,11 +9,24 @@ from typing import Any, Protocol
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import images
 from megatron_progressive.data import prepare as text
-from megatron_progressive.data.identity import DATA_FILE, DataIdentity, differ, read_identity
+from megatron_progressive.data.identity import (
+    DATA_FILE,
+    DataIdentity,
+    differ,
+    mix_words,
+    read_identity,
+)
 from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
 from megatron_progressive.data.mix import MixedData, check_mix, prepare_mix
-from megatron_progressive.data.parts import known_tokens, mix_warnings, part_draws, tokens_of
+from megatron_progressive.data.parts import (
+    MANY_EPOCHS,
+    PartDraws,
+    known_tokens,
+    mix_warnings,
+    part_draws,
+    tokens_of,
+)
 from megatron_progressive.data.samples import TrainingData
 from megatron_progressive.data.settle import check_keys, settle
 from megatron_progressive.data.settling import (
@@ -37,10 +50,11 @@ from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.progress import ShowBytes
 
 __all__ = [
-    "DATA_FILE", "HELD_OUT", "Begun", "Data", "DataIdentity", "HeldOut", "MixedData",
-    "TrainingData", "as_settled", "bits_per_byte", "changed_since", "check", "check_keys", "differ",
-    "known_tokens", "mix_warnings", "open_data", "part_draws", "prepare", "prepared_folder",
-    "read_identity", "settle", "tokens_of", "validation_sets", "wait_until_seen", "wanted_samples",
+    "DATA_FILE", "HELD_OUT", "MANY_EPOCHS", "Begun", "Data", "DataIdentity", "HeldOut",
+    "MixedData", "PartDraws", "TrainingData", "as_settled", "bits_per_byte", "changed_since",
+    "check", "check_keys", "differ", "known_tokens", "mix_warnings", "mix_words", "open_data",
+    "part_draws", "prepare", "prepared_folder", "read_identity", "settle", "tokens_of",
+    "validation_sets", "wait_until_seen", "wanted_samples",
 ]  # fmt: skip
 
 

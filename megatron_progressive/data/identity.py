@@ -96,8 +96,11 @@ class DataIdentity:
         own = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         if not all(isinstance(own.get(key), str) for key in ("fingerprint", "corpus")):
             return None
-        parts = [cls.from_values(part) for part in own.pop("parts", ())]
-        sets = {n: cls.from_values(v) for n, v in own.pop("further", {}).items()}
+        inner, sets = own.pop("parts", []), own.pop("further", {})
+        if not isinstance(inner, list) or not isinstance(sets, dict):
+            return None
+        parts = [cls.from_values(part) for part in inner]
+        sets = {name: cls.from_values(one) for name, one in sets.items()}
         if None in parts or None in sets.values():
             return None
         return cls(
