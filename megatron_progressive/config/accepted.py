@@ -10,6 +10,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.resnet.block": (None, "basic", "bottleneck"),
     "model.resnet.stem": (None, "cifar", "imagenet"),
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
+    "data.attention": (None, "document"),
     "data.validation.split": ("all", "validation"),
     "train.precision": ("fp32", "bf16"),
     "kernels.attention": (None, "flash", "fused", "unfused"),

@@ -347,12 +347,12 @@ def from_dict(
             values = with_value(values, key, value)
         except KeyError:
             raise _unknown_key(key) from None
+    values = one_way(values)
     family = values.get("model", {}).get("family") if _has_section(values, "model") else None
     defaults = FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}
     for section, below in defaults.items():
         if section not in values or _has_section(values, section):
             values = {**values, section: _merged(below, values.get(section, {}))}
-    values = one_way(values)
     return typing.cast(RunConfig, _checked(_section(RunConfig, values, ""), "", resolved))
 
 

@@ -72,6 +72,9 @@ class DataSection:
     validation: Optional[dict[str, ValidationSet]] = None
     """Further validation sets by name. Each has its loss and its bits per byte in ``metrics.jsonl``
     and in reports."""
+    attention: Optional[str] = None
+    """``document``: tokens attend to their own document alone, whose positions begin at 0 (default:
+    to all tokens before them in the sample)."""
 
 
 @dataclass(frozen=True)

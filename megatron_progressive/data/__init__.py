@@ -110,9 +110,9 @@ def open_data(config: RunConfig) -> Data:
     Raises:
         ConfigError: the data is not there, or does not fit the model.
     """
-    if config.data.mix:
-        return MixedData.open(config)
-    return TrainingData.open(config) if _is_text(config) else ImageData(config)
+    if not _is_text(config):
+        return ImageData(config)
+    return MixedData.open(config) if config.data.mix else TrainingData.open(config)
 
 
 def validation_sets(config: RunConfig, data: Data) -> dict[str, HeldOut]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data import settling
+from megatron_progressive.data.documents import Sample, with_documents
 from megatron_progressive.data.identity import DataIdentity, mix_words, mixed_identity
 from megatron_progressive.data.manifest import TOKENIZER
 from megatron_progressive.data.mixture import LONGEST_PERIOD, Blend
@@ -25,9 +25,6 @@ from megatron_progressive.data.shared_tokenizer import (
     shared_tokenizer,
 )
 from megatron_progressive.runtime.progress import ShowBytes
-
-if TYPE_CHECKING:
-    import torch
 
 
 def check_mix(config: RunConfig) -> None:
@@ -127,6 +124,7 @@ class MixedData:
         mix = config.data.mix or []
         weights = [part.weight for part in mix]
         self.parts, self.seed = parts, config.run.seed
+        self._documents = config.data.attention is not None
         self.blend = Blend(weights, at_most(mix, [len(part.train) for part in parts]))
         self._held_out = Blend(weights, [len(part.validation) for part in parts])
 
@@ -149,9 +147,9 @@ class MixedData:
         """The number of samples of held-out text that have the proportions of the mixture."""
         return min(self._held_out.used_up.values())
 
-    def train_batch(self, first_sample: int, count: int) -> torch.Tensor:
-        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S +
-        1]."""
+    def train_batch(self, first_sample: int, count: int) -> Sample:
+        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S + 1],
+        or the same with documents."""
         numbers = np.arange(first_sample, first_sample + count, dtype=np.int64)
         parts, draws = self.blend.locate(numbers)
         for part, data in enumerate(self.parts):
@@ -159,16 +157,16 @@ class MixedData:
             draws[mine] = order(self.seed, draws[mine], len(data.train), part)
         return self._gathered(parts, draws, [data.train for data in self.parts])
 
-    def validation_batch(self, first: int, count: int) -> torch.Tensor:
+    def validation_batch(self, first: int, count: int) -> Sample:
         """Samples ``first`` to ``first + count`` of validation in plain order, as int64 [count, S +
-        1]; the first sample follows the last."""
+        1], or the same with documents; the first sample follows the last."""
         numbers = np.arange(first, first + count, dtype=np.int64) % self.validation_samples
         parts, draws = self._held_out.locate(numbers)
         return self._gathered(parts, draws, [data.validation for data in self.parts])
 
     def _gathered(
         self, parts: NDArray[np.int64], rows: NDArray[np.int64], sources: Sequence[Samples]
-    ) -> torch.Tensor:
+    ) -> Sample:
         """The sample ``rows[i]`` of source ``parts[i]`` for each i."""
         import torch
 
@@ -177,4 +175,6 @@ class MixedData:
         for part in np.unique(parts):
             mine = np.flatnonzero(parts == part)
             found[torch.from_numpy(mine)] = sources[part].get(rows[mine])
-        return found
+        if not self._documents:
+            return found
+        return with_documents(found, self.parts[0].manifest.end_of_document)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.data.documents import Sample, with_documents
 from megatron_progressive.data.manifest import (
     Manifest,
     check_fit,
@@ -166,6 +167,8 @@ class TrainingData:
     validation: Samples
     manifest: Manifest
     seed: int
+    documents: bool = False
+    """Whether samples are given with their documents (:mod:`.documents`)."""
 
     @classmethod
     def open(cls, config: RunConfig) -> TrainingData:
@@ -179,21 +182,25 @@ class TrainingData:
         check_fit(config, manifest)
         length = transformer_shape(config).sequence_length
         train, validation = (Samples(folder / s, length) for s in ("train", "validation"))
-        return cls(train, validation, manifest, config.run.seed)
+        documents = config.data.attention is not None
+        return cls(train, validation, manifest, config.run.seed, documents)
 
     @property
     def validation_samples(self) -> int:
         """The number of samples in the validation split."""
         return len(self.validation)
 
-    def train_batch(self, first_sample: int, count: int) -> torch.Tensor:
-        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S +
-        1]."""
+    def train_batch(self, first_sample: int, count: int) -> Sample:
+        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S + 1],
+        or the same with documents."""
         draws = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        return self.train.get(order(self.seed, draws, len(self.train)))
+        return self._known(self.train.get(order(self.seed, draws, len(self.train))))
 
-    def validation_batch(self, first: int, count: int) -> torch.Tensor:
+    def validation_batch(self, first: int, count: int) -> Sample:
         """Samples ``first`` to ``first + count`` of validation in plain order, as int64 [count, S +
-        1]; the first sample follows the last."""
+        1], or the same with documents; the first sample follows the last."""
         numbers = np.arange(first, first + count, dtype=np.int64)
-        return self.validation.get(numbers % len(self.validation))
+        return self._known(self.validation.get(numbers % len(self.validation)))
+
+    def _known(self, tokens: torch.Tensor) -> Sample:
+        return with_documents(tokens, self.manifest.end_of_document) if self.documents else tokens

@@ -46,16 +46,16 @@ def settle(
 
 
 def check_keys(config: RunConfig) -> None:
-    """Check that the keys of ``data`` are those of the family.
+    """Check that the model can have what ``data`` asks for.
 
     Raises:
-        ConfigError: a mixture or validation sets are asked for with images.
+        ConfigError: attention within documents is asked for with multi-token prediction.
     """
-    if isinstance(model_shape(config), TransformerShape):
-        return
-    for key in ("mix", "validation"):
-        if getattr(config.data, key) is not None:
-            raise ConfigError(
-                f"data.{key}: got one for family {config.model.family}; accepted: none (it is for "
-                "language models)"
-            )
+    shape = model_shape(config)
+    predicts = isinstance(shape, TransformerShape) and shape.mtp_layers
+    if config.data.attention is not None and predicts:
+        raise ConfigError(
+            f"data.attention: got {config.data.attention!r} with model.mtp_layers {predicts}; "
+            "accepted: null, or model.mtp_layers: 0 (multi-token prediction looks past the end of "
+            "a document)"
+        )

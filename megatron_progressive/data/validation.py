@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data import settling
 from megatron_progressive.data.corpus import open_corpus
+from megatron_progressive.data.documents import Sample, tokens_in, with_documents
 from megatron_progressive.data.identity import DataIdentity
 from megatron_progressive.data.manifest import (
     SPLITS,
@@ -32,10 +33,6 @@ from megatron_progressive.data.samples import Samples
 from megatron_progressive.data.settling import Begun
 from megatron_progressive.models import model_shape, transformer_shape
 from megatron_progressive.runtime.progress import ShowBytes
-
-if TYPE_CHECKING:
-    import torch
-
 
 HELD_OUT = "held_out"
 """The name of the held-out text of the run among its validation sets."""
@@ -180,16 +177,24 @@ def _trained_on(field: str, one: RunConfig) -> ConfigError:
 class JoinedSamples:
     """The samples of one or more splits of a prepared corpus, one split after the other."""
 
-    def __init__(self, folder: Path, split: str, sequence_length: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, sequence_length: int, documents: bool = False
+    ) -> None:
+        """Args:
+        folder: the prepared corpus.
+        split: ``all``, or the name of one.
+        documents: whether samples are given with their documents.
+        """
+        self._end = read_manifest(folder).end_of_document if documents else None
         self._sources = [Samples(folder / name, sequence_length) for name in _splits(split)]
         self._firsts = np.cumsum([0, *(len(source) for source in self._sources)])
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def batch(self, first: int, count: int) -> torch.Tensor:
-        """Samples ``first`` to ``first + count``, int64 [count, S + 1]; the first sample follows
-        the last."""
+    def batch(self, first: int, count: int) -> Sample:
+        """Samples ``first`` to ``first + count``, int64 [count, S + 1], or the same with documents;
+        the first sample follows the last."""
         import torch
 
         numbers = np.arange(first, first + count, dtype=np.int64) % len(self)
@@ -197,7 +202,8 @@ class JoinedSamples:
         rows = [
             self._sources[k].get([n - self._firsts[k]]) for k, n in zip(which, numbers, strict=True)
         ]
-        return torch.cat(rows)
+        tokens = torch.cat(rows)
+        return tokens if self._end is None else with_documents(tokens, self._end)
 
 
 def further_sets(config: RunConfig, lengths: Sequence[int] | None) -> dict[str, HeldOut]:
@@ -212,13 +218,15 @@ def further_sets(config: RunConfig, lengths: Sequence[int] | None) -> dict[str, 
     for name, one in (config.data.validation or {}).items():
         assert one.prepared is not None, "settled before"
         assert shape is not None
-        samples = JoinedSamples(Path(one.prepared), one.split, shape.sequence_length)
+        documents = config.data.attention is not None
+        folder = Path(one.prepared)
+        samples = JoinedSamples(folder, one.split, shape.sequence_length, documents)
         found[name] = HeldOut(samples.batch, len(samples), counter(samples.batch, lengths))
     return found
 
 
 def counter(
-    read: Callable[[int, int], torch.Tensor], lengths: Sequence[int] | None
+    read: Callable[[int, int], Any], lengths: Sequence[int] | None
 ) -> Callable[[int], int | None]:
     """A function that counts the bytes of text which the targets of the first samples stand for."""
 
@@ -227,7 +235,8 @@ def counter(
             return None
         table, total = np.asarray(lengths, dtype=np.int64), 0
         for first in range(0, samples, 1024):
-            targets = read(first, min(1024, samples - first))[:, 1:].numpy()
+            batch = read(first, min(1024, samples - first))
+            targets = tokens_in(batch)[:, 1:].numpy()
             total += int(table[targets].sum())
         return total
 

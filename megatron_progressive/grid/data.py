@@ -25,7 +25,7 @@ from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.runtime.progress import Say
 
-_NOT_CONTENT = ("prepared", "sequence_length")  # of the data section
+_NOT_CONTENT = ("prepared", "sequence_length", "attention")  # of the data section
 _ADDED = ("mix", "validation")  # later, so that they do not count where they have no value
 
 
