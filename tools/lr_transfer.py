@@ -79,7 +79,7 @@ def final_loss(config: RunConfig) -> float:
 
     shape, size = model_shape(config), config.train.global_batch
     engine = make_engine(config, shape, make_layout(config.parallel, dist.get_world_size()))
-    samples = data.TrainingData.open(config)
+    samples = data.open_data(config)
     try:
         initialise_all(engine.state(), tensor_table(shape), config.run.seed)
         engine.loaded()
@@ -88,7 +88,7 @@ def final_loss(config: RunConfig) -> float:
             loss = engine.train_step(batch, learning_rate(config, step)).loss
             if not math.isfinite(loss) or loss > 2 * SPECIAL:
                 return SPECIAL
-        count = min(config.train.eval_samples, samples.validation_samples)
+        count = min(data.wanted_samples(config), samples.validation_samples)
         validation = in_batches(samples.validation_batch, count, size)
         return min(SPECIAL, engine.evaluate(validation))
     finally:

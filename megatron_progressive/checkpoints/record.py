@@ -44,6 +44,7 @@ class ModelRecord:
         values = asdict(self)
         if self.imported is None:
             del values["imported"]
+        values["data"] = None if self.data is None else self.data.to_values()
         return {**values.pop("shape"), **values}
 
     @classmethod

@@ -82,6 +82,9 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     config = config_of(args)
     data.check(config)
     prepare_imports()
+    if config.data.mix or config.data.validation:
+        print(*data.settle(config)[0].all_folders, sep="\n")
+        return 0
     folder = data.prepare(config)
     print("nothing to prepare: images are read as they are" if folder is None else folder)
     return 0

@@ -21,7 +21,7 @@ _SHORT_FLOPS = 0.02
 """Relative difference of total FLOPs up to which a short control, which may have been trained for
 a round number of steps, counts as equal in compute."""
 
-_DATA = ("corpus", "tokenizer", "text_field", "validation_fraction", "max_bytes")
+_DATA = ("corpus", "mix", "tokenizer", "text_field", "validation_fraction", "max_bytes")
 """The keys on which the validation loss depends, so that runs which differ in them cannot be
 compared. Where it is recorded what both runs were trained on, that counts instead."""
 
@@ -241,7 +241,8 @@ def _missing(
         if changed_since(progressive.config, progressive.trained_on):
             # on what the progressive run was trained on, not on what its corpus is now
             assert progressive.trained_on is not None
-            command += " " + shlex.quote(f"data.prepared={progressive.trained_on.prepared}")
+            words = progressive.trained_on.prepared_words()
+            command += "".join(f" {shlex.quote(word)}" for word in words)
     layers = depth_words(wanted) if arm == NEVER else ""
     return Missing(progressive.name, arm, reason, command, layers)
 

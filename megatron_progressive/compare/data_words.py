@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.data import mix_words
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.models.description import input_words
@@ -42,7 +43,8 @@ def data_text(config: RunConfig) -> str:
     data, shape = config.data, model_shape(config)
     if not isinstance(shape, TransformerShape):
         return f"corpus {data.corpus}, {' of '.join(input_words(shape))}"
+    corpus = mix_words(config) if data.mix else f"corpus {data.corpus}"
     return (
-        f"corpus {data.corpus}, tokenizer {data.tokenizer}, vocabulary {shape.vocab_size:,}, "
+        f"{corpus}, tokenizer {data.tokenizer}, vocabulary {shape.vocab_size:,}, "
         f"sequences of {shape.sequence_length:,} tokens"
     )

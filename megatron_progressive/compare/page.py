@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_progressive.compare.data_words import counted, per_unit
 from megatron_progressive.compare.rows import header, table_cells
+from megatron_progressive.compare.validated import HEADER, Validated, validation_rows
 
 if TYPE_CHECKING:
     from megatron_progressive.compare.judged import Report
@@ -44,6 +45,7 @@ def render(report: Report, pictures: Sequence[Path]) -> str:
     parts += [
         "<h2>Runs</h2>",
         table(header(report.rows), [table_cells(row) for row in report.rows]),
+        validation_table({row.name: row.validation for row in report.rows}),
         _expansions(report),
         _tasks(report),
     ]
@@ -101,6 +103,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows
     ]
     return f'<div class="scroll"><table><tr>{top}</tr>{"".join(body)}</table></div>'
+
+
+def validation_table(found: Mapping[str, Validated]) -> str:
+    """The last validation of runs, by name, as a section; empty where there is no more to say than
+    the loss on held-out text."""
+    rows = validation_rows(found)
+    if not rows:
+        return ""
+    return (
+        "<h2>Validation</h2><p>Loss in nats per token; bits per byte do not depend on the "
+        "tokenizer: nats of all tokens over ln 2 and the bytes of text that they stand for.</p>"
+        + table(HEADER, rows)
+    )
 
 
 def _expansions(report: Report) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from megatron_progressive.compare.arms import EQUAL_FLOPS, FIXED, Comparison
 from megatron_progressive.compare.decision import Against, against
 from megatron_progressive.compare.gaps import MIXED_PERCENT, gap_percent, has_loss
-from megatron_progressive.data import differ
+from megatron_progressive.data import differ, wanted_samples
 from megatron_progressive.runs.reading import Run
 
 _DIVERGED = "diverged"
@@ -80,6 +80,6 @@ def _unfit(control: Run, run: Run) -> str:
         return _DIVERGED
     if seed != run.config.run.seed:
         return f"has seed {seed}"
-    if control.config.train.eval_samples != run.config.train.eval_samples:
+    if wanted_samples(control.config) != wanted_samples(run.config):
         return "is validated on other samples"
     return ""

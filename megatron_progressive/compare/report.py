@@ -17,6 +17,7 @@ from megatron_progressive.compare import figures, page
 from megatron_progressive.compare.arms import Comparison, arm_of, compare
 from megatron_progressive.compare.judged import Report
 from megatron_progressive.compare.rows import HEADER, make_row, table_cells
+from megatron_progressive.compare.validated import data_notes, validation_lines
 from megatron_progressive.compare.verdict import recipes, verdicts
 from megatron_progressive.compare.verdict_words import mixing_title, report_title
 from megatron_progressive.config import ConfigError
@@ -75,7 +76,11 @@ def _judge(runs: Sequence[Run]) -> tuple[Report, list[Comparison]]:
             verdicts=found,
             missing=[missing for comparison in comparisons for missing in comparison.missing],
             tasks=[row for run in runs for row in task_rows(run.name, run.folder)],
-            notes=list(dict.fromkeys([*notes, *_data_notes(comparisons), *_flops_notes(runs)])),
+            notes=list(
+                dict.fromkeys(
+                    [*notes, *data_notes(runs), *_data_notes(comparisons), *_flops_notes(runs)]
+                )
+            ),
         ),
         comparisons,
     )
@@ -159,6 +164,8 @@ def terminal_table(report: Report, console: Console | None = None) -> None:
     of the runs, notes and files."""
     console = console if console is not None else Console()
     console.print(_table(report))
+    for line in validation_lines({row.name: row.validation for row in report.rows}):
+        console.print(line, markup=False, highlight=False)
     for verdict in report.verdicts:
         console.print(f"{verdict.run}: {verdict.verdict}", markup=False, highlight=False)
     for missing in report.missing:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_progressive.compare.arms import Comparison
 from megatron_progressive.compare.gaps import gap_percent
+from megatron_progressive.compare.validated import Validated, validated
 from megatron_progressive.runs.reading import Run
 from megatron_progressive.runtime.text import flops_text, short_counts, time_text
 
@@ -42,6 +43,8 @@ class Row:
     finished: bool
     expansions: list[dict[str, Any]]
     warnings: list[str]
+    validation: Validated = field(default_factory=dict)
+    """What the last validation found on each set."""
 
 
 def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
@@ -77,6 +80,7 @@ def make_row(run: Run, arm: str, comparisons: Sequence[Comparison]) -> Row:
         finished=run.finished,
         expansions=run.expansions,
         warnings=run.warnings,
+        validation=validated(run),
     )
 
 

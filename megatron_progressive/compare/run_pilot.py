@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_progressive.compare.pilot import Pilot, measure, plan_pilot, render
 from megatron_progressive.config import ConfigError, RunConfig, to_yaml
 from megatron_progressive.config.places import check_writable
@@ -54,6 +52,7 @@ def _on_the_same(arm: RunConfig, pilot: Pilot) -> RunConfig:
         return arm
     for other, _ in pilot.files:
         begun = read_identity(other.folder / DATA_FILE)
-        if begun is not None and begun.prepared is not None and Path(begun.prepared).is_dir():
+        folders = [] if begun is None else begun.all_folders
+        if begun is not None and folders and all(folder.is_dir() for folder in folders):
             return as_settled(arm, begun)
     return arm

@@ -4,6 +4,7 @@ A value that cannot work raises :class:`ConfigError` with one line that names th
 got and what it accepts; the command line turns that into exit code 2.
 """
 
+from megatron_progressive.config.data_schema import MixPart, ValidationSet
 from megatron_progressive.config.errors import ConfigError
 from megatron_progressive.config.loading import (
     CONFIG_FILE,
@@ -42,6 +43,7 @@ __all__ = [
     "ExpansionSection",
     "KernelsSection",
     "MLASection",
+    "MixPart",
     "MoESection",
     "ModelSection",
     "OptimSection",
@@ -53,6 +55,7 @@ __all__ = [
     "RunSection",
     "ScheduleSection",
     "TrainSection",
+    "ValidationSet",
     "check_value",
     "expansion_from_words",
     "from_dict",

@@ -1,5 +1,6 @@
 """The values that the fields of a configuration accept, by the name of the field; fields of an
-expansion are named without its number."""
+expansion, or of a part of a mixture, are named without its number, and those of a validation set
+without its name."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.resnet.block": (None, "basic", "bottleneck"),
     "model.resnet.stem": (None, "cifar", "imagenet"),
     "model.rope.scaling": (None, "none", "llama3", "yarn"),
+    "data.attention": (None, "document"),
+    "data.validation.split": ("all", "validation"),
     "train.precision": ("fp32", "bf16"),
     "kernels.attention": (None, "flash", "fused", "unfused"),
     "train.trackers": ("tensorboard", "wandb"),  # of each
@@ -73,11 +76,16 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "data.num_classes": (2, _WIDTH),
     "data.validation_fraction": (0.0001, 0.5),
     "data.max_bytes": (0, 2**63 - 1),
+    "data.mix.weight": (1e-9, 1e15),
+    "data.mix.epochs_at_most": (1e-9, 1e9),
+    "data.mix.max_bytes": (0, 2**63 - 1),
+    "data.validation.max_bytes": (0, 2**63 - 1),
     "train.steps": (1, _STEPS),
     "train.stop_after": (1, _STEPS),
     "train.global_batch": (1, _COUNT),
     "train.micro_batch": (1, _COUNT),
     "train.eval_every": (1, _COUNT),
+    "train.eval_tokens": (1, 2**53),
     "train.eval_samples": (1, _COUNT),
     "train.eval_tasks_every": (0, _COUNT),
     "train.eval_tasks_limit": (1, _COUNT),
@@ -126,6 +134,12 @@ of Linux."""
 NAMES = {"run.name": {"data": "run.dir/data holds prepared corpora"}}
 """Fields that name a folder, each with the names that are taken and the reason."""
 
-PATHS = ("run.dir", "run.init_from", "data.corpus", "data.tokenizer", "data.prepared")
+TAKEN = ("held_out",)
+"""Names that a validation set cannot have: that of the text which is held out of the corpus."""
+
+PATHS = (
+    "run.dir", "run.init_from", "data.corpus", "data.tokenizer", "data.prepared",
+    "data.mix.corpus", "data.mix.prepared", "data.validation.corpus", "data.validation.prepared",
+)  # fmt: skip
 """Fields that hold a path, or may hold one: in them ``~`` and variables mean what they mean in a
 shell."""

@@ -22,8 +22,10 @@ from megatron_progressive.config.accepted import (
     LONGEST_TEXT,
     NAMES,
     PATHS,
+    TAKEN,
     WORDING,
 )
+from megatron_progressive.config.alternatives import one_way
 from megatron_progressive.config.errors import ConfigError
 from megatron_progressive.config.model_schema import MISSING
 from megatron_progressive.config.places import check_run_name, expanded
@@ -42,6 +44,8 @@ Override = str | tuple[str, Any]
 """A ``key=value`` word, or a pair of a key and its value."""
 
 _INDEX = re.compile(r"\[(\d+)\]|\.(\d+)(?=\.|\[|$)")
+_ENTRY = re.compile(r"^(data\.validation)\.[^.]*")
+_ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
 class _Kind(typing.NamedTuple):
@@ -52,6 +56,8 @@ class _Kind(typing.NamedTuple):
     is_list: bool
     optional: bool
     """Whether null is a value of the field."""
+    is_map: bool = False
+    """Whether the field holds values of the type by names that the user gives."""
 
 
 def _known_keys(cls: type, prefix: str = "") -> list[str]:
@@ -71,14 +77,15 @@ def _kinds(cls: type) -> dict[str, _Kind]:
         hint = hints[f.name]
         optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
         hint = typing.get_args(hint)[0] if optional else hint
-        is_list = typing.get_origin(hint) is list
-        kinds[f.name] = _Kind(typing.get_args(hint)[0] if is_list else hint, is_list, optional)
+        origin = typing.get_origin(hint)
+        hint = typing.get_args(hint)[-1] if origin in (list, dict) else hint
+        kinds[f.name] = _Kind(hint, origin is list, optional, origin is dict)
     return kinds
 
 
 def _unknown_key(full_key: str) -> ConfigError:
     known = _known_keys(RunConfig)
-    plain = _INDEX.sub("", full_key)
+    plain = _generic(full_key)
     if plain in known and plain == full_key:  # at a level where it has no place
         section, _, leaf = plain.rpartition(".")
         return ConfigError(f"{full_key}: unknown key; accepted: the key {leaf} in {section}")
@@ -129,6 +136,8 @@ def _section(cls: type, values: Any, name: str) -> Any:
 
 
 def _field(kind: _Kind, value: Any, name: str) -> Any:
+    if kind.is_map:
+        return _map(kind, value, name)
     if not kind.is_list:
         return _item(kind, value, name)
     if is_null(value) and kind.optional:
@@ -140,20 +149,40 @@ def _field(kind: _Kind, value: Any, name: str) -> Any:
     return [_item(item_kind, item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
+def _map(kind: _Kind, values: Any, name: str) -> dict[str, Any] | None:
+    """Sections by the names that the user gives them. A text in place of a section is its first
+    field."""
+    if is_null(values) and kind.optional:
+        return None
+    accepted = "names, each with a path or a section" + ", or null" * kind.optional
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"{name}: got {shown(values)}; accepted: {accepted}")
+    found, first = {}, fields(kind.type)[0].name
+    for key, value in values.items():
+        if not _ENTRY_NAME.fullmatch(key) or key in TAKEN:
+            raise ConfigError(
+                f"{name}: got the name {shown(key)}; accepted: names of up to 40 letters, digits, "
+                f"_ and -, but {', '.join(TAKEN)}"
+            )
+        section = {first: value} if isinstance(value, str) and not is_null(value) else value
+        found[key] = _item(kind, section, f"{name}.{key}")
+    return found
+
+
 def _item(kind: _Kind, value: Any, name: str) -> Any:
     if is_dataclass(kind.type):
         return _section(typing.cast(type, kind.type), value, name)
     key = _generic(name)
     if is_null(value) and not kind.optional and key in CHOICES:
         raise ConfigError(f"{name}: got {shown(value)}; accepted: {_choices(key)}")
-    if value == "~" and name in PATHS and not kind.optional:
+    if value == "~" and key in PATHS and not kind.optional:
         return str(value)  # no null, which this field has not, but the home folder
     return converted(name, value, kind.type, kind.optional)
 
 
 def _generic(name: str) -> str:
-    """A field's name without the numbers of lists."""
-    return _INDEX.sub("", name)
+    """A field's name without the numbers of lists and the names that the user gave."""
+    return _ENTRY.sub(r"\1", _INDEX.sub("", name))
 
 
 def _choices(key: str) -> str:
@@ -198,6 +227,10 @@ def _checked(section: Any, prefix: str, resolved: bool) -> Any:
         value, name = getattr(section, f.name), f"{prefix}{f.name}"
         if is_dataclass(value):
             changed[f.name] = _checked(value, f"{name}.", resolved)
+        elif isinstance(value, dict):
+            changed[f.name] = {
+                key: _checked(item, f"{name}.{key}.", resolved) for key, item in value.items()
+            }
         elif isinstance(value, list):
             named = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
             changed[f.name] = [
@@ -213,15 +246,16 @@ def _checked(section: Any, prefix: str, resolved: bool) -> Any:
 
 def _accepted(name: str, value: Any, resolved: bool) -> Any:
     check_value(name, value, resolved=resolved)
-    if value is None:
-        return value
+    is_path = _generic(name) in PATHS
+    if value is None or (name == "data.corpus" and not value):
+        return value  # with a mixture there is no single corpus
     if resolved:  # earlier versions left ~ in it
-        return os.path.expanduser(value) if name in PATHS else value
+        return os.path.expanduser(value) if is_path else value
     if name in NAMES:
         check_run_name(name, value)
         if why := NAMES[name].get(value):
             raise ConfigError(f"{name}: got {shown(value)}; accepted: another name ({why})")
-    if name in PATHS:
+    if is_path:
         return _HUB + expanded(name, value[3:]) if _is_hub(name, value) else expanded(name, value)
     return value
 
@@ -232,7 +266,12 @@ _HUB = "hf:"
 def _is_hub(name: str, value: str) -> bool:
     """Whether a value names a data set or tokenizer of the Hugging Face hub; a folder may stand
     behind the prefix, too."""
-    return name == "data.corpus" and value.startswith(_HUB) and value != _HUB
+    return (
+        name.startswith("data.")
+        and name.endswith("corpus")
+        and value.startswith(_HUB)
+        and value != _HUB
+    )
 
 
 def split_word(word: str) -> tuple[str, Any]:
@@ -308,6 +347,7 @@ def from_dict(
             values = with_value(values, key, value)
         except KeyError:
             raise _unknown_key(key) from None
+    values = one_way(values)
     family = values.get("model", {}).get("family") if _has_section(values, "model") else None
     defaults = FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}
     for section, below in defaults.items():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_progressive.config.accepted import PATHS
@@ -138,11 +139,22 @@ def check_paths(config: RunConfig) -> None:
         ConfigError: one of them cannot; the error names its field.
     """
     check_readable("run.dir", config.folder)
-    for field in PATHS:
-        section, key = field.split(".")
-        value = getattr(getattr(config, section), key)
-        if value is not None:
+    for field, value in _paths_of(config):
+        if value:
             check_readable(field, Path(value.removeprefix("hf:")))
+
+
+def _paths_of(config: RunConfig) -> Iterator[tuple[str, str | None]]:
+    for field in PATHS:
+        section, *_, key = field.split(".")
+        if field.startswith("data.mix."):
+            for number, part in enumerate(config.data.mix or ()):
+                yield f"data.mix[{number}].{key}", getattr(part, key)
+        elif field.startswith("data.validation."):
+            for name, one in (config.data.validation or {}).items():
+                yield f"data.validation.{name}.{key}", getattr(one, key)
+        else:
+            yield field, getattr(getattr(config, section), key)
 
 
 def check_writable(field: str, folder: Path, added: int = 0) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron_progressive.config.data_schema import MixPart, ValidationSet
 from megatron_progressive.config.model_schema import (
     MISSING,
     ModelSection,
@@ -44,7 +45,7 @@ class DataSection:
     more than 200 MB), a file or folder (plain text, JSON lines or arrays, CSV, TSV, Parquet or
     Arrow, also compressed as .gz, .xz, .bz2 or .zst), or ``hf:NAME``. For ``resnet``: ``shapes``
     (pictures of ten classes, drawn as they are read; the default), or a folder with
-    ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...)."""
+    ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...). Empty with ``data.mix``."""
     tokenizer: str = "bpe"
     """The tokenizer: ``bpe`` (byte-level, trained on the corpus; with ``run.init_from`` the one
     that the checkpoint keeps), a folder or file, or a name on the Hugging Face hub."""
@@ -65,6 +66,15 @@ class DataSection:
     """Number of bytes of text to read from the corpus; 0 reads all of it."""
     prepared: Optional[str] = None
     """Folder of a corpus that ``mprog data prepare`` made (default: a folder under ``run.dir``)."""
+    mix: Optional[list[MixPart]] = None
+    """Several corpora in place of ``data.corpus``, with weights. One tokenizer serves all parts:
+    ``bpe`` is trained on equal amounts of the training text of each, whatever the weights."""
+    validation: Optional[dict[str, ValidationSet]] = None
+    """Further validation sets by name. Each has its loss and its bits per byte in ``metrics.jsonl``
+    and in reports."""
+    attention: Optional[str] = None
+    """``document``: tokens attend to their own document alone, whose positions begin at 0 (default:
+    to all tokens before them in the sample)."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,15 @@ class TrainSection:
     precision: str = "fp32"
     """Number format: ``fp32``, or ``bf16`` with fp32 master weights and fp32 gradient sums."""
     eval_every: int = 100
-    """Number of steps between validations; the last step is always validated."""
-    eval_samples: int = 128
-    """Number of samples that a validation reads: the first ones of the validation split, whatever
-    the batch and the layout. A split that has fewer is read once, and a warning says so."""
+    """Number of steps between validations; the start, the step after which the model grows and the
+    last one are always validated."""
+    eval_tokens: Optional[int] = None
+    """Number of tokens (or images) of each validation set that a validation reads, in whole
+    samples: the first ones, whatever the batch and the layout. A set that has fewer is read once,
+    and a warning says so."""
+    eval_samples: Optional[int] = 128
+    """The same in samples, as older configurations have it: null where ``eval_tokens`` is
+    given."""
     eval_tasks: list[str] = field(default_factory=list)
     """Downstream tasks on which saved checkpoints are evaluated, by lm-evaluation-harness (the
     extra ``eval``) in a process of its own beside the run: names of tasks, groups or tags, or YAML

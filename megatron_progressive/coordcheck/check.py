@@ -180,9 +180,12 @@ def tokens_of(config: RunConfig) -> tuple[Read, str]:
     Raises:
         ConfigError: ``data.prepared`` names a folder that is no corpus, or one that does not fit.
     """
-    folder = data.prepared_folder(config)
-    if config.data.prepared is not None or folder.exists():
-        return data.TrainingData.open(config).train_batch, f"the corpus in {folder}"
+    if config.data.mix:
+        if None not in data.known_tokens(config):
+            return data.open_data(config).train_batch, "the mixture"
+    elif config.data.prepared is not None or data.prepared_folder(config).exists():
+        folder = data.prepared_folder(config)
+        return data.open_data(config).train_batch, f"the corpus in {folder}"
     import torch
 
     shape = transformer_shape(config)

@@ -9,25 +9,52 @@ from typing import Any, Protocol
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import images
 from megatron_progressive.data import prepare as text
-from megatron_progressive.data.identity import DATA_FILE, DataIdentity, differ, read_identity
+from megatron_progressive.data.identity import (
+    DATA_FILE,
+    DataIdentity,
+    differ,
+    mix_words,
+    read_identity,
+)
 from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
+from megatron_progressive.data.mix import MixedData, check_mix, prepare_mix
+from megatron_progressive.data.parts import (
+    MANY_EPOCHS,
+    PartDraws,
+    known_tokens,
+    mix_warnings,
+    part_draws,
+    tokens_of,
+)
 from megatron_progressive.data.samples import TrainingData
+from megatron_progressive.data.settle import check_keys, settle
 from megatron_progressive.data.settling import (
     Begun,
     as_settled,
     changed_since,
-    settle,
     wait_until_seen,
+)
+from megatron_progressive.data.token_bytes import bytes_of_tokens
+from megatron_progressive.data.validation import (
+    HELD_OUT,
+    HeldOut,
+    bits_per_byte,
+    check_sets,
+    counter,
+    further_sets,
+    wanted_samples,
 )
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.progress import ShowBytes
 
 __all__ = [
-    "DATA_FILE", "Begun", "Data", "DataIdentity", "TrainingData", "as_settled", "changed_since",
-    "check", "differ", "open_data", "prepare", "prepared_folder", "read_identity", "settle",
-    "wait_until_seen",
+    "DATA_FILE", "HELD_OUT", "MANY_EPOCHS", "Begun", "Data", "DataIdentity", "HeldOut",
+    "MixedData", "PartDraws", "TrainingData", "as_settled", "bits_per_byte", "changed_since",
+    "check", "check_keys", "differ", "known_tokens", "mix_warnings", "mix_words", "open_data",
+    "part_draws", "prepare", "prepared_folder", "read_identity", "settle", "tokens_of",
+    "validation_sets", "wait_until_seen", "wanted_samples",
 ]  # fmt: skip
 
 
@@ -50,15 +77,20 @@ def check(config: RunConfig) -> None:
     """Check that the run's data is there and fits its model, without writing anything.
 
     Raises:
-        ConfigError: it is not there or does not fit (see :func:`.prepare.check` and
-            :func:`.images.check`).
+        ConfigError: it is not there or does not fit (see :func:`.prepare.check`,
+            :func:`.mix.check_mix`, :func:`.validation.check_sets` and :func:`.images.check`).
     """
-    (text if _is_text(config) else images).check(config)
+    check_keys(config)
+    check_sets(config)
+    if config.data.mix:
+        check_mix(config)
+    else:
+        (text if _is_text(config) else images).check(config)
 
 
 def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path | None:
     """Prepare the run's corpus where that has not been done; returns its folder, or None for
-    images, which are read as they are.
+    images, which are read as they are. Of a mixture it is the folder of the first part.
 
     Args:
         config: the configuration of the run.
@@ -67,6 +99,8 @@ def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path | None
     Raises:
         ConfigError: see :func:`.prepare.prepare`.
     """
+    if config.data.mix:
+        return prepare_mix(config, progress)[0]
     return text.prepare(config, progress) if _is_text(config) else None
 
 
@@ -76,4 +110,20 @@ def open_data(config: RunConfig) -> Data:
     Raises:
         ConfigError: the data is not there, or does not fit the model.
     """
-    return TrainingData.open(config) if _is_text(config) else ImageData(config)
+    if not _is_text(config):
+        return ImageData(config)
+    return MixedData.open(config) if config.data.mix else TrainingData.open(config)
+
+
+def validation_sets(config: RunConfig, data: Data) -> dict[str, HeldOut]:
+    """The validation sets of a run whose data is settled (:func:`as_settled`): the held-out part of
+    ``data`` under the name :data:`HELD_OUT`, and the further ones under theirs."""
+    lengths = None
+    if _is_text(config):
+        mix = config.data.mix
+        folder = Path((mix[0].prepared if mix else config.data.prepared) or "")
+        lengths = bytes_of_tokens(folder)
+    main = HeldOut(
+        data.validation_batch, data.validation_samples, counter(data.validation_batch, lengths)
+    )
+    return {HELD_OUT: main, **further_sets(config, lengths)}

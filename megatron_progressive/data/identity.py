@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data import image_folder, shapes
 from megatron_progressive.data.manifest import SPLITS, TOKENIZER, prepared_error, read_manifest
+from megatron_progressive.data.mixture import whole_weights
 
 DATA_FILE = "data.json"
 """The file in a run folder with the :class:`DataIdentity` of what the run is trained on."""
@@ -39,11 +41,51 @@ class DataIdentity:
     tokenizer: str | None = None
     """SHA-256 of the tokenizer; None for images."""
     prepared: str | None = None
-    """Absolute path of the prepared corpus that the data was read from; None for images."""
+    """Absolute path of the prepared corpus that the data was read from; None for images, and for a
+    mixture, whose parts have theirs."""
+    tokens: int | None = None
+    """The number of tokens in the training split; None for images, for a mixture, and where an
+    earlier version recorded it."""
+    parts: tuple[DataIdentity, ...] = ()
+    """The parts of a mixture, in the order of ``data.mix``."""
+    further: tuple[tuple[str, DataIdentity], ...] = ()
+    """The further validation sets, with their names. They are no part of :attr:`fingerprint`, since
+    nothing is trained on them."""
+
+    @property
+    def validation(self) -> dict[str, DataIdentity]:
+        """The further validation sets, by name."""
+        return dict(self.further)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The prepared corpora of the training data: none for images, several for a mixture."""
+        if self.parts:
+            return [folder for part in self.parts for folder in part.folders]
+        return [] if self.prepared is None else [Path(self.prepared)]
+
+    @property
+    def all_folders(self) -> list[Path]:
+        """The prepared corpora of the training data and of the further validation sets."""
+        return [*self.folders, *(f for _, one in self.further for f in one.folders)]
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder of the tokenizer, beside the tokens; None for images."""
+        return self.folders[0] / TOKENIZER if self.folders else None
+
+    def prepared_words(self) -> list[str]:
+        """The ``key=value`` words that name this training data in a configuration."""
+        if self.parts:
+            return [f"data.mix.{n}.prepared={p.prepared}" for n, p in enumerate(self.parts)]
+        return [f"data.prepared={self.prepared}"]
 
     def to_values(self) -> dict[str, Any]:
-        """The identity as JSON has it."""
-        return asdict(self)
+        """The identity as JSON has it, without what is not there."""
+        values = asdict(self)
+        values["parts"] = [part.to_values() for part in self.parts]
+        values["further"] = {name: one.to_values() for name, one in self.further}
+        return {k: v for k, v in values.items() if v or k not in ("tokens", "parts", "further")}
 
     @classmethod
     def from_values(cls, values: Any) -> DataIdentity | None:
@@ -54,7 +96,18 @@ class DataIdentity:
         own = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         if not all(isinstance(own.get(key), str) for key in ("fingerprint", "corpus")):
             return None
-        return cls(**own)
+        inner, sets = own.pop("parts", []), own.pop("further", {})
+        if not isinstance(inner, list) or not isinstance(sets, dict):
+            return None
+        parts = [cls.from_values(part) for part in inner]
+        sets = {name: cls.from_values(one) for name, one in sets.items()}
+        if None in parts or None in sets.values():
+            return None
+        return cls(
+            **own,
+            parts=tuple(part for part in parts if part is not None),
+            further=tuple((name, one) for name, one in sets.items() if one is not None),
+        )
 
 
 def differ(one: DataIdentity | None, other: DataIdentity | None) -> bool:
@@ -94,7 +147,34 @@ def prepared_identity(folder: Path) -> DataIdentity:
         tokenizer=tokenizer,
         # links stay: where they lead to may have another name on another host
         prepared=os.path.abspath(folder),
+        tokens=manifest.splits[SPLITS[0]].tokens,
     )
+
+
+def mixed_identity(config: RunConfig, parts: Sequence[DataIdentity]) -> DataIdentity:
+    """The identity of a mixture of parts, which have one tokenizer: what its parts are, and with
+    which weights and limits they are drawn."""
+    mix = config.data.mix or []
+    weights = whole_weights([part.weight for part in mix])
+    drawn = zip(parts, weights, mix, strict=True)
+    content = [[one.fingerprint, weight, part.epochs_at_most] for one, weight, part in drawn]
+    return DataIdentity(
+        fingerprint=_digest({"mix": content})[:40],
+        corpus=mix_words(config),
+        tokenizer=parts[0].tokenizer,
+        parts=tuple(parts),
+    )
+
+
+def mix_words(config: RunConfig) -> str:
+    """A mixture in words, as ``mix of a.jsonl (70 %) and b.jsonl (30 %)``."""
+    mix = config.data.mix or []
+    weights = whole_weights([part.weight for part in mix])
+    each = [
+        f"{part.corpus} ({100 * weight / sum(weights):.3g} %)"
+        for part, weight in zip(mix, weights, strict=True)
+    ]
+    return "mix of " + " and ".join(each)
 
 
 def image_identity(config: RunConfig, num_classes: int) -> DataIdentity:

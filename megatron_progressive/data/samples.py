@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.data.documents import Sample, with_documents
 from megatron_progressive.data.manifest import (
     Manifest,
     check_fit,
@@ -82,10 +83,12 @@ class Samples:
 
 
 @overload
-def order(seed: int, numbers: int, size: int) -> int: ...
+def order(seed: int, numbers: int, size: int, part: int = 0) -> int: ...
 @overload
-def order(seed: int, numbers: NDArray[np.int64], size: int) -> NDArray[np.int64]: ...
-def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArray[np.int64]:
+def order(seed: int, numbers: NDArray[np.int64], size: int, part: int = 0) -> NDArray[np.int64]: ...
+def order(
+    seed: int, numbers: int | NDArray[np.int64], size: int, part: int = 0
+) -> int | NDArray[np.int64]:
     """The number of the sample that each draw of training takes.
 
     Draw ``n`` is in epoch ``n // size``; every epoch is a permutation of ``range(size)`` keyed by
@@ -97,6 +100,7 @@ def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArr
         seed: the run's ``run.seed``.
         numbers: the numbers of draws, from 0, as one number or an array of any shape.
         size: the number of samples in the split.
+        part: the place of the corpus in a mixture, each part of which has an order of its own.
 
     Returns:
         Sample numbers in ``range(size)``, of the shape of ``numbers``.
@@ -111,12 +115,13 @@ def order(seed: int, numbers: int | NDArray[np.int64], size: int) -> int | NDArr
     result = np.empty_like(places)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
-        result[mine] = _permuted(places[mine], size, _round_keys(seed, int(epoch)))
+        result[mine] = _permuted(places[mine], size, _round_keys(seed, int(epoch), part))
     return int(result) if isinstance(numbers, int) else result
 
 
-def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
+def _round_keys(seed: int, epoch: int, part: int) -> list[np.uint64]:
     message = b"order of samples" + struct.pack("<QQ", seed, epoch)
+    message += struct.pack("<Q", part) if part else b""
     digest = hashlib.shake_128(message).digest(8 * _ROUNDS)
     return [np.uint64(key) for key in struct.unpack(f"<{_ROUNDS}Q", digest)]
 
@@ -162,6 +167,8 @@ class TrainingData:
     validation: Samples
     manifest: Manifest
     seed: int
+    documents: bool = False
+    """Whether samples are given with their documents (:mod:`.documents`)."""
 
     @classmethod
     def open(cls, config: RunConfig) -> TrainingData:
@@ -175,21 +182,25 @@ class TrainingData:
         check_fit(config, manifest)
         length = transformer_shape(config).sequence_length
         train, validation = (Samples(folder / s, length) for s in ("train", "validation"))
-        return cls(train, validation, manifest, config.run.seed)
+        documents = config.data.attention is not None
+        return cls(train, validation, manifest, config.run.seed, documents)
 
     @property
     def validation_samples(self) -> int:
         """The number of samples in the validation split."""
         return len(self.validation)
 
-    def train_batch(self, first_sample: int, count: int) -> torch.Tensor:
-        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S +
-        1]."""
+    def train_batch(self, first_sample: int, count: int) -> Sample:
+        """Draws ``first_sample`` to ``first_sample + count`` of training, as int64 [count, S + 1],
+        or the same with documents."""
         draws = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        return self.train.get(order(self.seed, draws, len(self.train)))
+        return self._known(self.train.get(order(self.seed, draws, len(self.train))))
 
-    def validation_batch(self, first: int, count: int) -> torch.Tensor:
+    def validation_batch(self, first: int, count: int) -> Sample:
         """Samples ``first`` to ``first + count`` of validation in plain order, as int64 [count, S +
-        1]; the first sample follows the last."""
+        1], or the same with documents; the first sample follows the last."""
         numbers = np.arange(first, first + count, dtype=np.int64)
-        return self.validation.get(numbers % len(self.validation))
+        return self._known(self.validation.get(numbers % len(self.validation)))
+
+    def _known(self, tokens: torch.Tensor) -> Sample:
+        return with_documents(tokens, self.manifest.end_of_document) if self.documents else tokens

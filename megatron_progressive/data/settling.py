@@ -28,6 +28,7 @@ from megatron_progressive.data.manifest import (
     fingerprint,
     read_manifest,
 )
+from megatron_progressive.data.parts import part_configs
 from megatron_progressive.data.prepare import check, prepare
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
@@ -52,11 +53,11 @@ class Begun:
     """When it was last trained, in seconds since the epoch, where ``data`` is None."""
 
 
-def settle(
+def settle_corpus(
     config: RunConfig, begun: Begun | None = None, progress: ShowBytes | None = None
 ) -> tuple[DataIdentity, list[str]]:
-    """The data that a run is trained on, prepared and whole, and what the user should be told about
-    it.
+    """The data that a run on a single corpus, or on images, is trained on, prepared and whole, and
+    what the user should be told about it.
 
     Args:
         config: the configuration of the run.
@@ -80,7 +81,7 @@ def settle(
     assert isinstance(shape, TransformerShape)
     known = None if begun is None else begun.data
     if begun is not None and known is not None and config.data.prepared is None:
-        kept = _kept(config, known)
+        kept = kept_folder(config, known)
         if kept is not None:
             manifest = read_manifest(kept)
             check_fit(config, manifest)
@@ -109,15 +110,25 @@ def settle(
     if begun is None:
         return found, []
     if differ(known, found):
-        raise _other_data(config, begun, found)
+        raise other_data(config, begun, found)
     return found, [] if known is not None else _unrecorded(config, begun, found)
 
 
 def as_settled(config: RunConfig, found: DataIdentity) -> RunConfig:
-    """The configuration that reads what :func:`settle` found."""
-    if found.prepared is None:
-        return config
-    return replace(config, data=replace(config.data, prepared=found.prepared))
+    """The configuration that reads what :func:`.settle` found."""
+    data = config.data
+    if found.prepared is not None:
+        data = replace(data, prepared=found.prepared)
+    if data.mix and found.parts:
+        pairs = zip(data.mix, found.parts, strict=True)
+        data = replace(data, mix=[replace(part, prepared=one.prepared) for part, one in pairs])
+    if data.validation and found.validation:
+        sets = {
+            name: replace(one, prepared=found.validation[name].prepared)
+            for name, one in data.validation.items()
+        }
+        data = replace(data, validation=sets)
+    return replace(config, data=data)
 
 
 def wait_until_seen(found: DataIdentity) -> None:
@@ -126,14 +137,16 @@ def wait_until_seen(found: DataIdentity) -> None:
     Raises:
         ConfigError: this host does not see it even after :data:`SHARED_SECONDS`.
     """
-    if found.prepared is None:
-        return
-    manifest = Path(found.prepared) / MANIFEST
     deadline = time.monotonic() + SHARED_SECONDS
+    for folder in found.all_folders:
+        _wait_until_seen(folder / MANIFEST, deadline)
+
+
+def _wait_until_seen(manifest: Path, deadline: float) -> None:
     while not manifest.is_file():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"run.dir: {found.prepared}, which rank 0 has prepared, cannot be seen here; "
+                f"run.dir: {manifest.parent}, which rank 0 has prepared, cannot be seen here; "
                 "accepted: a folder that all hosts of the job share"
             )
         for folder in manifest.parents[1:]:  # network file systems look again when one is listed
@@ -148,7 +161,11 @@ def changed_since(config: RunConfig, known: DataIdentity | None) -> bool:
     Their content is not looked at, so that this is quick."""
     if known is None or config.data.prepared is not None:
         return False
-    kept, now = _kept(config, known), _listing(config)
+    if config.data.mix and len(known.parts) == len(config.data.mix):
+        tokenizer = None if (folder := known.tokenizer_folder) is None else str(folder)
+        parts = zip(part_configs(config, tokenizer), known.parts, strict=True)
+        return any(changed_since(one, part) for one, part in parts)
+    kept, now = kept_folder(config, known), _listing(config)
     return kept is not None and now is not None and read_manifest(kept).fingerprint != now
 
 
@@ -161,7 +178,7 @@ def _listing(config: RunConfig) -> str | None:
         return None
 
 
-def _kept(config: RunConfig, known: DataIdentity) -> Path | None:
+def kept_folder(config: RunConfig, known: DataIdentity) -> Path | None:
     """The folder that has the data ``known``: where it was, or, for runs that were moved, beside
     them."""
     if known.prepared is None:
@@ -179,9 +196,10 @@ def _has(folder: Path, known: DataIdentity) -> bool:
         return False
 
 
-def _other_data(config: RunConfig, begun: Begun, found: DataIdentity) -> ConfigError:
+def other_data(config: RunConfig, begun: Begun, found: DataIdentity) -> ConfigError:
+    """The error that says that a run cannot go on with ``found``."""
     assert begun.data is not None
-    kept = _kept(config, begun.data)
+    kept = kept_folder(config, begun.data)
     before = f"data.prepared={kept or begun.data.prepared}"
     if kept is None:
         before += " (which is gone or changed) as it was"

@@ -183,14 +183,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> DocumentTokenizer:
     return DocumentTokenizer("bpe", backend, end_of_document)
 
 
-def training_sample(corpus: Corpus, fraction: float) -> list[str]:
-    """Documents of the training split to train a tokenizer on, :data:`SAMPLE_BYTES` at most.
+def training_sample(corpus: Corpus, fraction: float, most: int = SAMPLE_BYTES) -> list[str]:
+    """Documents of the training split to train a tokenizer on, ``most`` bytes at most.
 
-    In a local corpus they are spread over at most its first 32 x :data:`SAMPLE_BYTES`, so that a
-    sample does not cost a reading of terabytes. In a corpus of the hub they are the first ones.
+    In a local corpus they are spread over at most its first 32 x ``most``, so that a sample does
+    not cost a reading of terabytes. In a corpus of the hub they are the first ones.
     """
     size = corpus.size()
-    keep = 1.0 if size is None else min(1.0, max(SAMPLE_BYTES / max(size, 1), 1 / 32))
+    keep = 1.0 if size is None else min(1.0, max(most / max(size, 1), 1 / 32))
     chosen: list[str] = []
     total, due = 0, 0.0
     for text, held_out in split_documents(corpus.documents(), fraction):
@@ -200,11 +200,11 @@ def training_sample(corpus: Corpus, fraction: float) -> list[str]:
         if due < 1:
             continue
         due -= 1
-        left = SAMPLE_BYTES - total
+        left = most - total
         encoded = text.encode()[:left]
         chosen.append(encoded.decode(errors="ignore"))
         total += len(encoded)
-        if total >= SAMPLE_BYTES:
+        if total >= most:
             break
     return chosen
 

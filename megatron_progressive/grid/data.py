@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_progressive import data
 from megatron_progressive.checkpoints.init_from import with_initial_tokenizer
@@ -24,17 +25,28 @@ from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.runtime.progress import Say
 
-_NOT_CONTENT = ("prepared", "sequence_length")  # of the data section
+_NOT_CONTENT = ("prepared", "sequence_length", "attention")  # of the data section
+_ADDED = ("mix", "validation")  # later, so that they do not count where they have no value
 
 
 def data_key(config: RunConfig) -> str:
     """Twelve hexadecimal digits of everything that asks for a corpus: equal for configurations that
     one prepared corpus serves."""
-    asked = {k: v for k, v in asdict(config.data).items() if k not in _NOT_CONTENT}
+    asked = _asked(asdict(config.data))
     shape = model_shape(config)
     if isinstance(shape, TransformerShape):
         asked["vocab_size"] = shape.vocab_size if config.data.tokenizer == "bpe" else None
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _asked(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {
+            key: _asked(value)
+            for key, value in values.items()
+            if key not in _NOT_CONTENT and (value is not None or key not in _ADDED)
+        }
+    return [_asked(value) for value in values] if isinstance(values, list) else values
 
 
 class StudyData:
@@ -67,7 +79,7 @@ class StudyData:
             before = Begun(what, "a new study.name", known, at)
         asked = with_initial_tokenizer(config)  # as a cell's own start would
         found, notes = data.settle(asked, before)
-        if known is not None and found.prepared != known.prepared:  # the same, elsewhere
+        if known is not None and found.all_folders != known.all_folders:  # the same, elsewhere
             write_json(self._file(config), found.to_values())
         elif known is None:
             mine, found = found, self._record(config, found)

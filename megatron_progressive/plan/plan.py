@@ -6,7 +6,7 @@ a second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.cost import flops
@@ -15,6 +15,7 @@ from megatron_progressive.cost.cluster import Cluster
 from megatron_progressive.cost.headroom import headroom_percent
 from megatron_progressive.cost.memory import RankMemory, largest_rank
 from megatron_progressive.cost.step_time import StepTime, step_time
+from megatron_progressive.data import PartDraws, known_tokens, mix_warnings, part_draws
 from megatron_progressive.models import (
     active_parameter_count,
     model_shape,
@@ -126,6 +127,8 @@ class Plan:
     way."""
     on: ClusterPlan | None = None
     """What a cluster adds; None without one."""
+    draws: list[PartDraws] = field(default_factory=list)
+    """What the run draws of each part of its mixture."""
 
     @property
     def cores(self) -> int:
@@ -208,6 +211,11 @@ def make_plan(
             )
         )
         optimizer += phase.steps * flops.optimizer_flops(shape, config.optim)
+    draws: list[PartDraws] = []
+    if config.data.mix:
+        tokens = known_tokens(config)
+        draws = part_draws(config, tokens, config.last_step * config.train.global_batch)
+        warnings += mix_warnings(config, tokens)
     on = _on_cluster(config, planned, cluster, found, words) if cluster is not None else None
     total = sum(p.phase.flops for p in planned)
     made = controls.all_controls(config) if config.expansion else []
@@ -229,6 +237,7 @@ def make_plan(
         warnings=warnings,
         link_gb_per_s=link_gb_per_s,
         on=on,
+        draws=draws,
     )
 
 

@@ -81,6 +81,9 @@ def _head(plan: Plan) -> list[str]:
         f"{tokens:,} = {plan.config.last_step:,} steps x {train.global_batch} "
         f"{'samples' if each else shape.unit}{each}; {_digits(per_param)} {a_parameter}",
     )
+    for part in plan.draws:
+        unknown = " (epochs are known once it is prepared)" if part.epochs is None else ""
+        lines += _line("mixture" if part is plan.draws[0] else "", part.words() + unknown)
     for expansion in plan.expansions:
         mixing = short_counts([expansion.stable_steps * plan.step_tokens])[0]
         follow = f"; {expansion.stable_steps:,} stable steps ({mixing} {shape.unit}) follow"

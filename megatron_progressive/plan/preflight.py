@@ -10,6 +10,7 @@ import itertools
 import math
 
 from megatron_progressive.config import ConfigError, ExpansionSection, ParallelSection, RunConfig
+from megatron_progressive.data import check_keys
 from megatron_progressive.engines.megatron.kernel_checks import check_possible
 from megatron_progressive.expansion.depth_map import check_growth
 from megatron_progressive.expansion.placing import survivors
@@ -37,6 +38,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     if world < 1:
         raise ConfigError(f"--nproc: got {world}; accepted: from 1")
     check_schedule(config)
+    check_keys(config)
     _check_expansions(config)
     _check_rewarm(config)
     _check_stop(config)

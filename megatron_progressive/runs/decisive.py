@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +12,10 @@ from megatron_progressive.models import model_shape
 
 # How a run is laid out and watched: never what is computed, but for rounding.
 _FREE = {"run.dir", "run.extend", "train.stop_after", "train.save_every", "train.keep_checkpoints",
-         "train.log_every", "train.trackers", "data.prepared", "optim.ns_kernel_from",
+         "train.log_every", "train.trackers", "optim.ns_kernel_from",
          "train.eval_tasks", "train.eval_tasks_every", "train.eval_tasks_limit",
          "train.eval_tasks_device"}  # fmt: skip
+_PLACE = re.compile(r"data\.(.+\.)?prepared")  # also of a part of a mixture, or a validation set
 _MICRO_BATCH = "train.micro_batch"
 
 
@@ -35,6 +37,8 @@ def _decisive(values: Any, free: set[str], prefix: str = "") -> Iterator[tuple[s
     for key, value in items:
         name = f"{prefix}.{key}" if prefix else str(key)
         if name in ("parallel", "kernels") or name.endswith(".parallel") or name in free:
+            continue
+        if _PLACE.fullmatch(name):
             continue
         if isinstance(value, dict) or (isinstance(value, list) and value):
             yield from _decisive(value, free, name)

@@ -98,8 +98,8 @@ def is_finished(summary: dict[str, Any] | None, last_step: int) -> bool:
     return isinstance(steps, int) and steps >= last_step
 
 
-def validation_at(events: list[dict[str, Any]], step: int) -> float | None:
-    """The loss of the validation after ``step``; None where there was none, or where it is not
-    finite."""
-    found = [e.get("loss") for e in events if e["event"] == "eval" and e["step"] == step]
-    return finite(found[-1]) if found else None
+def validation_at(events: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """The validation after ``step``, as its event has it; None where there was none, or where its
+    loss is not finite."""
+    found = [e for e in events if e["event"] == "eval" and e["step"] == step]
+    return found[-1] if found and finite(found[-1].get("loss")) is not None else None

@@ -128,8 +128,8 @@ class Recorder:
         """What the user should be told about an extension."""
         self.warnings: list[str] = []
         """What was wrong with the files of the folder."""
-        self.validation: float | None = None
-        """The validation loss of the step after which the run goes on, where that step has been
+        self.validation: dict[str, Any] | None = None
+        """The validation of the step after which the run goes on, where that step has been
         validated."""
         self._file: TextIO | None = None
         if not writes:

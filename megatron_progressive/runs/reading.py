@@ -27,7 +27,7 @@ from megatron_progressive.runs.files import (
 
 _FIELDS = {
     "train": ("step", "flops", "loss", "lr"),
-    "eval": ("step", "tokens", "flops", "loss"),
+    "eval": ("step", "tokens", "flops", "loss", "bits_per_byte"),
 }
 
 
@@ -54,7 +54,10 @@ class Run:
     """Every step, with ``step``, cumulative ``flops``, ``loss`` (nats per token or image) and
     ``lr``."""
     evals: Curve
-    """The validations, with ``step``, ``tokens``, ``flops`` and ``loss``."""
+    """The validations on held-out text, with ``step``, ``tokens``, ``flops``, ``loss`` and
+    ``bits_per_byte`` (NaN where that is not known)."""
+    sets: dict[str, Curve] = field(default_factory=dict)
+    """Those on each further validation set, by its name."""
     expansions: list[dict[str, Any]] = field(default_factory=list)
     """The ``expansion`` events."""
     warnings: list[str] = field(default_factory=list)
@@ -164,6 +167,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         train=_curve(events, "train"),
         evals=evals,
+        sets=_sets(metrics.events),
         expansions=[e for e in events if e["event"] == "expansion"],
         warnings=[*said, *filter(None, (metrics.describe_damage(), problem))],
         summary=summary,
@@ -194,6 +198,20 @@ def _curve(events: list[dict[str, Any]], kind: str) -> Curve:
     table = np.array([rows[step] for step in sorted(rows)], dtype=np.float64)
     table = table.reshape(-1, len(names))
     return Curve({name: table[:, i] for i, name in enumerate(names)})
+
+
+def _sets(events: list[dict[str, Any]]) -> dict[str, Curve]:
+    evals = [e for e in events if e["event"] == "eval" and isinstance(e.get("sets"), dict)]
+    names = dict.fromkeys(name for event in evals for name in event["sets"])
+    return {
+        name: _curve([{**e, **_numbers(e["sets"].get(name))} for e in evals], "eval")
+        for name in names
+    }
+
+
+def _numbers(found: Any) -> dict[str, Any]:
+    own = found if isinstance(found, dict) else {}
+    return {key: own.get(key) for key in ("loss", "bits_per_byte")}
 
 
 def _warning(event: dict[str, Any]) -> str:

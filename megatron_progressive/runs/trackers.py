@@ -112,9 +112,14 @@ class Trackers:
         """Pass on the numbers of an event; anything else in it is left out."""
         if kind not in EVENTS:
             return
+        further = {
+            f"{name}/{number}": value
+            for name, one in values.get("sets", {}).items()
+            for number, value in one.items()
+        }
         numbers = {
             f"{kind}/{name}": float(value)
-            for name, value in values.items()
+            for name, value in {**values, **further}.items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
         for tracker in self._trackers:

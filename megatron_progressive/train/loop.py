@@ -5,18 +5,25 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_progressive.checkpoints import checkpoint, resuming
 from megatron_progressive.checkpoints.checkpoint import TrainingPosition
 from megatron_progressive.checkpoints.record import DepthHistory, record_of_run
-from megatron_progressive.checkpoints.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_progressive.config import RunConfig
 from megatron_progressive.cost.flops import step_flops
-from megatron_progressive.data import DATA_FILE, DataIdentity, as_settled, open_data
+from megatron_progressive.data import (
+    DATA_FILE,
+    DataIdentity,
+    as_settled,
+    mix_warnings,
+    open_data,
+    tokens_of,
+)
 from megatron_progressive.engines import make_engine
-from megatron_progressive.engines.base import Engine, GlobalBatch, in_batches
+from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.engines.megatron.kernels import kernels_line
 from megatron_progressive.evaluation.background import Evaluations
 from megatron_progressive.expansion.depth_map import new_tensors
@@ -34,6 +41,7 @@ from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
+from megatron_progressive.train.validation import Validation, as_event, as_summary
 
 DONE, STOPPED = 0, 75
 """The exit codes of a run: it has finished, or it was stopped by a signal after saving."""
@@ -64,12 +72,14 @@ class _Run:
         depths = [model_shape(config).num_layers, *(e.to_layers for e in config.expansion)]
         self.costs = [step_flops(model_shape(config, depth), config) for depth in depths]
         self.position = resumed or TrainingPosition(0, 0, depths[0], 0, 0.0, 0.0, 0.0)
-        self.data = open_data(as_settled(config, trained_on))
-        there, wanted = self.data.validation_samples, config.train.eval_samples
-        self.eval_samples = wanted if there is None else min(wanted, there)
+        settled = as_settled(config, trained_on)
+        self.data = open_data(settled)
+        self.validation = Validation(settled, self.data)
         self.started = time.perf_counter() - self.position.wall_s
         self.train_wall = self.position.train_wall_s
-        self.eval_loss, self.evaluated = float("nan"), 0  # after that step
+        self.found: dict[str, Any] = {}
+        """The last validation, as its event has it."""
+        self.evaluated: int | None = None  # after that step
         self.history: DepthHistory = ((0, depths[0]),)
         with all_succeed("start"):  # nothing of the folder changes before all ranks have loaded
             self.engine = self._first_engine()
@@ -93,21 +103,14 @@ class _Run:
         for note in self.recorder.notes:
             self.monitor.note(note)
         if not self.resumed:
-            warnings = [*warnings, *self._short_of_samples()]
+            warnings = [*warnings, *self.validation.warnings()]
+            if config.data.mix:
+                warnings += mix_warnings(config, tokens_of(trained_on))
         for warning in [*warnings, *self.recorder.warnings]:
             self.warn(self.position.step, warning)
         evaluations.say = self.warn
         evaluations.record = lambda step, scores: self.recorder.event("tasks", step=step, **scores)
         evaluations.catch_up()
-
-    def _short_of_samples(self) -> list[str]:
-        wanted, corpus = self.config.train.eval_samples, self.config.data.corpus
-        if self.eval_samples == wanted:
-            return []
-        return [
-            f"train.eval_samples is {wanted:,}, but the validation split of {corpus} has "
-            f"{self.eval_samples:,}: validations read each of these once"
-        ]
 
     def shape(self, expansions: int) -> ModelShape:
         if expansions == 0:
@@ -207,13 +210,11 @@ class _Run:
         done = self.position.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
-        count = min(config.train.global_batch, self.eval_samples)
-        probe = GlobalBatch(self.data.validation_batch, 0, count)
         self.engine, event = expand(
             self.engine,
             expansion,
             lambda: self.build(done + 1),
-            probe,
+            self.validation.probe(),
             config.run.seed,
             done + 1,
             staging,
@@ -240,17 +241,16 @@ class _Run:
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        """Validate after ``step``, and record the loss."""
-        train = self.config.train
-        size = train.global_batch
-        batches = in_batches(self.data.validation_batch, self.eval_samples, size)
-        self.eval_loss, self.evaluated = self.engine.evaluate(batches), step
-        tokens = step * size * self.engine.shape.sample_units
+        """Validate after ``step``, and record what that found."""
+        tokens = step * self.config.train.global_batch * self.engine.shape.sample_units
+        self.found, self.evaluated = as_event(self.validation.measure(self.engine)), step
         self.recorder.event(
-            "eval", step=step, tokens=tokens, flops=self.position.flops, loss=self.eval_loss
+            "eval", step=step, tokens=tokens, flops=self.position.flops, **self.found
         )
+        sets = (f", {n} {one['loss']:.4f}" for n, one in self.found.get("sets", {}).items())
         self.monitor.note(
-            f"step {step}/{self.config.last_step}  validation loss {self.eval_loss:.4f}"
+            f"step {step}/{self.config.last_step}  validation loss {self.found['loss']:.4f}"
+            + "".join(sets)
         )
         self.monitor.resume_clock()
 
@@ -271,7 +271,7 @@ class _Run:
         if found[0] is None:
             self.evaluate(last)
         else:
-            self.eval_loss, self.evaluated = found[0], last
+            self.found, self.evaluated = found[0], last
 
     def check_folder_is_ours(self) -> None:
         """Check, on rank 0, that the folder is still this job's before it writes what others might
@@ -295,7 +295,6 @@ class _Run:
         model = record_of_run(
             self.config, self.engine.shape, self.engine.layout, self.history, self.trained_on
         )
-        prepared = self.trained_on.prepared
         start = time.perf_counter()
         path = checkpoint.save(
             self.engine.state(),
@@ -304,7 +303,7 @@ class _Run:
             model,
             train.keep_checkpoints,
             protected=[*self.taus, *kept_for_extension(self.config, step), *self.evaluations.steps],
-            tokenizer=None if prepared is None else Path(prepared) / TOKENIZER_FOLDER,
+            tokenizer=self.trained_on.tokenizer_folder,
         )
         seconds = time.perf_counter() - start
         self.recorder.event("checkpoint", step=step, path=path.name, seconds=seconds)
@@ -313,13 +312,13 @@ class _Run:
 
     def finish(self) -> None:
         self.check_folder_is_ours()
-        failure = signatures.after_validation(self.eval_loss)
+        failure = signatures.after_validation(self.found["loss"])
         if failure:
             self.warn(self.config.last_step, failure)
             raise TrainingFailed(f"step {self.config.last_step}: {failure}")
         wall = time.perf_counter() - self.started
         self.recorder.summary(
-            final_eval_loss=self.eval_loss,
+            **as_summary(self.found),
             total_flops=self.position.flops,
             total_tokens=self.position.samples * self.engine.shape.sample_units,
             wall_s=wall,
@@ -329,7 +328,7 @@ class _Run:
             num_layers=self.engine.shape.num_layers,
             params=parameter_count(self.engine.shape),
         )
-        self.monitor.note(f"done in {short_time(wall)}, validation loss {self.eval_loss:.4f}")
+        self.monitor.note(f"done in {short_time(wall)}, validation loss {self.found['loss']:.4f}")
 
     def close(self) -> None:
         self.monitor.close()
@@ -372,14 +371,16 @@ def train(
         with StopFlag() as flag:
             if run.expansion_due(run.position.step):  # saved right before it
                 run.expand(run.position.step)
-                run.evaluate_if_due(run.position.step)
+                run.evaluate(run.position.step)
+            elif not run.resumed:
+                run.evaluate(0)
             for step in range(run.position.step + 1, config.last_step + 1):
                 stop = run.train_step(step, flag.raised)
                 if run.expansion_due(step):
                     run.save(step)  # whoever resumes from it expands again, to the same bits
                     if not stop:
                         run.expand(step)
-                        run.evaluate_if_due(step)
+                        run.evaluate(step)
                 else:
                     run.evaluate_if_due(step)
                     run.save_if_due(step, stop)

@@ -22,16 +22,22 @@ FAMILIES = ("gpt2", "deepseek_v3", "resnet")
 LONG = "x" * 5000
 
 
-def base(family: str = "gpt2") -> dict[str, Any]:
-    """A sound run of one layer that grows to six."""
+def base(family: str = "gpt2", key: str = "") -> dict[str, Any]:
+    """A sound run of one layer that grows to six, with the entry whose field ``key`` is."""
     model = {"family": family} | ({"num_layers": 1} if family != "resnet" else {})
-    return {"model": model, "expansion": [{"at": 0.5, "to_layers": 6}]}
+    values: dict[str, Any] = {"model": model, "expansion": [{"at": 0.5, "to_layers": 6}]}
+    if key.startswith("data.mix."):
+        values["data"] = {"mix": [{"corpus": "a", "weight": 1}]}
+    elif key.startswith("data.validation.x"):
+        values["data"] = {"validation": {"x": {"corpus": "a"}}}
+    return values
 
 
 def fields_of(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """The key of each field as a word spells it, its type and whether null is a value."""
     for name, kind in _kinds(cls).items():
         inside = f"{prefix}{name}" + ".0" * (kind.is_list and is_dataclass(kind.type))
+        inside += ".x" * kind.is_map
         if is_dataclass(kind.type):
             yield from fields_of(kind.type, f"{inside}.")  # type: ignore[arg-type]
         elif not kind.is_list:
@@ -42,7 +48,7 @@ FIELDS = list(fields_of())
 
 
 def general(key: str) -> str:
-    return key.replace(".0", "")
+    return key.replace(".0", "").replace(".x", "")
 
 
 def shown(key: str) -> str:
@@ -52,7 +58,7 @@ def shown(key: str) -> str:
 def said_of(key: str, value: str, family: str = "gpt2") -> str:
     """What the checks of a run with that word say; nothing where it can run."""
     try:
-        check_run(from_dict(base(family), [f"{key}={value}"]), 1)
+        check_run(from_dict(base(family, key), [f"{key}={value}"]), 1)
     except ConfigError as error:
         said = str(error)
     else:
@@ -78,7 +84,9 @@ def test_the_base_is_sound() -> None:
 def test_every_number_has_limits() -> None:
     numbers = {general(key) for key, kind, _ in FIELDS if kind in (int, float)}
     assert numbers <= BOUNDS.keys() | CHOICES.keys() | WORDING.keys()
-    assert {general(key) for key in PATHS} <= {key for key, kind, _ in FIELDS if kind is str}
+    assert {general(key) for key in PATHS} <= {
+        general(key) for key, kind, _ in FIELDS if kind is str
+    }
 
 
 @pytest.mark.parametrize(("key", "kind", "optional"), FIELDS, ids=[key for key, _, _ in FIELDS])

@@ -136,7 +136,7 @@ def test_resume_on_another_layout(
     assert resume["layout"] == "DP=1 x TP=2 x PP=2" + " x VPP=2" * (virtual > 1)
     assert resume["step"] == saved_at
     assert len(events(part.folder, "expansion")) == 1
-    assert [e["step"] for e in events(part.folder, "eval")] == [20, 40, 60]
+    assert [e["step"] for e in events(part.folder, "eval")] == [0, 20, 40, 60]
     assert json.loads((part.folder / "summary.json").read_text())["resumed"] is True
 
 
@@ -338,4 +338,4 @@ def test_config_written_is_the_one_that_ran(pool: Pool, corpus: Path, tmp_path: 
     assert [event["lr"] for event in train] == pytest.approx(rates)
     assert [event["num_layers"] for event in train] == [1] * 4 + [3] * 2
     assert (expansion["to_layers"], expansion["init"]) == (3, "random")
-    assert [event["step"] for event in events(config.folder, "eval")] == [3, 6]
+    assert [event["step"] for event in events(config.folder, "eval")] == [0, 3, 4, 6]

@@ -46,8 +46,8 @@ def test_every_batch_validates_on_the_same_samples(
     for batch in (4, 12, 32):
         config = run_config(tmp_path, corpus, f"of{batch}", *WORDS, "train.eval_samples=18",
                             f"train.global_batch={batch}")  # fmt: skip
-        before, after, *validations = pool.run(1, validated, config)[0]
-        assert validations == [list(range(18))] * 2
+        first, before, after, *validations = pool.run(1, validated, config)[0]
+        assert [first, *validations] == [list(range(18))] * 3  # the start, τ and the end
         assert before == after == list(range(min(batch, 18)))
 
 

@@ -29,6 +29,7 @@ from megatron_progressive.engines.base import (
 )
 from megatron_progressive.engines.deepspeed import state as deepspeed_state
 from megatron_progressive.engines.megatron.expert_load import ExpertLoad
+from megatron_progressive.engines.megatron.inputs import model_inputs
 from megatron_progressive.engines.megatron.kernels import kernels_here
 from megatron_progressive.engines.megatron.model import (
     build_chunk,
@@ -43,7 +44,7 @@ from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import collect, sent_to
+from megatron_progressive.runtime.memory import collect
 
 _BUCKET_NUMEL = 50_000_000
 """The most gradient elements that DeepSpeed collects before it reduces them."""
@@ -95,6 +96,8 @@ class DeepSpeedEngine:
         DeepSpeedEngine._alive += 1
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+        # documents are packed into one row of tokens where layers take that
+        self._packed = kernels.transformer_engine and config.data.attention is not None
 
     def train_step(
         self, batch: GlobalBatch, lr: float, stop: bool = False,
@@ -186,14 +189,13 @@ class DeepSpeedEngine:
             },
         }
 
-    def _loss(self, sample: torch.Tensor, counted: int) -> torch.Tensor:
+    def _loss(self, sample: Any, counted: int) -> torch.Tensor:
         """The mean cross-entropy of the first ``counted`` samples of one micro-batch; 0 where none
         counts."""
-        sample = sent_to(sample, self._device)
-        positions = self._positions.expand(sample.size(0), -1)
-        losses: torch.Tensor = self.engine(
-            sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
-        )
+        inputs = model_inputs(sample, self._positions, self._device, self._packed)
+        arguments, named = inputs.arguments
+        losses: torch.Tensor = self.engine(*arguments, **named)
+        losses = losses.view(-1, self.shape.sequence_length)
         return losses[:counted].float().mean() if counted else losses.new_zeros(())
 
 

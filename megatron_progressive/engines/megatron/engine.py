@@ -27,6 +27,7 @@ from megatron_progressive.engines.base import (
     sum_over_ranks,
 )
 from megatron_progressive.engines.megatron.expert_load import ExpertLoad
+from megatron_progressive.engines.megatron.inputs import model_inputs
 from megatron_progressive.engines.megatron.kernels import kernels_here
 from megatron_progressive.engines.megatron.model import (
     TIED_HEAD,
@@ -55,7 +56,7 @@ from megatron_progressive.optim.schedule import rewarms_new_layers
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
 from megatron_progressive.runtime.layout import Layout
-from megatron_progressive.runtime.memory import collect, sent_to
+from megatron_progressive.runtime.memory import collect
 
 
 class MegatronEngine:
@@ -119,6 +120,8 @@ class MegatronEngine:
         self._forward_backward = get_forward_backward_func()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+        # documents are packed into one row of tokens where layers take that
+        self._packed = kernels.transformer_engine and config.data.attention is not None
 
     def _buffer_layout(
         self, names: dict[str, torch.nn.Parameter], buffers: DistributedDataParallelConfig
@@ -203,32 +206,27 @@ class MegatronEngine:
         # would stay until some later collection.
         collect()
 
-    def _run(
-        self, samples: list[tuple[torch.Tensor, int]], forward_only: bool
-    ) -> list[torch.Tensor]:
+    def _run(self, samples: list[tuple[Any, int]], forward_only: bool) -> list[torch.Tensor]:
         """The mean loss of the samples that count in each of this rank's micro-batches; only the
         last stage has any."""
+        micro = self.config.train.micro_batch
         results = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(samples) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(samples),
-            seq_length=self.shape.sequence_length,
-            micro_batch_size=self.config.train.micro_batch,
+            seq_length=self.shape.sequence_length * (micro if self._packed else 1),
+            micro_batch_size=1 if self._packed else micro,
             forward_only=forward_only,
         )
         return [result["loss"] for result in results] if self.groups.last_stage else []
 
-    def _forward_step(
-        self, samples: Iterator[tuple[torch.Tensor, int]], model: Any
-    ) -> tuple[Any, Any]:
+    def _forward_step(self, samples: Iterator[tuple[Any, int]], model: Any) -> tuple[Any, Any]:
         tokens, counted = next(samples)
-        sample = sent_to(tokens, self._device)
-        positions = self._positions.expand(sample.size(0), -1)
-        output = model(
-            sample[:, :-1].contiguous(), positions, None, labels=sample[:, 1:].contiguous()
-        )
-        return output, partial(_mean_loss, counted=counted)
+        inputs = model_inputs(tokens, self._positions, self._device, self._packed)
+        arguments, named = inputs.arguments
+        rows = (-1, self.shape.sequence_length)  # of losses, also where all are in one
+        return model(*arguments, **named), partial(_mean_loss, counted=counted, rows=rows)
 
     def _sum_over_ranks(
         self,
@@ -243,9 +241,12 @@ class MegatronEngine:
         return sum_over_ranks(share, stop, counts, self._device, same)
 
 
-def _mean_loss(losses: torch.Tensor, counted: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The mean loss of the first ``counted`` samples of losses [samples, tokens]; 0 where none
-    counts."""
+def _mean_loss(
+    losses: torch.Tensor, counted: int, rows: tuple[int, int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The mean loss of the first ``counted`` samples of losses, which are [samples, tokens] as
+    ``rows``; 0 where none counts."""
+    losses = losses.view(rows)
     mean = losses[:counted].float().mean() if counted else losses.new_zeros((), dtype=torch.float32)
     # a clone: the schedule divides the loss in place by the number of micro-batches
     return mean, {"loss": mean.detach().clone()}

@@ -39,7 +39,8 @@ TRANSFORMER_ENGINE = "transformer_engine"
 
 
 class CausalAttention(MegatronModule):  # type: ignore[misc]
-    """Causal core attention on torch's ``scaled_dot_product_attention``.
+    """Causal core attention on torch's ``scaled_dot_product_attention``, of all tokens or within a
+    mask (:mod:`.inputs`).
 
     It is used with the local spec, in place of Megatron-core's unfused attention, whose causal mask
     is S x S for each layer and whose softmax is written out. Shapes: query [S, B, heads, d], key
@@ -51,13 +52,15 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> torch.Tensor:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None, *_: Any, **__: Any,
+    ) -> torch.Tensor:  # fmt: skip
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = query.size(1) != key.size(1)
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
+            query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
+            scale=self.softmax_scale, enable_gqa=grouped,
+        )  # fmt: skip
         out = out.permute(2, 0, 1, 3)
         return out.reshape(out.size(0), out.size(1), -1)
 

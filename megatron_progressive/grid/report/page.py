@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from megatron_progressive.compare.data_words import counted, data_text, held_out, per_unit
 from megatron_progressive.compare.decision import BELOW, NOT_BELOW, POWER
 from megatron_progressive.compare.gaps import MIXED_PERCENT
-from megatron_progressive.compare.page import document, items, picture, table
+from megatron_progressive.compare.page import (
+    document,
+    items,
+    picture,
+    table,
+    validation_table,
+)
+from megatron_progressive.compare.validated import validated
 from megatron_progressive.compare.verdict_words import gap_text, needed_text
 from megatron_progressive.cost.flops import step_tokens
 from megatron_progressive.grid.cells import ONE_LAYER, ZERO_LAYER
@@ -44,7 +51,8 @@ def render(report: GridReport) -> str:
     parts += [_laws(report), _savings(report)]
     parts += [_figure(report, "mixing", "After the expansion", _no_mixing(report))]
     parts += [_figure(report, "tau", "Where to expand", ""), _ablation(report)]
-    parts += [_cells(report), _problems(report), _reading(report)]
+    sets = {one.cell.name: validated(one.run) for one in report.results if one.run is not None}
+    parts += [_cells(report), validation_table(sets), _problems(report), _reading(report)]
     return document(report.title, parts)
 
 

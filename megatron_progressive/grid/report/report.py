@@ -12,6 +12,7 @@ from megatron_progressive.compare.data_words import per_unit
 from megatron_progressive.compare.figures import mixing_curve
 from megatron_progressive.compare.gaps import MIXED_PERCENT
 from megatron_progressive.compare.pilot import headline as pilot_headline
+from megatron_progressive.compare.validated import validated
 from megatron_progressive.grid.cells import PILOT
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.labels import arm_words, is_control
@@ -235,6 +236,7 @@ def _cell(result: Result) -> dict[str, Any]:
         "planned_flops": result.cell.flops,
         "total_flops": result.flops,
         "final_eval_loss": result.loss,
+        "validation": {} if run is None else validated(run),
         "train_wall_s": None if run is None else run.train_wall,
         "failures": status.attempts.failures,
         "version": status.attempts.version,
