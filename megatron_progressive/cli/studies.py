@@ -110,7 +110,7 @@ def _advise(args: argparse.Namespace, arguments: list[str]) -> int:
         print(json.dumps(text.as_values(found), indent=1, ensure_ascii=False))
     else:
         name = str(pilot) if pilot is not None else f"{config.run.name}_pilot.yaml"
-        print(text.render(found, name, args.config))
+        print(text.render(found, name, [args.config, *args.overrides]))
     return 0
 
 

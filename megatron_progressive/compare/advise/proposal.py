@@ -24,6 +24,7 @@ LAYERS = 8
 SMALLEST = 5_000
 """A pilot that is smaller than that would not be near (:mod:`.distance`), by its size alone."""
 SEEDS = [1, 2, 3]
+_FOLDER = "studies"
 _WIDTH, _HEADS = 48, 4
 """The least width, which is doubled until the pilot is large enough, and its heads."""
 _MOST_WIDTH = 3072
@@ -34,16 +35,28 @@ _EVAL_SAMPLES = 1600
 _KEPT_AWAY = ("rewarm", "rewarm_from", "rewarm_layers")
 
 
+def pilot_folder(name: str) -> str:
+    """The folder of the pilot's study, of a run called ``name``."""
+    return f"{_FOLDER}/{_study(name)}"
+
+
+def _study(name: str) -> str:
+    return f"{name[:80]}_pilot"
+
+
 def pilot_grid(config: RunConfig, regime: Regime) -> str:
     """The pilot as the text of a grid file, which ``mprog grid plan`` prices."""
     model, params, steps = _sized(config, regime)
     schedule = _set(config.schedule)
     knobs = {key: [schedule.pop(key)] for key in _KEPT_AWAY if key in schedule}
-    insert = [regime.growth.insert] if regime.growth and regime.growth.depths[0] else []
+    own = regime.growth if regime.growth and regime.growth.depths[0] else None
+    insert, init = ([own.insert], [own.init]) if own else ([], [])
+    if config.expansion and config.expansion[-1].optimizer_state != "inherit":
+        knobs["optimizer_state"] = [config.expansion[-1].optimizer_state]
     every = max(1, steps // _VALIDATIONS)
     tokens = steps * _SAMPLES * _LENGTH
     values = {
-        "study": {"name": f"{config.run.name[:80]}_pilot", "dir": "studies"},
+        "study": {"name": _study(config.run.name), "dir": _FOLDER},
         "run": {
             "model": model,
             "data": _data(config, tokens),
@@ -57,7 +70,7 @@ def pilot_grid(config: RunConfig, regime: Regime) -> str:
         "sizes": [{"name": f"w{model['hidden_size']}", "to_layers": LAYERS}],
         "arms": _arms(regime.growth),
         "tau": _taus(regime.growth),
-        "init": ["copying"],
+        "init": list(dict.fromkeys([*init, "copying"])),
         "expansion": {"insert": list(dict.fromkeys([*insert, "middle"])), **knobs},
         "seeds": SEEDS,
     }  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron_progressive.compare.advise.distance import (
     number_text,
     size_text,
 )
+from megatron_progressive.compare.advise.proposal import pilot_folder
 from megatron_progressive.compare.advise.regime import Regime, growth_text
 from megatron_progressive.compare.arms import EQUAL_FLOPS
 from megatron_progressive.compare.decision import DOES_NOT_PAY, OPEN, PAYS
@@ -30,10 +33,10 @@ _WIDTH = 100
 _LABEL = 16
 
 _ANSWERS = {
-    PAYS: "growing is expected to pay: {n} near enough and grown alike; what they decide over "
-    "several seeds is that growing ends below both controls",
-    DOES_NOT_PAY: "growing is not expected to pay: {n} near enough and grown alike; what they "
-    "decide over several seeds is that growing does not end below a control",
+    PAYS: "growing is expected to pay: {n} near enough and grown alike, {k} of which decided over "
+    "several seeds, below both controls",
+    DOES_NOT_PAY: "growing is not expected to pay: {n} near enough and grown alike, {k} of which "
+    "decided over several seeds, not below both controls",
     OPEN: "open: {n} near enough and grown alike, which decide nothing or contradict each other",
     UNKNOWN: "nothing known for this regime: no run that grew alike and was compared with a "
     "control of equal FLOPs is near enough",
@@ -41,18 +44,20 @@ _ANSWERS = {
 _CONTROLS = {control.name: control.arm.replace("-", " ") for control in EQUAL_FLOPS}
 
 
-def render(advice: Advice, pilot_file: str, config_file: str) -> str:
+def render(advice: Advice, pilot_file: str, config_words: Sequence[str]) -> str:
     """The advice as text, without a last newline.
 
     Args:
         pilot_file: the file that the pilot is written to, or is to be.
-        config_file: the configuration, as it was given.
+        config_words: the configuration and the words that replace fields of it, as they were given.
     """
     lines = [f"Advice for {advice.name}"]
     lines += _line("plan", _regime_text(advice.regime))
     growth = advice.regime.growth
     lines += _line("growth", "none yet" if growth is None else growth_text(growth))
-    lines += _line("answer", _ANSWERS[advice.answer].format(n=_many(len(advice.basis))))
+    decided = sum(one.evidence.outcome != OPEN for one in advice.basis)
+    answer = _ANSWERS[advice.answer].format(n=_many(len(advice.basis)), k=decided)
+    lines += _line("answer", answer)
     for control, outcome in advice.controls.items():
         lines += _line(_CONTROLS[control], outcome)
     lines += _line("headroom", _headroom(advice))
@@ -65,11 +70,15 @@ def render(advice: Advice, pilot_file: str, config_file: str) -> str:
     if advice.pilot is not None:
         lines += ["", "Pilot: this regime at a small size, over several seeds"]
         lines += ["  (the first command writes the grid below, the last reads what it found)"]
-        lines += [f"  mprog advise {config_file} --pilot {pilot_file}"]
-        lines += [f"  mprog grid plan {pilot_file}", f"  mprog grid run {pilot_file} --workers 2"]
-        lines += [f"  mprog grid report {pilot_file}"]
-        study = f"studies/{advice.name[:80]}_pilot"
-        lines += [f"  mprog advise {config_file} --studies {study}", "", advice.pilot.rstrip()]
+        commands = [
+            ["advise", *config_words, "--pilot", pilot_file],
+            ["grid", "plan", pilot_file],
+            ["grid", "run", pilot_file, "--workers", "2"],
+            ["grid", "report", pilot_file],
+            ["advise", *config_words, "--studies", *advice.studies, pilot_folder(advice.name)],
+        ]
+        lines += [f"  {shlex.join(['mprog', *words])}" for words in commands]
+        lines += ["", advice.pilot.rstrip()]
     return "\n".join(lines)
 
 
@@ -111,8 +120,10 @@ def _regime_text(regime: Regime) -> str:
 
 
 def _headroom(advice: Advice) -> str:
-    if advice.headroom_percent is None or advice.flops_share is None:
-        return "none to tell: the plan saves nothing against fixed-size"
+    if advice.flops_share is None:
+        return "none to tell: the plan does not grow"
+    if advice.headroom_percent is None:
+        return "none: the plan saves nothing against fixed-size"
     return (
         f"with {100 * advice.flops_share:.0f} % of fixed-size's FLOPs the short control is "
         f"expected to end {advice.headroom_percent:.1f} % above it ({LAW}; other data and "

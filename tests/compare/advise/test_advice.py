@@ -79,7 +79,7 @@ def test_the_answer_is_what_decided_findings_say(
     advice = advise(config, [finding(config, *one) for one in found])
     assert advice.answer == answer
     assert list(advice.controls.values()) == [to_short, to_never]
-    text = render(advice, "pilot.yaml", "config.yaml")
+    text = render(advice, "pilot.yaml", ["config.yaml"])
     said = " ".join(text.split())
     assert ("growing is expected to pay" in said) is (answer == "pays")
     assert ("growing is not expected to pay" in said) is (answer == "does not pay")
@@ -195,6 +195,33 @@ def test_the_pilot_can_be_planned(tmp_path: Path, capsys: Any, path: str) -> Non
     assert any(cell.config.expansion for cell in own)
 
 
+def test_the_pilot_grows_as_the_plan_does(tmp_path: Path, capsys: Any) -> None:
+    """Whatever way of growing a plan has is among its arms; commands repeat the plan's words."""
+    config = tmp_path / "my config.yaml"
+    config.write_text(yaml.safe_dump({**VALUES, "model": {"family": "qwen3", "num_layers": 4}}))
+    for number, (words, wanted) in enumerate(
+        (
+            (["expansion.0.init=copying_zeroL", "expansion.0.insert=top",
+              "expansion.0.optimizer_state=copy", "schedule.rewarm=0.02"],
+             ("4_layers", "copying_zeroL", "top", "copy", 0.02)),
+            (["model.num_layers=1"], ("one_layer", "copying", "bottom", "inherit", None)),
+            (["model.num_layers=6", "expansion.0.init=random"],
+             ("6_layers", "random", "bottom", "inherit", None)),
+        )
+    ):  # fmt: skip
+        file = tmp_path / f"pilot{number}.yaml"
+        assert cli.main(["advise", str(config), *words, "--pilot", str(file)]) == 0
+        said = capsys.readouterr().out
+        assert f"mprog advise '{config}' {' '.join(words)} --pilot {file}\n" in said
+        cells = load_grid(file, ["seeds=[1]", f"study.dir={tmp_path}"]).cells
+        found = {
+            (cell.arm, last.init, last.insert, last.optimizer_state, cell.config.schedule.rewarm)
+            for cell in cells
+            if cell.config.expansion and (last := cell.config.expansion[-1])
+        }
+        assert wanted in found
+
+
 def test_a_finished_pilot_gives_the_answer(tmp_path: Path, capsys: Any) -> None:
     """From nothing known to what several seeds of the user's own study decide."""
     config = tmp_path / "config.yaml"
@@ -218,7 +245,9 @@ def test_a_finished_pilot_gives_the_answer(tmp_path: Path, capsys: Any) -> None:
     capsys.readouterr()
     assert cli.main(["advise", str(config), "--studies", study]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "growing is expected to pay: 2 runs near enough and grown alike" in said
+    assert (
+        "growing is expected to pay: 2 runs near enough and grown alike, 2 of which decided" in said
+    )
     assert "short control below never grown below" in said
     assert f"[{study}; " in said
     assert f"Studies of yours that were read: {study}." in said
