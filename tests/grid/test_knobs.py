@@ -12,6 +12,7 @@ from megatron_progressive import cli
 from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cells import Cell
 from megatron_progressive.grid.grid import Grid, load_grid
+from megatron_progressive.grid.knobs import choices, spread_of
 from megatron_progressive.grid.labels import families
 from megatron_progressive.grid.report.report import make_grid_report
 from megatron_progressive.grid.state import Study
@@ -101,6 +102,8 @@ def test_what_makes_no_difference_makes_no_cells(tmp_path: Path) -> None:
     climbs = 1 + 2 * 2  # none, or from two shares of two kinds of layers
     assert len(grown(grid, "zero_layer")) == len(grown(grid, "g_stack")) == climbs
     assert len(grown(grid, "one_layer")) == 2 * climbs + climbs  # blocks of copies alone
+    knobs = spread_of({key: spread[key] for key in ("rewarm", "rewarm_from", "rewarm_layers")})
+    assert len(list(choices(knobs, 0, "random"))) == climbs
     prints = [cell.fingerprint for cell in grid.cells]
     assert len(set(prints)) == len(prints)
 

@@ -132,7 +132,8 @@ def test_only_what_is_near_and_grows_alike_counts() -> None:
     beyond = finding(config, BELOW, BELOW, tokens_per_param=17 * tokens)
     assert advise(config, [beyond]).best is None
     # what ended above a control is no advice
-    assert advise(config, [finding(config, BELOW, ABOVE)]).best is None
+    for short, never in ((BELOW, ABOVE), ([-1.0], [0.2])):
+        assert advise(config, [finding(config, short, never)]).best is None
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_what_grows_alike(other: Growth | None, same: bool) -> None:
     assert alike(Growth([4, 8], [0.5]), other) is same
     assert alike(None, other)  # a plan that does not grow yet asks for any growth
     assert alike(Growth([0, 4], [0.8]), Growth([0, 24], [0.8]))
+    assert alike(Growth([2, 4, 8], [0.1, 0.5]), Growth([2, 4, 8], [0.4, 0.6]))  # the last τ counts
 
 
 def test_growth_that_pays_is_named_before_growth_that_may() -> None:
@@ -236,6 +238,9 @@ def test_a_finished_pilot_gives_the_answer(tmp_path: Path, capsys: Any) -> None:
     words = [f"study.dir={tmp_path}", "arms=[4_layers,short_control,never_grown]", "tau=[0.5]",
              "train.eval_every=10"]  # fmt: skip
     grid = load_grid(pilot, words)
+    assert {(cell.config.optim.name, cell.config.optim.lr) for cell in grid.cells} == {
+        ("adamw", 0.001)
+    }
     write_study(grid)
     for cell in grid.cells:
         grown = cell.arm == "4_layers"
