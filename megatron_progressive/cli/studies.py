@@ -15,7 +15,8 @@ from megatron_progressive.cli.arguments import (
     positive,
     takes_config,
 )
-from megatron_progressive.config.places import place
+from megatron_progressive.config import ConfigError
+from megatron_progressive.config.places import check_writable, place
 
 if TYPE_CHECKING:
     from megatron_progressive.grid.state import Study
@@ -80,6 +81,36 @@ def _grid_submit(args: argparse.Namespace, study: Study) -> int:
         for job in jobs:
             cells = f" ({len(job.cells)} cells)" if job.cells else ""
             print(f"{job.name}: {numbers[job.name]}{cells}")
+    return 0
+
+
+def _advise(args: argparse.Namespace, arguments: list[str]) -> int:
+    import json
+
+    from megatron_progressive.compare.advise import evidence, text
+    from megatron_progressive.compare.advise.advice import advise
+    from megatron_progressive.runtime.files import write_atomically
+
+    config = config_of(args)
+    folders = [place("--studies", folder) for folder in args.studies]
+    known = [*evidence.shipped(), *(one for folder in folders for one in evidence.of_study(folder))]
+    pilot = place("--pilot", args.pilot) if args.pilot else None
+    if pilot is not None:
+        if pilot.exists():
+            raise ConfigError(f"--pilot: {pilot} is there; accepted: a new file")
+        check_writable("--pilot", pilot.parent)
+    found = advise(config, known, [str(folder) for folder in folders])
+    if pilot is not None and found.pilot is None:
+        raise ConfigError(
+            f"--pilot: got {pilot}, but the answer is known ({found.answer}); accepted: no --pilot"
+        )
+    if pilot is not None and found.pilot is not None:
+        write_atomically(pilot, found.pilot)
+    if args.json:
+        print(json.dumps(text.as_values(found), indent=1, ensure_ascii=False))
+    else:
+        name = str(pilot) if pilot is not None else f"{config.run.name}_pilot.yaml"
+        print(text.render(found, name, [args.config, *args.overrides]))
     return 0
 
 
@@ -165,6 +196,16 @@ def add(commands: Commands) -> None:
                 action="store_true",
                 help="on a terminal, go on until all cells have ended",
             )
+    advise = command(
+        commands, "advise", _advise, "say whether growing is expected to pay for a plan, and why"
+    )
+    takes_config(advise)
+    advise.add_argument(
+        "--studies", nargs="+", default=[], metavar="DIR",
+        help="folders of finished studies, beside what comes with the package",
+    )  # fmt: skip
+    advise.add_argument("--pilot", metavar="FILE", help="write the proposed pilot to this new file")
+    advise.add_argument("--json", action="store_true", help="print plain values")
     coordcheck = command(
         commands, "coordcheck", _coordcheck, "check activations and updates against width and depth"
     )

@@ -22,6 +22,15 @@ from megatron_progressive.cost.flops import steps_within, total_flops
 from megatron_progressive.data import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.grid.data import StudyData
 from megatron_progressive.grid.fingerprint import fingerprint
+from megatron_progressive.grid.knobs import (
+    AFTER,
+    KNOBS,
+    Choice,
+    Spread,
+    choices,
+    stage_choices,
+    stage_ends,
+)
 from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.plan import controls
 from megatron_progressive.runs.decisive import decisive
@@ -43,20 +52,18 @@ PILOT = "pilot"
 G_STACK_FACTOR, G_STACK_AT = 4, 0.1
 """The growth of G_stack: to four times the layers, early (Du et al. 2024, arXiv 2405.15319)."""
 GRADUAL_STAGES = 3
-"""The number of depths of gradual stacking: L/4, L/2 and L, for equal numbers of steps. Each growth
-copies the layers that are there (Gong et al. 2019, "Efficient training of BERT by progressively
-stacking")."""
+"""The number of depths of gradual stacking: L/4, L/2 and L, for equal numbers of steps unless the
+grid has other lengths (:data:`.knobs.STAGES`). Each growth copies the layers that are there (Gong
+et al. 2019, "Efficient training of BERT by progressively stacking")."""
 MULTI_STAGE_LAYERS = 2
 """The middle depth of multi_stage, which has 0, 2 and L layers; it begins at τ / 2 (arXiv
 2511.04981)."""
 _AFTER = "expansion.parallel."
 """The prefix of a size's keys that give the layout of the full depth."""
-EXPANSION_KEYS = ("order", "insert", "optimizer_state")
-"""The fields of an expansion over which a grid spans by lists of its own."""
 TAU, INIT, SCHEDULE = "tau", "init", "schedule"
 DEPTH, BUDGET, AROUND = "depth", "budget", "around"
 """The axes of a crossing study: of the depths alone, and of what grows around their crossing."""
-EXPANSION_AXES = (TAU, INIT, AROUND, *EXPANSION_KEYS)
+EXPANSION_AXES = (TAU, INIT, AROUND, *KNOBS)
 """The axes of which a cell that runs from scratch has no value."""
 
 TauOf = Callable[[RunConfig], tuple[int, str]]
@@ -69,7 +76,7 @@ class Cell:
     """One run of a grid."""
 
     name: str
-    """``SIZE-ARM[-tauT-INIT[-ORDER][-INSERT][-STATE]][-xFACTOR][-SCHEDULE]-sSEED``, and of a depth
+    """``SIZE-ARM[-tauT-INIT][-KNOB…][-xFACTOR][-SCHEDULE]-sSEED`` (:mod:`.knobs`), and of a depth
     alone ``SIZE-alone-LAYERS-BUDGET[-SCHEDULE]-sSEED``."""
     size: str
     arm: str
@@ -141,7 +148,7 @@ class SizeCells:
 
     def __init__(
         self, run: dict[str, Any], size: Any, seed: int, folder: Path, schedule: str | None = None,
-        axes: dict[str, list[str]] | None = None, overrides: Sequence[str] = (),
+        axes: Spread | None = None, overrides: Sequence[str] = (),
         data: StudyData | None = None,
     ) -> None:  # fmt: skip
         """
@@ -150,7 +157,7 @@ class SizeCells:
             size: an entry of its ``sizes``.
             folder: of the study's run folders.
             schedule: instead of the configured ``schedule.name``.
-            axes: values of :data:`EXPANSION_KEYS` that expansions span.
+            axes: values of the knobs (:mod:`.knobs`) that expansions span.
             overrides: ``key=value`` words, which come before ``run`` and ``size``.
             data: what the study is trained on (default: not settled).
 
@@ -173,7 +180,7 @@ class SizeCells:
             for key in [*changes]
             if key.startswith(_AFTER)
         }
-        self._axes, self._data = axes or {}, data
+        self._knobs, self._data = axes or {}, data
         words: list[Override] = [*changes.items(), *overrides, ("run.seed", seed)]
         config = from_dict(run, words)
         self.config = replace(config, run=replace(config.run, dir=str(folder)))
@@ -227,9 +234,9 @@ class SizeCells:
             elif arm == FUNCTION_PRESERVING:
                 progressive += self._grown(arm, 1, taus, ["copying_zeroL"], tau_of)
             elif arm == G_STACK:
-                progressive.append(self._g_stack())
+                progressive += self._g_stack()
             elif arm == GRADUAL_STACK:
-                progressive.append(self._gradual_stack())
+                progressive += self._gradual_stack()
             elif arm == MULTI_STAGE:
                 progressive += self._grown(arm, MULTI_STAGE_LAYERS, taus, inits, tau_of)
             elif match := DEEPER_SOURCE.fullmatch(arm):
@@ -251,11 +258,14 @@ class SizeCells:
         source, init = (0, "random") if arm == ZERO_LAYER else (1, init)
         return self._config_of(source, [{"at": at, "to_layers": self.layers, "init": init}])
 
-    def _config_of(self, source: int, expansion: list[dict[str, Any]]) -> RunConfig:
+    def _config_of(
+        self, source: int, expansion: list[dict[str, Any]], choice: Choice | None = None
+    ) -> RunConfig:
         values = {**asdict(self.config), "expansion": expansion}
         values["model"]["num_layers"] = source
         if expansion:
             expansion[-1]["parallel"] = self._after
+            values["schedule"] |= {} if choice is None else choice.schedule
             if self._span is not None:
                 config = from_dict(values, resolved=True)
                 values["train"]["steps"] = max(1, steps_within(config, self._span.flops))
@@ -299,8 +309,13 @@ class SizeCells:
             return f"{name}-{fingerprint(config, known)}"
         return named
 
-    def _cell(self, arm: str, source: int, expansion: list[dict[str, Any]]) -> Cell:
-        return self._named(arm, arm, self._config_of(source, expansion))
+    def _cell(
+        self, arm: str, source: int, expansion: list[dict[str, Any]], choice: Choice | None = None
+    ) -> Cell:
+        config = self._config_of(source, expansion, choice)
+        if choice is None:
+            return self._named(arm, arm, config)
+        return self._named("-".join([arm, *choice.name]), arm, config, choice.axes)
 
     def _grown(
         self, arm: str, source: int, taus: list[Any], inits: list[str], tau_of: TauOf
@@ -310,41 +325,33 @@ class SizeCells:
         for tau, init in itertools.product(taus, inits):
             at, unknown = tau_of(self.config) if tau == PILOT else (tau, "")
             text = tau if tau == PILOT else f"{tau:g}"
-            for choice in self._choices(source, init):
-                expansions = [{"at": at, "to_layers": self.layers, "init": init, **choice}]
+            for choice in choices(self._knobs, source, init):
+                last = {"at": at, "to_layers": self.layers, "init": init, **choice.expansion}
+                expansions = [last]
                 if arm == MULTI_STAGE:
                     half = at / 2 if at < 1 else max(1, round(at / 2))
                     expansions.insert(0, {"at": half, "to_layers": source, "init": "random"})
-                config = self._config_of(0 if arm == MULTI_STAGE else source, expansions)
-                what = "-".join([f"{arm}-tau{text}-{init}", *choice.values()])
-                axes = {TAU: text, INIT: init, **choice}
+                source_layers = 0 if arm == MULTI_STAGE else source
+                config = self._config_of(source_layers, expansions, choice)
+                what = "-".join([f"{arm}-tau{text}-{init}", *choice.name])
+                axes = {TAU: text, INIT: init, **choice.axes}
                 yield self._named(what, arm, config, axes, unknown)
 
-    def _choices(self, source: int, init: str) -> list[dict[str, str]]:
-        """The combinations of the axes, without those that make no difference: the order in which
-        fewer than two layers are copied, a side of no layers, and the optimizer state of no
-        copies."""
-        copied = init.startswith("copying")
-        axes = {
-            key: [v for v in values if copied or (key, v) != ("optimizer_state", "copy")]
-            for key, values in self._axes.items()
-            if (key != "order" or (copied and source > 1)) and (key != "insert" or source)
-        }
-        axes = {key: values for key, values in axes.items() if values}
-        return [dict(zip(axes, found, strict=True)) for found in itertools.product(*axes.values())]
-
-    def _g_stack(self) -> Cell:
+    def _g_stack(self) -> Iterator[Cell]:
         source = max(1, self.layers // G_STACK_FACTOR)
-        expansion = {"at": G_STACK_AT, "to_layers": self.layers, "init": "copying",
-                     "order": "stack", "optimizer_state": "reset"}  # fmt: skip
-        return self._cell(G_STACK, source, [expansion])
+        for choice in choices(self._knobs, source, "copying", only=AFTER):
+            expansion = {"at": G_STACK_AT, "to_layers": self.layers, "init": "copying",
+                         "order": "stack", "optimizer_state": "reset"}  # fmt: skip
+            yield self._cell(G_STACK, source, [expansion], choice)
 
-    def _gradual_stack(self) -> Cell:
+    def _gradual_stack(self) -> Iterator[Cell]:
         depths = [max(1, self.layers // 2**k) for k in reversed(range(GRADUAL_STAGES))]
         depths = sorted(set(depths))
-        expansions = [
-            {"at": round((stage + 1) / len(depths), 4), "to_layers": depth, "init": "copying",
-             "order": "stack", "optimizer_state": "copy"}
-            for stage, depth in enumerate(depths[1:])
-        ]  # fmt: skip
-        return self._cell(GRADUAL_STACK, depths[0], expansions)
+        for choice in stage_choices(self._knobs):
+            ends = stage_ends(choice, depths, self.name)
+            expansions = [
+                {"at": end, "to_layers": depth, "init": "copying", "order": "stack",
+                 "optimizer_state": "copy"}
+                for end, depth in zip(ends, depths[1:], strict=True)
+            ]  # fmt: skip
+            yield self._cell(GRADUAL_STACK, depths[0], expansions, choice)

@@ -17,7 +17,6 @@ from megatron_progressive.grid.cell_runs import share_runs
 from megatron_progressive.grid.cells import (
     ARMS,
     DEEPER_SOURCE,
-    EXPANSION_KEYS,
     FIXED,
     NEVER,
     ONE_LAYER,
@@ -38,6 +37,7 @@ from megatron_progressive.grid.crossing import (
 )
 from megatron_progressive.grid.data import StudyData
 from megatron_progressive.grid.kinds import kind_keys
+from megatron_progressive.grid.knobs import KNOBS, spread_of
 from megatron_progressive.grid.pilot import KEYS as PILOT_KEYS
 from megatron_progressive.grid.pilot import GridPilot, grid_pilot
 from megatron_progressive.plan.preflight import check_run, smallest_world
@@ -96,7 +96,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     all cells share, without expansions), ``sizes`` (a list of ``name``, ``to_layers`` and ``key:
     value`` changes; ``expansion.parallel.KEY`` is a key of the layout at full depth), ``arms``,
     ``tau`` (fractions, steps, or ``pilot``), ``init`` (for sources with layers), ``expansion``
-    (lists of ``order``, ``insert``, ``optimizer_state``), ``schedule`` (names, instead of
+    (lists of knobs, see :mod:`.knobs`), ``schedule`` (names, instead of
     ``run.schedule.name``), ``seeds``, ``pilot`` (``size``, ``steps``, ``at``, ``source``; see
     :func:`.pilot.grid_pilot`), and ``crossing`` (``source``, ``budgets``, ``around``; see
     :func:`.crossing.asked_of`), with which the numbers of steps follow from FLOPs.
@@ -129,7 +129,9 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     schedules: list[str | None] = [None]
     if "schedule" in values:
         schedules = _texts(values, "schedule", [], "", "schedule.name")
-    axes = _axes(values)
+    spread = _mapping(values, "expansion")
+    _check_keys(spread, KNOBS, "expansion.")
+    axes = spread_of(spread)
     settled = StudyData(folder)
     bases = [
         SizeCells(
@@ -206,17 +208,6 @@ def _with_overrides(
         except KeyError:
             raise ConfigError(f"{key}: unknown key; accepted: {', '.join(_KEYS)}") from None
     return values, words
-
-
-def _axes(values: dict[str, Any]) -> dict[str, list[str]]:
-    spread = _mapping(values, "expansion")
-    _check_keys(spread, EXPANSION_KEYS, "expansion.")
-    # in one order, whatever the file's: names of cells follow it
-    return {
-        key: _texts(spread, key, [], "expansion.", f"expansion.{key}")
-        for key in EXPANSION_KEYS
-        if key in spread
-    }
 
 
 def _taus(values: dict[str, Any]) -> list[Any]:

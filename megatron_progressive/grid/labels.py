@@ -16,7 +16,6 @@ from megatron_progressive.grid.cells import (
     BUDGET,
     DEEPER_SOURCE,
     DEPTH,
-    EXPANSION_KEYS,
     FIXED,
     FUNCTION_PRESERVING,
     G_STACK,
@@ -33,6 +32,7 @@ from megatron_progressive.grid.cells import (
     ZERO_LAYER,
     Cell,
 )
+from megatron_progressive.grid.knobs import KNOBS
 from megatron_progressive.models import model_shape
 from megatron_progressive.plan.controls import depths_before
 
@@ -87,11 +87,13 @@ _ARMS = {
 
 _AXES = {
     TAU: "τ={}", INIT: "{}", "order": "{}", "insert": "{} insert", "optimizer_state": "{} state",
+    "block": "block {}", "rewarm": "re-warm {}", "rewarm_from": "from {}",
+    "rewarm_layers": "of {} layers", "stages": "stages {}",
     SCHEDULE: "{}", "optim.name": "{}", DEPTH: "{} layers", BUDGET: "{} FLOPs",
     AROUND: "at {}x",
 }  # fmt: skip
 """How the value of an axis is put into words."""
-_ORDER = (DEPTH, BUDGET, TAU, INIT, *EXPANSION_KEYS, AROUND, SCHEDULE)
+_ORDER = (DEPTH, BUDGET, TAU, INIT, *KNOBS, AROUND, SCHEDULE)
 
 
 def arm_words(arm: str) -> str:

@@ -114,10 +114,25 @@ def _efficiency(
     )
 
 
+@dataclass(frozen=True)
+class Multiplier:
+    """The compute multiplier between measured cells, without a law and without an interval."""
+
+    value: float | None
+    """The reference's FLOPs over the arm's at equal loss; None where it lies outside of what either
+    arm has measured."""
+    at_least: float | None = None
+    """What it is above, where the arm is below that loss with its fewest FLOPs."""
+    at_most: float | None = None
+    """What it is below, where the arm is above that loss with its most FLOPs."""
+    why: str = ""
+    """Why it is not known, in words; empty where it is."""
+
+
 def interpolated_factor(
     compute: ArrayLike, loss: ArrayLike, reference_compute: ArrayLike, reference_loss: ArrayLike,
     at: float,
-) -> float | None:  # fmt: skip
+) -> Multiplier:  # fmt: skip
     """The compute multiplier without a law: C_reference(L) / C_arm(L) at the loss L that the
     reference has with ``at`` FLOPs, between measured cells.
 
@@ -129,20 +144,25 @@ def interpolated_factor(
         compute, loss: of the arm's cells, FLOPs and nats per token.
         reference_compute, reference_loss: of the reference's.
         at: FLOPs, within the reference's.
-
-    Returns: None where it would lie outside of what either arm has measured.
     """
-    arm, reference = _line(compute, loss), _line(reference_compute, reference_loss)
+    if not (len(np.atleast_1d(compute)) and len(np.atleast_1d(reference_compute))):
+        return Multiplier(None, why="no cell of one of both is finished")
+    (logs, losses), reference = _line(compute, loss), _line(reference_compute, reference_loss)
+    if len(logs) < 2:
+        return Multiplier(None, why="its cells have one number of FLOPs, no line between them")
     if not reference[0][0] - _ROUNDING <= np.log(at) <= reference[0][-1] + _ROUNDING:
-        return None
+        return Multiplier(None, why="the reference has no cells around these FLOPs")
     wanted = float(np.interp(np.log(at), *reference))
-    logs, losses = arm
-    if not losses[-1] - _ROUNDING <= wanted <= losses[0] + _ROUNDING:
-        return None
+    if wanted > losses[0] + _ROUNDING:
+        least = float(at / np.exp(logs[0]))
+        return Multiplier(None, at_least=least, why="it is below that loss at its fewest FLOPs")
+    if wanted < losses[-1] - _ROUNDING:
+        most = float(at / np.exp(logs[-1]))
+        return Multiplier(None, at_most=most, why="it is above that loss at its most FLOPs")
     # np.interp wants rising ones; of a flat piece the cheapest budget counts
     keep = np.concatenate([[True], np.diff(losses) < 0])
     mine = float(np.interp(-wanted, -losses[keep], logs[keep]))
-    return float(np.exp(np.log(at) - mine))
+    return Multiplier(float(np.exp(np.log(at) - mine)))
 
 
 def _line(compute: ArrayLike, loss: ArrayLike) -> tuple[Array, Array]:

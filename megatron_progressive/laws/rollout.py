@@ -34,6 +34,13 @@ class Rollout:
             return None
         return 100 * (self.predicted.value / self.measured - 1)
 
+    @property
+    def inside(self) -> bool | None:
+        """Whether the measured loss is inside the interval of the prediction; None where an end of
+        that is open. The interval is the law's, and narrower than that of one more run."""
+        low, high = self.predicted.low, self.predicted.high
+        return None if low is None or high is None else low <= self.measured <= high
+
 
 def rollout(compute: ArrayLike, loss: ArrayLike, size: ArrayLike, *, draws: int = DRAWS) -> Rollout:
     """Fit ``L = E + A / C^alpha`` to all sizes but the largest and predict its loss.

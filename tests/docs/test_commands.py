@@ -105,6 +105,8 @@ def test_shown_commands_run(page: Path, tmp_path: Path, mprog: WarmMprog) -> Non
             )
             told = f"{page.name}:{block.line}\n{block.text}\n{done.stdout}\n{done.stderr}"
             assert done.returncode == 0, told
+            if block.prints is not None:
+                assert done.stdout.strip() == block.prints.strip(), told
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -119,3 +121,7 @@ def test_a_broken_command_is_noticed(tmp_path: Path) -> None:
     page.write_text("<!-- run with: train.steps=3 -->\n```sh\nmprog train a.yaml\n```\n")
     (block,) = shown.blocks(page)
     assert (block.kind, block.words, block.text) == ("sh", "train.steps=3", "mprog train a.yaml\n")
+    assert block.prints is None
+    page.write_text("```sh\necho 1\n```\n\n<!-- what it prints -->\n```text\n1\n```\n")
+    (block,) = shown.blocks(page)
+    assert (block.text, block.prints) == ("echo 1\n", "1\n")

@@ -20,7 +20,8 @@ from megatron_progressive.grid.state import Study
 from megatron_progressive.grid.submit import JobOptions, plan_jobs
 from megatron_progressive.grid.text import plan, time_left
 from megatron_progressive.laws import fits
-from tests.grid.report.test_report import set_loss
+from megatron_progressive.laws.rollout import rollout
+from tests.grid.report.planted import set_loss
 from tests.grid.test_grid import grid_file
 from tests.runs.synthetic import write_study
 
@@ -28,7 +29,7 @@ from tests.runs.synthetic import write_study
 @pytest.fixture(autouse=True, scope="module")
 def _few_draws() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        for function in (fits.fit_compute, fits.fit_size_tokens):
+        for function in (fits.fit_compute, fits.fit_size_tokens, rollout):
             patch.setitem(function.__kwdefaults__, "draws", 20)
         yield
 
@@ -146,7 +147,7 @@ def test_arms_that_begin_alike_are_not_averaged(tmp_path: Path) -> None:
     report = make_grid_report(study)
     assert report.ablation is not None
     _, rows = report.ablation
-    said = {(row[0], row[2]): row[-1].split()[0] for row in rows if row[6] == "wsd"}
+    said = {(row[0], row[2]): row[-1].split()[0] for row in rows if row[7] == "wsd"}
     assert said["zero-layer", "random"] == "3.0000"
     assert said["multi-stage", "random"] == "4.0000"
 

@@ -16,6 +16,7 @@ from megatron_progressive.grid.report.judged import GridReport
 from megatron_progressive.grid.report.report import make_grid_report
 from megatron_progressive.grid.state import Study
 from megatron_progressive.laws import fits
+from megatron_progressive.laws.rollout import rollout
 from tests.jobs import Jobs
 from tests.runs.synthetic import write_study
 
@@ -32,7 +33,7 @@ def _few_draws() -> Iterator[None]:
     """Bootstraps of few samples and coarse pictures: neither is what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "DPI", 30)
-        for function in (fits.fit_compute, fits.fit_size_tokens, mixing.mixing_time):
+        for function in (fits.fit_compute, fits.fit_size_tokens, rollout, mixing.mixing_time):
             patch.setitem(function.__kwdefaults__, "draws", 5)
         yield
 

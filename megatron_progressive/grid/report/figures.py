@@ -205,8 +205,9 @@ def pareto(results: Sequence[Result], styles: dict[str, Look], title: str, path:
 
 
 def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, path: Path) -> bool:
-    """Draw compute-efficiency factors against size, one panel for each kind of reference; False
-    where there are none."""
+    """Draw compute-efficiency factors by the laws against size, one panel for each kind of
+    reference; False where there are none."""
+    savings = [saving for saving in savings if saving.efficiency is not None]
     panels = [
         ("fixed-size", [s for s in savings if not is_control(s.reference)]),
         ("its own short control", [s for s in savings if is_control(s.reference, SHORT)]),
@@ -220,7 +221,8 @@ def efficiency(savings: Sequence[Saving], styles: dict[str, Look], title: str, p
     for axes, (name, found) in zip(
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
     ):
-        values = [s.efficiency.factor.value for s in savings if s.efficiency.factor.value]
+        factors = [s.efficiency.factor.value for s in savings if s.efficiency is not None]
+        values = [factor for factor in factors if factor]
         least, most = min([*values, 0.8]), max([*values, 1.2])
         limits = (0.45 * _on_axis(least), 2.2 * _on_axis(most))
         _efficiency_panel(axes, found, styles, limits, width=1 / len(panels))
@@ -259,8 +261,11 @@ def _efficiency_panel(
         nudge = 1 + 0.02 * (number - (len(lines) - 1) / 2)
         x, y = [], []
         for saving in found:
-            factor, hollow = saving.efficiency.factor, saving.efficiency.extrapolated
-            if (saving.family, saving.reference) != (family, reference) or not factor.value:
+            law = saving.efficiency
+            if law is None or (saving.family, saving.reference) != (family, reference):
+                continue
+            factor, hollow = law.factor, law.extrapolated
+            if not factor.value:
                 continue
             x.append(saving.params * nudge)
             y.append(_on_axis(factor.value))

@@ -8,10 +8,8 @@ from pathlib import Path
 from megatron_progressive.compare.arms import Missing
 from megatron_progressive.grid.grid import Grid
 from megatron_progressive.grid.report.crossings import Study as Crossings
-from megatron_progressive.grid.report.laws import (
-    Law,
-    Saving,
-)
+from megatron_progressive.grid.report.law_words import prediction_lines, saving_lines
+from megatron_progressive.grid.report.laws import Law, Prediction, Saving
 from megatron_progressive.grid.report.verdict import NOT_IN_THE_GRID, Finding
 from megatron_progressive.grid.results import Result
 from megatron_progressive.grid.state import FINISHED
@@ -30,6 +28,8 @@ class GridReport:
     laws: list[Law]
     """The laws over FLOPs."""
     size_token_laws: list[Law]
+    predictions: list[Prediction]
+    """The largest size of each family, predicted from the smaller ones."""
     savings: list[Saving]
     ablation: tuple[list[str], list[list[str]]] | None
     pilot: str
@@ -63,6 +63,10 @@ class GridReport:
             arms = " and no ".join(dict.fromkeys(o.arm for o in absent if o.command == command))
             lines.append(f"  the grid has no {arms} run, without which nothing pays: {command}")
         lines += [f"  {line}" for line in refusals(self.laws)]
+        known = {law.family for law in self.laws if law.fit is not None}
+        told = [one for one in self.predictions if one.family in known]  # others are refused above
+        lines += [f"  {line}" for line in prediction_lines(told)]
+        lines += [f"  {line}" for line in saving_lines(self.savings)]
         for crossing in self.crossings:
             lines += [f"  {crossing.title}", *(f"    {text}" for text in crossing.sentences)]
         if self.pilot:

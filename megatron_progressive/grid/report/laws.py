@@ -10,8 +10,15 @@ import numpy as np
 from megatron_progressive.config import ConfigError
 from megatron_progressive.grid.cells import FIXED, NEVER, SCRATCH, SHORT
 from megatron_progressive.grid.results import Result, of_families, once, sizes_of
-from megatron_progressive.laws.efficiency import Efficiency, efficiency_at_compute, pareto
+from megatron_progressive.laws.efficiency import (
+    Efficiency,
+    Multiplier,
+    efficiency_at_compute,
+    interpolated_factor,
+    pareto,
+)
 from megatron_progressive.laws.fits import Fit, fit_compute, fit_size_tokens
+from megatron_progressive.laws.rollout import Rollout, rollout
 from megatron_progressive.runtime.progress import Say
 
 
@@ -27,6 +34,18 @@ class Law:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a family's law over FLOPs, fitted to all sizes but the largest, predicts of that one; or
+    why there is none."""
+
+    family: str
+    size: str
+    """The largest size that has finished cells; empty where none has."""
+    rollout: Rollout | None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
 class Saving:
     """The compute of a family against that of a reference at equal loss, at one size."""
 
@@ -34,8 +53,11 @@ class Saving:
     reference: str
     size: str
     params: int
-    efficiency: Efficiency
-    """The efficiency at the loss that the reference has with the FLOPs of its run of this size."""
+    efficiency: Efficiency | None
+    """The efficiency at the loss that the reference has with the FLOPs of its run of this size; by
+    the laws of both, and None where one of them has none."""
+    between: Multiplier
+    """The same between measured cells, without a law."""
 
 
 def usable(results: Sequence[Result]) -> list[Result]:
@@ -91,27 +113,60 @@ def size_token_laws(results: Sequence[Result], say: Say) -> list[Law]:
     return laws
 
 
+def predictions(results: Sequence[Result], say: Say) -> list[Prediction]:
+    """The largest size of every family, predicted from its smaller ones (:mod:`.laws.rollout`)."""
+    found = []
+    for family, members in of_families(results).items():
+        done = once(usable(members))
+        sizes = sizes_of(done)
+        if len(sizes) < 2:
+            why = f"cells: got {len(sizes)} size{'s' * (len(sizes) != 1)}; accepted: at least 2"
+            found.append(Prediction(family, next(iter(sizes), ""), None, why))
+            continue
+        say(f"largest size of {family} from its smaller ones")
+        largest = list(sizes)[-1]
+        try:
+            test = rollout(
+                [r.flops or 0 for r in done], [r.loss or 0 for r in done],
+                [r.size_params for r in done],
+            )  # fmt: skip
+        except ConfigError as error:
+            found.append(Prediction(family, largest, None, str(error)))
+        else:
+            found.append(Prediction(family, largest, test))
+    return found
+
+
 def savings(results: Sequence[Result], laws: Sequence[Law]) -> list[Saving]:
     """The compute-efficiency factors of every family that grows, against fixed-size training of its
     own setting and against its own controls of equal FLOPs, at each size that the reference has
-    finished."""
+    finished: by the laws of both, and between their cells without a law. Left out where neither
+    says anything."""
     fits = {law.family: law.fit for law in laws}
     by_family = of_families(results)
     found = []
     for family, members in by_family.items():
-        fit = fits[family]
-        if members[0].cell.arm in SCRATCH or fit is None:
+        if members[0].cell.arm in SCRATCH:
             continue
+        mine = once(usable(members))
         for reference in references(members, results):
-            other = fits.get(reference)
-            if other is None:
-                continue
-            done = usable(by_family[reference])
+            fit, other = fits[family], fits[reference]
+            done = once(usable(by_family[reference]))
             for size, params in sizes_of(done).items():
                 compute = float(np.mean([r.flops or 0 for r in done if r.cell.size == size]))
-                efficiency = efficiency_at_compute(fit, other, compute)
-                found.append(Saving(family, reference, size, params, efficiency))
+                efficiency = None
+                if fit is not None and other is not None:
+                    efficiency = efficiency_at_compute(fit, other, compute)
+                between = interpolated_factor(*_points(mine), *_points(done), compute)
+                known = (between.value, between.at_least, between.at_most)
+                if efficiency is not None or any(one is not None for one in known):
+                    found.append(Saving(family, reference, size, params, efficiency, between))
     return found
+
+
+def _points(done: Sequence[Result]) -> tuple[list[float], list[float]]:
+    """The FLOPs and the final losses of finished cells."""
+    return [r.flops or 0.0 for r in done], [r.loss or 0.0 for r in done]
 
 
 def references(members: Sequence[Result], results: Sequence[Result]) -> list[str]:

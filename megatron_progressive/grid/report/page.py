@@ -22,8 +22,15 @@ from megatron_progressive.cost.flops import step_tokens
 from megatron_progressive.grid.cells import ONE_LAYER, ZERO_LAYER
 from megatron_progressive.grid.labels import arm_meaning, arm_words
 from megatron_progressive.grid.report import crossings
-from megatron_progressive.grid.report.figures import factor_text
 from megatron_progressive.grid.report.judged import partial, refusals
+from megatron_progressive.grid.report.law_words import (
+    between_text,
+    error_text,
+    inside_text,
+    law_text,
+    number_text,
+    prediction_lines,
+)
 from megatron_progressive.grid.report.laws import Law
 from megatron_progressive.grid.results import Result, sizes_of
 from megatron_progressive.grid.state import FINISHED
@@ -219,6 +226,7 @@ def _laws(report: GridReport) -> str:
     fitted = [law for law in report.size_token_laws if law.fit is not None]
     parts.append(_law_table(fitted, ("E", "alpha", "beta")))
     parts.append(items(refusals(report.size_token_laws)))
+    parts.append(_predictions(report))
     parts.append(_figure(report, "frontier", "Pareto frontier", ""))
     return "".join(parts)
 
@@ -253,14 +261,27 @@ def _digits(value: float | None) -> str:
     return "open" if value is None else f"{value:.3g}"
 
 
-def _factor(found: Interval) -> str:
-    """The text of a factor and its interval. An end that is a power of ten which no run could have
-    is given without a number."""
-    value, low, high = (
-        "open" if number is None else factor_text(number) if number else "0"
-        for number in (found.value, found.low, found.high)
+def _predictions(report: GridReport) -> str:
+    """The largest size from the smaller ones: the honest test of a law."""
+    known = [one for one in report.predictions if one.rollout is not None]
+    refused = [one for one in report.predictions if one.rollout is None]
+    rows = [
+        [one.family, one.size, str(one.rollout.cells), number_text(one.rollout.predicted.value),
+         f"{number_text(one.rollout.predicted.low)} to {number_text(one.rollout.predicted.high)}",
+         f"{one.rollout.measured:.4f}", error_text(one), inside_text(one)]
+        for one in known
+        if one.rollout is not None
+    ]  # fmt: skip
+    head = ("run", "largest size", "cells of smaller sizes", "predicted",
+            f"{100 * LEVEL:.0f} %", "measured", "error", "measured is")  # fmt: skip
+    return (
+        "<h3>The largest size, predicted from the smaller ones</h3>"
+        + (table(head, rows) if rows else "")
+        + items(prediction_lines(refused))
+        + "<p>The law over FLOPs is fitted without the largest size and asked for its loss. A law "
+        "that fails here says nothing of sizes beyond. The interval is the law's own: one more run "
+        "scatters around it.</p>"
     )
-    return f"{value} ({low} to {high})"
 
 
 def _savings(report: GridReport) -> str:
@@ -268,20 +289,33 @@ def _savings(report: GridReport) -> str:
     if not report.savings:
         return _figure(
             report, "efficiency", title,
-            "A factor at equal loss needs the laws of a run that grows and of its control.",
+            "A factor at equal loss needs the laws of a run that grows and of its control, or "
+            "cells of it at two numbers of FLOPs between which the control's loss lies.",
         )  # fmt: skip
-    head = ("size", "run that grows", "against", "at loss", "FLOPs there", "factor (95 %)", "")
+    head = ("size", "run that grows", "against", "at loss", "FLOPs there", "by the laws (95 %)", "",
+            "between cells, without a law")  # fmt: skip
     rows = []
     for saving in report.savings:
         found = saving.efficiency
+        loss, compute = (None, None) if found is None else (found.loss, found.compute)
         rows.append(
-            [saving.size, saving.family, saving.reference, _digits(found.loss),
-             "–" if found.compute is None else flops_text(found.compute),
-             _factor(found.factor), "extrapolated" if found.extrapolated else ""]
+            [saving.size, saving.family, saving.reference, "–" if found is None else _digits(loss),
+             "–" if compute is None else flops_text(compute), law_text(saving),
+             "extrapolated" if found is not None and found.extrapolated else "",
+             between_text(saving.between)]
         )  # fmt: skip
     never = "<p>A factor of 0: its law does not come down to that loss.</p>"
-    note = never if any(saving.efficiency.factor.value == 0 for saving in report.savings) else ""
-    return _figure(report, "efficiency", title, "") + table(head, rows) + note
+    laws = [one.efficiency.factor.value for one in report.savings if one.efficiency is not None]
+    return "".join(
+        [
+            _figure(report, "efficiency", title, ""),
+            table(head, rows),
+            never if 0 in laws else "",
+            "<p>Without a law the loss is read off straight lines between an arm's cells (log "
+            "FLOPs, log loss, seeds averaged), and has no interval. A factor by the laws far from "
+            "it rests on the law.</p>",
+        ]
+    )
 
 
 def _ablation(report: GridReport) -> str:

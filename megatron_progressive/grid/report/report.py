@@ -24,9 +24,11 @@ from megatron_progressive.grid.report.crossings import as_values, studies
 from megatron_progressive.grid.report.judged import GridReport
 from megatron_progressive.grid.report.laws import (
     Law,
+    Prediction,
     Saving,
     compute_laws,
     frontier,
+    predictions,
     savings,
     size_token_laws,
 )
@@ -62,6 +64,7 @@ def make_grid_report(study: Study, say: Say = lambda text: None) -> GridReport:
         missing=[one for comparison in compared.values() for one in comparison.missing],
         laws=laws,
         size_token_laws=size_token_laws(results, say),
+        predictions=predictions(results, say),
         savings=savings(results, laws),
         ablation=ablation(results),
         pilot=_pilot_text(grid, results, found),
@@ -135,8 +138,10 @@ def _savings_title(found: list[Saving]) -> str:
     known: list[str] = []
     unsure: list[str] = []
     for saving in found:
+        if saving.params != largest or is_control(saving.reference) or not saving.efficiency:
+            continue
         factor = saving.efficiency.factor
-        if saving.params != largest or is_control(saving.reference) or not factor.value:
+        if not factor.value:
             continue
         text = grid_figures.factor_text(factor.value)
         told = (factor.low or 0.0) > 1 or (factor.high is not None and factor.high < 1)
@@ -203,6 +208,7 @@ def as_json(report: GridReport) -> dict[str, Any]:
         "missing": [asdict(one) for one in report.missing],
         "laws": [_law(law) for law in report.laws],
         "size_token_laws": [_law(law) for law in report.size_token_laws],
+        "predictions": [_prediction(one) for one in report.predictions],
         "savings": [asdict(one) for one in report.savings],
         "frontier": [result.cell.name for result in frontier(report.results)],
         "ablation": report.ablation,
@@ -218,6 +224,14 @@ def _law(law: Law) -> dict[str, Any]:
     if values["fit"] is not None:
         del values["fit"]["draws"]
     return values
+
+
+def _prediction(one: Prediction) -> dict[str, Any]:
+    found = one.rollout
+    derived = (
+        {} if found is None else {"error_percent": found.error_percent, "inside": found.inside}
+    )
+    return {**asdict(one), **derived}
 
 
 def _cell(result: Result) -> dict[str, Any]:

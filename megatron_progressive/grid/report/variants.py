@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_progressive.compare.gaps import gap_percent
+from megatron_progressive.config import ScheduleSection
 from megatron_progressive.grid.cells import AROUND, FIXED, SCRATCH, Cell
 from megatron_progressive.grid.labels import arm_words
 from megatron_progressive.grid.report.laws import usable
 from megatron_progressive.grid.results import Result, sizes_of
 
-HEAD = ("run that grows", "τ", "init", "order", "new layers", "optimizer state", "schedule")
+HEAD = ("run that grows", "τ", "init", "order", "new layers", "optimizer state", "re-warm",
+        "schedule")  # fmt: skip
 _Key = tuple[str, ...]
 
 
@@ -24,9 +26,9 @@ def ablation(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | N
     grown = [r for r in results if r.cell.arm not in SCRATCH]
     keys = {result.cell.name: _key(result) for result in grown}
     variants: dict[_Key, set[_Key]] = {}
-    for key in keys.values():
-        variants.setdefault(key[:2], set()).add(key[2:])
-    chosen = [r for r in grown if len(variants[keys[r.cell.name][:2]]) > 1]
+    for result in grown:
+        variants.setdefault(_sweep(result), set()).add(keys[result.cell.name])
+    chosen = [r for r in grown if len(variants[_sweep(r)]) > 1]
     if not chosen:
         return None
     done = usable(results)
@@ -41,6 +43,12 @@ def ablation(results: Sequence[Result]) -> tuple[list[str], list[list[str]]] | N
     return [*HEAD, *sizes], rows
 
 
+def _sweep(result: Result) -> _Key:
+    """What variants have in common; τ is an axis of its own. Of gradual stacking, which has none,
+    the lengths of the stages are variants."""
+    return result.cell.size, _arm(result.cell), result.cell.tau
+
+
 def _key(result: Result) -> _Key:
     config = result.cell.config
     last = config.expansion[-1]
@@ -49,8 +57,16 @@ def _key(result: Result) -> _Key:
     return (
         _arm(result.cell), result.cell.tau or taus, last.init,
         last.order if copied else "–", last.insert + f" {last.block}" * (last.block is not None),
-        last.optimizer_state, config.schedule.name,
+        last.optimizer_state, _rewarm(config.schedule), config.schedule.name,
     )  # fmt: skip
+
+
+def _rewarm(schedule: ScheduleSection) -> str:
+    """How the learning rate climbs after τ; ``–`` where it does not."""
+    if not schedule.rewarm:
+        return "–"
+    start = schedule.rewarm_from or 0.0
+    return f"{schedule.rewarm:g} from {start:g}, {schedule.rewarm_layers or 'all'} layers"
 
 
 def _arm(cell: Cell) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_progressive.compare.advise.regime import Regime, regime_of
 from megatron_progressive.compare.arms import FIXED as FIXED_ARM
 from megatron_progressive.compare.arms import NEVER as NEVER_ARM
 from megatron_progressive.compare.arms import SHORT as SHORT_ARM
@@ -49,6 +50,8 @@ class Finding:
     mixed: list[bool]
     """Whether it mixed, for each seed whose mixing could be measured."""
     sentence: str
+    regime: Regime
+    """What was trained, how much, and how it grew: what tells how near a plan is to it."""
     verdicts: list[Verdict] = field(default_factory=list)
     """The verdict on each seed."""
 
@@ -145,6 +148,7 @@ def _finding(members: Sequence[Result], mine: list[Verdict], compared: list[Comp
         sentence=study_sentence(share, to_fixed, controls)
         if has_fixed  # a crossing study has none
         else sentence(controls).removesuffix("."),
+        regime=regime_of(first.cell.config),
         verdicts=mine,
     )
 
