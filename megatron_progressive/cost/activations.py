@@ -21,14 +21,15 @@ Each expert-parallel rank is taken to get equally many routed tokens.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.cost.flops import muon_matrices
 from megatron_progressive.cost.memory import BYTES, RankMemory, stage_memory
 from megatron_progressive.models import TRANSFORMERS, tensor_table
-from megatron_progressive.models.base import MOE, TransformerShape
+from megatron_progressive.models.base import MOE, TransformerShape, layer_number
 from megatron_progressive.runtime.layout import Layout
 
 _FP32 = 4
@@ -230,51 +231,99 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> list[int]:
     return counts
 
 
+@dataclass
+class _Muon:
+    """What Muon orthogonalises of some tensors."""
+
+    matrices: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Matrices by size."""
+    total: int = 0
+    """The elements of all tensors."""
+    largest: int = 0
+    """Those of the largest one."""
+    joint: int = 0
+    """Those of the tensors that are several matrices in one (queries, keys and values)."""
+    widest: int = 0
+    """Those of the largest of these."""
+
+    def add(self, other: _Muon, times: int = 1) -> None:
+        for size, count in other.matrices.items():
+            self.matrices[size] += times * count
+        self.total += times * other.total
+        self.joint += times * other.joint
+        if times:
+            self.largest = max(self.largest, other.largest)
+            self.widest = max(self.widest, other.widest)
+
+
+_EMBEDDING, _HEAD = "embedding", "head"
+
+
 @lru_cache(maxsize=64)
-def _muon_sizes(
-    shape: TransformerShape, optim: OptimSection
-) -> tuple[dict[tuple[int, int], int], int, int, int, int]:
-    """Muon's matrices by size; the number of elements of all its tensors and of the largest one;
-    and the same two numbers for the tensors that are several matrices in one (queries, keys and
-    values)."""
-    matrices: Counter[tuple[int, int]] = Counter()
-    total = largest = joint = widest = 0
-    for spec in tensor_table(shape).values():
-        found = muon_matrices(spec, optim)
-        matrices.update(found)
-        if found:
-            total, largest = total + spec.numel, max(largest, spec.numel)
-            if spec.row_blocks:
-                joint, widest = joint + spec.numel, max(widest, spec.numel)
-    return matrices, total, largest, joint, widest
+def _muon_parts(shape: TransformerShape, optim: OptimSection) -> dict[str, _Muon]:
+    """Muon's matrices of the embedding, of one layer of each kind, and of the head with what else
+    is behind the layers."""
+    kinds = shape.layer_kinds()
+    first = {kinds.index(kind) for kind in set(kinds)}
+    parts = {name: _Muon() for name in (_EMBEDDING, _HEAD, *kinds)}
+    for name, spec in tensor_table(shape).items():
+        found, number = muon_matrices(spec, optim), layer_number(name)
+        if not found or (number is not None and number not in first):
+            continue
+        before = spec.role in ("embedding", "position")
+        place = kinds[number] if number is not None else _EMBEDDING if before else _HEAD
+        blocks = spec.numel if spec.row_blocks else 0
+        parts[place].add(_Muon(Counter(found), spec.numel, spec.numel, blocks, blocks))
+    return parts
 
 
-def _newton_schulz(shape: TransformerShape, config: RunConfig, layout: Layout, fused: bool) -> int:
-    """The bytes of one batch of Muon's updates while matrices of one size are orthogonalised.
+def _muon_of_stages(
+    shape: TransformerShape, optim: OptimSection, layout: Layout
+) -> Iterator[_Muon]:
+    """What each pipeline stage orthogonalises. Of an embedding that the last stage has a copy of
+    the first has the update, but for ZeRO stage 0."""
+    parts, kinds = _muon_parts(shape, optim), shape.layer_kinds()
+    shared = layout.pipeline > 1 and (shape.tie_embeddings or bool(shape.mtp_depth))
+    for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers)):
+        found, last = _Muon(), stage == layout.pipeline - 1
+        found.add(parts[_EMBEDDING], stage == 0 or (last and shared and layout.zero_stage == 0))
+        for kind, count in Counter(kinds[n] for numbers in chunks for n in numbers).items():
+            found.add(parts[kind], count)
+        found.add(parts[_HEAD], last)
+        yield found
+
+
+def _newton_schulz(found: _Muon, config: RunConfig, layout: Layout, fused: bool) -> int:
+    """The bytes of one batch of Muon's updates while matrices of one size are orthogonalised, on a
+    rank of a stage.
 
     A rank steps its tensors in batches (``optim/flat.py``). At the peak it holds the batch's
     updates in fp32, copies of its parts of queries, keys and values, the matrices of one size in
     one tensor, and their iterate X. Beside these it holds two squares of the shorter side, or one
     square and the next X, or, in a narrower type, X in fp32 (``optim/newton_schulz.py``).
     Tensor-parallel ranks have the updates three times: as their shards, as the shards that were
-    gathered, and as whole tensors. Each rank then has a part of the matrices.
+    gathered, and as whole tensors. Each rank then has a part of the matrices; of a tensor that is a
+    batch of its own one rank has the whole, and the others only their shards.
     """
-    matrices, total, largest, joint, widest = _muon_sizes(shape, config.optim)
-    ranks = layout.world if layout.zero_stage else layout.tensor * layout.pipeline
-    batch = max(largest, min(_BATCH // layout.tensor, total // ranks))
+    if not found.total:
+        return 0
+    tensor = layout.tensor
+    ranks = layout.world // layout.pipeline if layout.zero_stage else tensor
+    batch = max(found.largest, min(_BATCH // tensor, found.total // ranks))
     dtype = config.optim.ns_dtype or ("fp16" if fused else "fp32")
     most = 0
-    for (n_out, n_in), count in matrices.items():
-        count = max(1, min(-(-count // layout.tensor), batch // (n_out * n_in)))
+    for (n_out, n_in), count in found.matrices.items():
+        count = max(1, min(-(-count // tensor), batch // (n_out * n_in)))
         stacked, squares = count * n_out * n_in, count * min(n_out, n_in) ** 2
         width = _FP32 if dtype == "fp32" else 2
         beside = max(width * 2 * squares, width * (squares + stacked))
         if width < _FP32:
             beside = max(beside, _FP32 * stacked)
         most = max(most, (_FP32 + width) * stacked + beside)
-    updates = (3 if layout.tensor > 1 else 1) * batch
-    parts = max(widest, min(joint // layout.tensor, batch))
-    return _FP32 * (updates + parts) + most if total else 0
+    shards = -(-batch // tensor) if found.largest > _BATCH else batch
+    updates = 2 * batch + shards if tensor > 1 else batch
+    parts = max(found.widest, min(found.joint // tensor, batch))
+    return _FP32 * (updates + parts) + most
 
 
 def stage_activations(
@@ -288,9 +337,12 @@ def stage_activations(
     kinds = shape.layer_kinds()
     layers = {kind: layer_bytes(step, kind) for kind in set(kinds)}
     head, loss = _head(step)
-    newton_schulz = _newton_schulz(shape, config, layout, fused)
+    muon = _muon_of_stages(shape, config.optim, layout)
     found = []
-    for stage, chunks in enumerate(layout.chunk_layers(shape.num_layers)):
+    for stage, (chunks, muons) in enumerate(
+        zip(layout.chunk_layers(shape.num_layers), muon, strict=True)
+    ):
+        newton_schulz = _newton_schulz(muons, config, layout, fused)
         counts = in_flight(layout, stage, batches)
         last = stage == layout.pipeline - 1
         kept = sum(

@@ -85,6 +85,7 @@ def in_order(
 def expanded(
     old: Full, shape: Any, old_layers: int, init: str, order: str, insert: str,
     policy: str, seed: int, adam: Callable[[str], bool], block: list[int] | None = None,
+    generation: int = 1,
 ) -> Full:  # fmt: skip
     """Whole tensors of the deeper model: weights (param, master) and optimizer slots.
 
@@ -146,7 +147,7 @@ def expanded(
             elif weight and source is not None:
                 value = old[source, slot]
             elif weight:
-                value = initial_values(seed, 1, name, spec, whole(spec.shape)).to(dtype)
+                value = initial_values(seed, generation, name, spec, whole(spec.shape)).to(dtype)
             elif source is not None and policy != "reset" and (survivor or policy == "copy"):
                 value = old[source, slot]
             else:

@@ -8,14 +8,12 @@ allocator, NCCL) is torch's CUDA code, and numbers are right.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import aten, native
 from .checks import Checks, refuse_mixed_devices
@@ -27,6 +25,7 @@ AS_IT_IS = {
 }  # fmt: skip
 """Operations without a kernel, or that copy plain memory: torch's own do what they should."""
 _TO_HOST = "copy to the host"
+_HOST = torch.device("cpu")
 
 
 def twin(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,9 +36,9 @@ def twin(tensor: torch.Tensor) -> torch.Tensor:
     size, address = storage.nbytes(), storage.data_ptr()
     if size == 0 or address == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    raw = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
+    same = torch._C._construct_storage_from_data_pointer(address, _HOST, size)
     out = torch.empty(0, dtype=tensor.dtype)
-    return out.set_(raw.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return out.set_(same, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -49,13 +48,43 @@ def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return out
 
 
-def _returns_views(func: Any, known: dict[Any, bool]) -> bool:
-    if func not in known:
+class _Operation:
+    """What is asked of an operation at each call."""
+
+    def __init__(self, func: Any) -> None:
+        self.space, self.name = func._schema.name.split("::")
         returns = func._schema.returns
-        known[func] = bool(returns) and all(
+        views = bool(returns) and all(
             one.alias_info is not None and not one.alias_info.is_write for one in returns
         )
-    return known[func]
+        self.plain = self.name in AS_IT_IS or views
+        self.random = torch.Tag.nondeterministic_seeded in func.tags
+        self.call = aten.INSTEAD.get(self.name, func)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments of a call, with those of its lists in their places, and how they were given.
+    Schemas have no lists of lists; torch's trees, which could, take longer than the operation."""
+    leaves: list[Any] = []
+    lengths: list[int | None] = []  # of each argument that is a list
+    for one in (*args, *kwargs.values()):
+        if isinstance(one, (list, tuple)):
+            leaves.extend(one)
+            lengths.append(len(one))
+        else:
+            leaves.append(one)
+            lengths.append(None)
+    return leaves, (len(args), tuple(kwargs), lengths)
+
+
+def _given(leaves: list[Any], spec: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The inverse of :func:`_leaves`."""
+    count, names, lengths = spec
+    found, at = [], 0
+    for length in lengths:
+        found.append(leaves[at] if length is None else leaves[at : at + length])
+        at += 1 if length is None else length
+    return found[:count], dict(zip(names, found[count:], strict=True))
 
 
 class OnHost(TorchDispatchMode):
@@ -68,7 +97,12 @@ class OnHost(TorchDispatchMode):
     def __init__(self, checks: Checks | None = None) -> None:
         super().__init__()
         self._checks = checks
-        self._views: dict[Any, bool] = {}
+        self._known: dict[Any, _Operation] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would wrap each call, to keep a compiler away that is off here."""
+        return False
 
     def leaves_alone(self, func: Any, gpu: list[torch.Tensor]) -> bool:
         """Whether torch's own function is called, whose kernels do nothing (for counting)."""
@@ -78,16 +112,19 @@ class OnHost(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        space, name = func._schema.name.split("::")
-        leaves, spec = tree_flatten((args, kwargs))
-        if space == "c10d":
+        operation = self._known.get(func)
+        if operation is None:
+            operation = self._known[func] = _Operation(func)
+        leaves, spec = _leaves(args, kwargs)
+        name = operation.name
+        if operation.space == "c10d":
             aten.refuse_cpu_tensors(name, leaves)
         device = kwargs.get("device")
         wants = device is not None and torch.device(device).type == "cuda"
         gpu = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_cuda]
-        if space != "aten" or not (gpu or wants):
+        if operation.space != "aten" or not (gpu or wants):
             return func(*args, **kwargs)
-        plain = name in AS_IT_IS or _returns_views(func, self._views)
+        plain = operation.plain
         if self._checks is not None and gpu:
             self._checks.before(func, args, kwargs, plain and name != "_local_scalar_dense")
         if plain:
@@ -103,7 +140,7 @@ class OnHost(TorchDispatchMode):
             target = torch.device("cuda", torch.cuda.current_device())
         if target.type == "cpu" and not kwargs.get("non_blocking"):
             native.host_waits(_TO_HOST)
-        return self._compute(func, name, leaves, spec, target)
+        return self._compute(func, operation, leaves, spec, target)
 
     def _copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         to, source = args[0], args[1]
@@ -114,7 +151,7 @@ class OnHost(TorchDispatchMode):
         return to  # type: ignore[no-any-return]
 
     def _compute(
-        self, func: Any, name: str, leaves: list[Any], spec: Any, target: torch.device
+        self, func: Any, operation: _Operation, leaves: list[Any], spec: Any, target: torch.device
     ) -> Any:
         originals: dict[int, torch.Tensor] = {}  # by the identity of their twins
         host: list[Any] = []
@@ -124,20 +161,21 @@ class OnHost(TorchDispatchMode):
                 host.append(twin(leaf))
                 originals[id(host[-1])] = leaf
             elif isinstance(leaf, torch.device) and leaf.type == "cuda":
-                host.append(torch.device("cpu"))
+                host.append(_HOST)
             elif isinstance(leaf, torch.Generator) and leaf.device.type == "cuda":
                 generator = leaf
                 host.append(None)
             else:
                 host.append(leaf)
-        args, kwargs = tree_unflatten(host, spec)
+        args, kwargs = _given(host, spec)
         if "pin_memory" in kwargs:
             kwargs = {**kwargs, "pin_memory": None}
-        call: Callable[..., Any] = aten.INSTEAD.get(name, func)
-        random = torch.Tag.nondeterministic_seeded in func.tags and target.type == "cuda"
-        with _seeded(generator, target) if random else contextlib.nullcontext():
-            result = call(*args, **kwargs)
-        back, shape = tree_flatten(result)
+        if operation.random and target.type == "cuda":
+            with _seeded(generator, target):
+                result = operation.call(*args, **kwargs)
+        else:
+            result = operation.call(*args, **kwargs)
+        back, shape = _leaves((result,), {})
         out: list[Any] = []
         for one in back:
             if not isinstance(one, torch.Tensor):
@@ -148,7 +186,8 @@ class OnHost(TorchDispatchMode):
                 out.append(_on_device(one, target) if target.type == "cuda" else one)
         if self._checks is not None:
             self._checks.after(func, [one for one in out if isinstance(one, torch.Tensor)])
-        return tree_unflatten(out, shape)
+        found = _given(out, shape)[0][0]
+        return tuple(found) if isinstance(result, tuple) else found
 
 
 @contextlib.contextmanager
