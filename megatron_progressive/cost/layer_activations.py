@@ -194,7 +194,9 @@ def _attention_anew(step: Step) -> float:
         else:
             anew += tokens * FP32 * heads  # statistics of the softmax
     if "mla_up_proj" in again and mla is not None:  # joined queries and keys, values
-        anew += tokens * w * heads * (2 * mla.qk_head_dim + mla.v_head_dim)
+        # attention that keeps its scores keeps scaled copies of queries and keys as well
+        joined = 0 if _scores(step) else 2 * mla.qk_head_dim
+        anew += tokens * w * heads * (joined + mla.v_head_dim)
     return anew
 
 
