@@ -6,6 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
+RECOMPUTE_MODULES = (
+    "core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts",
+)  # fmt: skip
+"""Parts of a layer that can be computed anew, by Megatron-core's names (0.19.2)."""
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.resnet.block": (None, "basic", "bottleneck"),
     "model.resnet.stem": (None, "cifar", "imagenet"),
@@ -24,12 +29,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule.rewarm_layers": (None, "all", "new"),
     "parallel.engine": ("megatron", "deepspeed", "torch"),
     "parallel.zero_stage": (0, 1, 2, 3),
+    "parallel.recompute": ("none", "selective", "full"),
+    "parallel.recompute_modules": RECOMPUTE_MODULES,  # of each
     "expansion.init": ("random", "copying", "zero", "copying_zeroL", "copying_zeroN"),
     "expansion.order": ("stack", "inter", "last"),
     "expansion.insert": ("bottom", "top", "middle"),
     "expansion.optimizer_state": ("inherit", "copy", "reset"),
     "expansion.parallel.engine": (None, "megatron", "deepspeed", "torch"),
     "expansion.parallel.zero_stage": (None, 0, 1, 2, 3),
+    "expansion.parallel.recompute": (None, "none", "selective", "full"),
+    "expansion.parallel.recompute_modules": RECOMPUTE_MODULES,
 }
 
 _COUNT = 2**31 - 1
@@ -110,6 +119,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "parallel.virtual_pipeline": (1, _COUNT),
     "parallel.expert": (1, _COUNT),
     "parallel.expert_tensor": (1, _COUNT),
+    "parallel.recompute_layers": (1, _LAYERS),
     "parallel.staging_mib": (1, _WIDTH),
     "expansion.to_layers": (1, _LAYERS),
     "expansion.block": (0, _LAYERS),  # of each
@@ -118,6 +128,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "expansion.parallel.virtual_pipeline": (1, _COUNT),
     "expansion.parallel.expert": (1, _COUNT),
     "expansion.parallel.expert_tensor": (1, _COUNT),
+    "expansion.parallel.recompute_layers": (1, _LAYERS),
     "expansion.parallel.staging_mib": (1, _WIDTH),
 }
 """The least and the greatest value (both inclusive, neither infinite nor NaN) of every numeric

@@ -239,6 +239,20 @@ class ParallelSection:
     1 divides the optimizer state (for Muon-NSGD in whole tensors, each updated by one rank); 0
     keeps it on every rank, and each repeats Newton-Schulz. With ``deepspeed``, from 0 to 3: 2
     divides the gradients, too, and 3 the weights as well."""
+    sequence: Optional[bool] = None
+    """Whether tensor-parallel ranks divide the sequence where they do not divide weights, in norms
+    and residual streams (sequence parallelism). The default is to do so where ``tensor`` divides
+    ``data.sequence_length``; layers with experts must."""
+    recompute: str = "none"
+    """What the backward pass computes anew in place of keeping it: ``none``, ``selective`` (the
+    parts named by ``recompute_modules``) or ``full`` (whole layers, of which the inputs stay)."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """The parts of a layer that ``recompute: selective`` computes anew, by Megatron-core's names:
+    ``core_attn``, ``layernorm``, ``mla_up_proj``, ``mlp`` (of layers without experts), ``moe``,
+    ``moe_act``, ``shared_experts``. Those that a phase's layers lack take no part in it. Fused
+    attention keeps no scores, so that ``core_attn`` saves little."""
+    recompute_layers: Optional[int] = None
+    """How many layers of each model chunk ``recompute: full`` computes anew (default: all)."""
     staging_mib: int = 64
     """Most memory that a rank stages for sending and receiving at an expansion, in MiB."""
 
@@ -255,6 +269,10 @@ class ParallelOverride:
     expert: Optional[int] = None
     expert_tensor: Optional[int] = None
     zero_stage: Optional[int] = None
+    sequence: Optional[bool] = None
+    recompute: Optional[str] = None
+    recompute_modules: Optional[list[str]] = None
+    recompute_layers: Optional[int] = None
     staging_mib: Optional[int] = None
 
 

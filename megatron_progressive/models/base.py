@@ -173,6 +173,20 @@ class TransformerShape(ModelShape):
     def stacks(self) -> dict[str, list[str]]:
         return {LAYER_PREFIX: self.layer_kinds()}
 
+    def recomputable(self) -> set[str]:
+        """The parts of its layers that the backward pass can compute anew, by Megatron-core's names
+        (0.19.2: ``TransformerConfig.recompute_modules``)."""
+        kinds = self.layer_kinds()
+        found = {"core_attn", "layernorm"} if kinds else set()
+        if kinds and self.mla is not None:
+            found.add("mla_up_proj")
+        if DENSE in kinds:
+            found.add("mlp")
+        if MOE in kinds:
+            assert self.moe is not None
+            found |= {"moe", "moe_act"} | ({"shared_experts"} if self.moe.shared_experts else set())
+        return found
+
     @property
     def micro_batch_decides(self) -> bool:
         """True under a load-balancing loss: Megatron-core computes it from the experts' loads in

@@ -16,6 +16,7 @@ from megatron_progressive.expansion.depth_map import check_growth
 from megatron_progressive.expansion.placing import survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
+from megatron_progressive.plan.layout_checks import check_recompute, check_sequence
 from megatron_progressive.runtime.layout import Layout, make_layout
 
 _LATEST_WSD = 0.8
@@ -45,6 +46,7 @@ def check_run(config: RunConfig, world: int) -> list[str]:
     _check_mup(config)
     for index in range(len(config.expansion) + 1):
         check_phase(config, index, world)
+    check_recompute(config)
     _check_kernels(config, world)
     return _warnings(config)
 
@@ -174,6 +176,7 @@ def check_phase(config: RunConfig, index: int, world: int) -> None:
         raise ConfigError(f"{prefix}{error}") from None
     _check_engine(shape, parallel, prefix)
     _check_tensor(shape, parallel, prefix)
+    check_sequence(shape, parallel, prefix)
     _check_pipeline(shape, parallel, prefix)
     train, ranks = config.train, layout.data
     # the interleaved schedule runs micro-batches through its chunks in groups of one a stage

@@ -173,8 +173,9 @@ def _import_all() -> None:
 def install() -> None:
     """Make Megatron-core run on the CPU; to be called once, before anything is built with it.
 
-    It has no effect where CUDA is available.
+    Where CUDA is available it has no effect but that of :func:`_patch_recomputation_without_fp8`.
     """
+    _patch_recomputation_without_fp8()
     if torch.cuda.is_available():
         return
     with warnings.catch_warnings():
@@ -195,7 +196,38 @@ def install() -> None:
     )
     _patch_token_dispatcher()
     _patch_uneven_collectives()
+    _patch_recomputation()
     _patch_tensor_methods()
+
+
+def _patch_recomputation_without_fp8() -> None:
+    """Let parts of a layer be computed anew without Transformer Engine: whoever does not say
+    otherwise is taken to compute in fp8, whose state is Transformer Engine's (0.19.2:
+    tensor_parallel/random.py, ``CheckpointWithoutOutput``: ``fp8 is not None`` of ``False``)."""
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE or getattr(random.CheckpointWithoutOutput, "_knows_no_fp8", False):
+        return
+    original = random.CheckpointWithoutOutput.__init__
+
+    def without_fp8(self: Any, fp8: Any = None) -> None:
+        original(self, fp8 or None)
+
+    random.CheckpointWithoutOutput.__init__ = without_fp8
+    random.CheckpointWithoutOutput._knows_no_fp8 = True
+
+
+def _patch_recomputation() -> None:
+    """Give a tensor whose memory was released the values that were computed anew. Megatron-core
+    lets it refer to their memory, by a C++ extension that it compiles in the middle of a step."""
+    from megatron.core.tensor_parallel import random
+
+    def share_storage(released: torch.Tensor, computed: torch.Tensor) -> None:
+        memory, values = released.untyped_storage(), computed.untyped_storage()
+        memory.resize_(values.nbytes())
+        memory.copy_(values)
+
+    random._get_share_storage = lambda: share_storage
 
 
 def _patch_token_dispatcher() -> None:

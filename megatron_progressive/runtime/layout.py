@@ -23,6 +23,15 @@ class Layout:
     expert_tensor: int = 0
     """Number of tensor-parallel ranks of an expert; 0 stands for as many as ``tensor``."""
     zero_stage: int = 1
+    sequence: bool | None = None
+    """Whether tensor-parallel ranks divide the sequence outside of what they divide anyway; None
+    stands for wherever they can."""
+    recompute: str = "none"
+    """What the backward pass computes anew: ``none``, ``selective`` or ``full``."""
+    recompute_modules: tuple[str, ...] = ()
+    """The parts of a layer that ``selective`` computes anew."""
+    recompute_layers: int | None = None
+    """How many layers of each model chunk ``full`` computes anew; None stands for all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "expert_tensor", self.expert_tensor or self.tensor)
@@ -49,6 +58,11 @@ class Layout:
         shares."""
         return self.engine == "megatron" and self.zero_stage >= 1
 
+    def divides_sequence(self, sequence_length: int) -> bool:
+        """Whether tensor-parallel ranks divide a sequence of this length (sequence parallelism)."""
+        wanted = self.sequence is not False and self.tensor > 1
+        return wanted and sequence_length % self.tensor == 0
+
     def __str__(self) -> str:
         parts = [f"DP={self.data}"]
         parts += [f"TP={self.tensor}"] if self.tensor > 1 else []
@@ -56,6 +70,11 @@ class Layout:
         parts += [f"VPP={self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
         parts += [f"EP={self.expert}"] if self.expert > 1 else []
         parts += [f"ETP={self.expert_tensor}"] if self.expert_tensor != self.tensor else []
+        if self.recompute == "selective":
+            parts.append(f"recompute {', '.join(self.recompute_modules)}")
+        elif self.recompute == "full":
+            some = self.recompute_layers
+            parts.append("recompute " + ("all" if some is None else f"{some} layers a chunk"))
         zero = f" (DeepSpeed, ZeRO stage {self.zero_stage})" if self.engine == "deepspeed" else ""
         return " x ".join(parts) + zero
 
@@ -125,6 +144,7 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
             f"parallel.expert: got {parallel.expert}, with {name} {expert_tensor} and pipeline "
             f"{parallel.pipeline} for {world} rank{'s' if world > 1 else ''}; accepted: {fix}"
         )
+    modules = sorted(set(parallel.recompute_modules))
     return Layout(
         world=world,
         engine=parallel.engine,
@@ -134,4 +154,9 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
         expert=parallel.expert,
         expert_tensor=expert_tensor,
         zero_stage=parallel.zero_stage,
+        sequence=parallel.sequence,
+        recompute=parallel.recompute,
+        # what has no effect makes no other layout
+        recompute_modules=tuple(modules) if parallel.recompute == "selective" else (),
+        recompute_layers=parallel.recompute_layers if parallel.recompute == "full" else None,
     )

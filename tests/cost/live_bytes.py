@@ -22,28 +22,41 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, before: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._resize = torch.UntypedStorage.resize_
         for tensor in before:
-            self.add(tensor)
+            self.add(tensor.untyped_storage())
 
-    def add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        known = self._seen.get(key)
-        if known is not None and known() is storage:
-            return
-
-        def freed(_: Any) -> None:
-            self.now -= size
-            del self._seen[key]
-
-        self._seen[key] = weakref.ref(storage, freed)
-        self.now += size
+        known, counted = self._seen.get(key, (None, 0))
+        if known is None or known() is not storage:
+            known, counted = weakref.ref(storage, lambda _: self._freed(key)), 0
+        self._seen[key] = known, size
+        self.now += size - counted
         self.peak = max(self.peak, self.now)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._seen.pop(key)[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
+                self.add(leaf.untyped_storage())
         return result
+
+    def __enter__(self) -> LiveBytes:
+        # what is to be computed anew gives its memory back before its tensor goes
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            self._resize(storage, size)
+            self.add(storage)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*exc)

@@ -8,17 +8,28 @@ import pytest
 import torch
 
 from megatron_progressive.config import RunConfig
+from megatron_progressive.models import model_shape
 from tests.engines import on_ranks
 from tests.pool import Pool
 
 TP, PP, EP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"
-DENSE_LAYOUTS = {"dp2": (2, []), "tp2": (2, [TP]), "pp2": (2, [PP]), "tp2_pp2": (4, [TP, PP])}
+ALL, PARTS = "parallel.recompute=full", "parallel.recompute=selective"
+DENSE_LAYOUTS = {
+    "dp2": (2, []),
+    "tp2": (2, [TP]),
+    "pp2": (2, [PP]),
+    "tp2_pp2": (4, [TP, PP]),
+    "tp2_anew": (2, [TP, ALL]),
+    "tp2_parts_anew": (2, [TP, PARTS]),
+}
 EXPERT_LAYOUTS = {
     "ep2": (2, [EP]),
     "ep2_tp2": (4, [EP, TP]),
     "ep2_tp2_etp1": (4, [EP, TP, "parallel.expert_tensor=1"]),
     "ep2_pp2": (4, [EP, PP]),
     "ep2_of_dp4": (4, [EP]),
+    "ep2_tp2_anew": (4, [EP, TP, ALL]),
+    "ep2_parts_anew": (2, [EP, PARTS]),
 }
 VARIANTS = [
     ("llama3", []),
@@ -49,6 +60,10 @@ def test_every_gradient_is_the_same_on_every_layout(
     experts = family in ("mixtral", "deepseek_v3") and "model.moe.first_k_dense=9" not in parts
     for name, (world, layout) in {**DENSE_LAYOUTS, **(EXPERT_LAYOUTS if experts else {})}.items():
         config = on_ranks.family_config(family, [*words, *layout])
+        if PARTS in layout:  # all that need no grouped experts
+            every = model_shape(config, 3).recomputable() - {"moe_act"}
+            modules = f"parallel.recompute_modules=[{', '.join(sorted(every))}]"
+            config = on_ranks.family_config(family, [*words, *layout, modules])
         found = pool.run(world, momentum_after_a_step, config, 3)[0]
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():

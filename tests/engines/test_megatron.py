@@ -14,7 +14,7 @@ from megatron_progressive.models import model_shape
 from tests.engines import on_ranks, reference
 from tests.pool import Pool
 
-LAYOUTS = [
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {}),
     (2, {"tensor": 2}),
@@ -27,10 +27,15 @@ LAYOUTS = [
     (4, {"pipeline": 2, "virtual_pipeline": 2}),
     (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
     (4, {"pipeline": 4, "virtual_pipeline": 2}),
-]
+    (2, {"tensor": 2, "sequence": "false"}),
+    (1, {"recompute": "full", "recompute_layers": 2}),
+    (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full"}),
+    (2, {"tensor": 2, "recompute": "selective",
+         "recompute_modules": "[core_attn, layernorm, mlp]"}),
+]  # fmt: skip
 
 
-def words(parallel: dict[str, int]) -> list[str]:
+def words(parallel: dict[str, Any]) -> list[str]:
     return [f"parallel.{key}={value}" for key, value in parallel.items()]
 
 
@@ -43,6 +48,8 @@ def test_same_losses_on_every_layout(pool: Pool, optimizer: str, layers: int) ->
     for world, parallel in LAYOUTS[1:]:
         if layers % 2 and layers > 1 and parallel.get("pipeline", 1) == 1:
             continue  # 5 layers are for uneven stages
+        if not layers and parallel.get("recompute") == "selective":
+            continue  # of which there are no parts
         config = on_ranks.small_config([*base, *words(parallel)])
         for result in pool.run(world, on_ranks.losses_and_norms, config, layers, 6):
             for (loss, norm), (loss_1, norm_1) in zip(result, expected, strict=True):

@@ -18,7 +18,7 @@ from megatron_progressive.plan.preflight import check_run
 from tests.engines import on_ranks, reference
 from tests.pool import Pool
 
-CASES, EACH = 210, 15
+CASES, EACH = 300, 15
 SAMPLES = 12  # a step: divides over 1 to 4 data-parallel ranks, and over stages
 
 
@@ -26,7 +26,10 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
     """Any engine, any layout that fits ``world`` ranks."""
     parallel = {"engine": "megatron", "tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
                 "uneven": True, "expert": 1, "expert_tensor": None,
-                "zero_stage": rng.randint(0, 1)}  # fmt: skip
+                "zero_stage": rng.randint(0, 1),
+                "recompute": rng.choice(["none", "none", "selective", "full"])}  # fmt: skip
+    if parallel["recompute"] == "full":
+        parallel["recompute_layers"] = rng.choice([None, 1])
     if rng.random() < (0.25 if experts else 0.45):
         return {
             **parallel,
@@ -36,6 +39,8 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
         }
     most = 2 if experts else 4  # leaves ranks for experts
     parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0 and t <= most])
+    if not experts:
+        parallel["sequence"] = rng.choice([None, False])
     rest = world // parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
     if parallel["pipeline"] > 1:

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.engines.megatron.kernels import ATTENTION_VARIABLES, possible
+from megatron_progressive.engines.megatron.kernels import (
+    ATTENTION_VARIABLES,
+    kernels_here,
+    possible,
+)
 from megatron_progressive.models import TRANSFORMERS
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.environment import (
@@ -95,6 +99,8 @@ def check_kernels(
                 f"environment: got {name}=0; accepted: without it (kernels.attention: flash, fused "
                 "or unfused)"
             )
+    if any("moe_act" in layout.recompute_modules for _, layout in phases):
+        _check_grouped_experts(config, phases)
     asked = [f.name for f in fields(config.kernels) if getattr(config.kernels, f.name)]
     asked = [f"kernels.{name}" for name in asked]
     if config.optim.ns_kernel_from is not None:
@@ -114,3 +120,16 @@ def check_kernels(
         check_possible(
             config, phases, transformer_engine=version_of("transformer-engine") is not None
         )
+
+
+def _check_grouped_experts(
+    config: RunConfig, phases: Sequence[tuple[TransformerShape, Layout]]
+) -> None:
+    """Refuse to compute the activation of experts anew where they do not run grouped."""
+    for shape, layout in phases:
+        wanted = "moe_act" in layout.recompute_modules and "moe_act" in shape.recomputable()
+        if wanted and not kernels_here(config, shape, layout).grouped_gemm:
+            raise ConfigError(
+                "parallel.recompute_modules: got moe_act, which needs Transformer Engine's grouped "
+                "experts (bf16 on CUDA, kernels.grouped_gemm); accepted here: the other parts"
+            )

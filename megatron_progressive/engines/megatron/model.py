@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import (
     MLATransformerConfig,
     TransformerConfig,
@@ -75,8 +76,7 @@ def transformer_config(
         # a model that has no experts yet has no use for their groups
         expert_model_parallel_size=layout.expert if experts else 1,
         expert_tensor_parallel_size=layout.expert_tensor if experts else None,
-        # Megatron-core has experts under tensor parallelism only with it
-        sequence_parallel=experts and layout.tensor > 1,
+        sequence_parallel=layout.divides_sequence(shape.sequence_length),
         # it also sets the number of model chunks: virtual stages / stages
         pipeline_model_parallel_layout=virtual_stages if layout.pipeline > 1 else None,  # type: ignore[arg-type]
         pipeline_dtype=dtype,
@@ -95,11 +95,28 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **_recompute_kwargs(shape, layout),
         **{**transformer_config_kwargs(shape), **transformer_kwargs(kernels, shape)},
     )
     if not cuda:
         check_gloo_pipeline(config)
     return config
+
+
+def _recompute_kwargs(shape: TransformerShape, layout: Layout) -> dict[str, Any]:
+    """The fields of what the backward pass computes anew."""
+    if layout.recompute == "full":
+        # Megatron-core counts the layers of each model chunk, and takes all where there are fewer
+        some = layout.recompute_layers
+        return dict(
+            recompute_granularity="full",
+            recompute_method="uniform" if some is None else "block",
+            recompute_num_layers=some or 1,
+        )
+    modules = set(layout.recompute_modules) & shape.recomputable()
+    if layout.recompute == "none" or not modules:
+        return {}
+    return dict(recompute_granularity="selective", recompute_modules=sorted(modules))
 
 
 def _both_neighbours_are_one(layout: Layout) -> bool:
@@ -164,7 +181,29 @@ def build_chunk(
         model.output_layer.weight = None
     if last and shape.vocab_size < shape.padded_vocab_size:
         _mask_padding(model.output_layer, shape, groups.tensor_rank, layout.tensor)
+    if config.add_bias_linear and "mlp" in recomputed_parts(config):
+        _give_biases_as_views(model)
     return model.cuda() if torch.cuda.is_available() else model
+
+
+def recomputed_parts(config: TransformerConfig) -> list[str]:
+    """The parts of each layer that the backward pass computes anew."""
+    selective = config.recompute_granularity == "selective"
+    return list(config.recompute_modules or ()) if selective else []
+
+
+def _give_biases_as_views(model: torch.nn.Module) -> None:
+    """Let MLPs with biases be computed anew: the second bias goes out unused, to be added later,
+    and a parameter that goes out of an autograd function becomes a result of that function, which
+    then calls itself without end (0.19.2: ``CheckpointFunction``)."""
+
+    def give_view(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        hidden, bias = output
+        return hidden, bias.view_as(bias)
+
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.register_forward_hook(give_view)
 
 
 def _mask_padding(
