@@ -132,7 +132,7 @@ def add(commands: Commands) -> None:
         "bytes per second (default: the GPU's network adapter, or 25)",
     )
     plan.add_argument(
-        "--gpu", metavar="NAME", help="plan memory and time for it: a100, h100 or h200"
+        "--gpu", metavar="NAME", help="plan memory and time for it: a100, h100, h800 or h200"
     )
     plan.add_argument(
         "--dry-run", action="store_true",

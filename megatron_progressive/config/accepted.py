@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "expansion.parallel.engine": (None, "megatron", "deepspeed", "torch"),
     "expansion.parallel.zero_stage": (None, 0, 1, 2, 3),
     "expansion.parallel.recompute": (None, "none", "selective", "full"),
-    "expansion.parallel.recompute_modules": RECOMPUTE_MODULES,
+    "expansion.parallel.recompute_modules": (None, *RECOMPUTE_MODULES),
 }
 
 _COUNT = 2**31 - 1

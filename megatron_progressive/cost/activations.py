@@ -37,6 +37,7 @@ from megatron_progressive.cost.layer_activations import (
     prediction_bytes,
 )
 from megatron_progressive.cost.memory import BYTES, RankMemory, stage_memory
+from megatron_progressive.cost.recompute import whole_layers
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape, layer_number
 from megatron_progressive.runtime.layout import Layout
@@ -188,13 +189,6 @@ def _newton_schulz(found: _Muon, config: RunConfig, layout: Layout, fused: bool)
     return FP32 * (updates + parts) + most
 
 
-def _anew(layout: Layout, numbers: range) -> list[tuple[int, bool]]:
-    """The numbers of a model chunk's layers, each with whether all of it is computed anew."""
-    some = layout.recompute_layers
-    count = 0 if layout.recompute != "full" else len(numbers) if some is None else some
-    return [(number, place < count) for place, number in enumerate(numbers)]
-
-
 def stage_activations(
     shape: TransformerShape, config: RunConfig, layout: Layout, *, fused: bool
 ) -> list[Activations]:
@@ -221,7 +215,7 @@ def stage_activations(
         kept = sum(
             count * layers[kinds[number], whole].kept
             for count, numbers in zip(counts, chunks, strict=True)
-            for number, whole in _anew(layout, numbers)
+            for number, whole in whole_layers(layout, numbers)
         )
         if stage == 0 and step.rms_written_out and step.width < FP32:
             kept += step.hidden()  # the embedding's output, of which norms keep a copy
@@ -240,7 +234,7 @@ def stage_activations(
                 temporary = max(temporary, layers[kinds[-1], whole].inside - gone)
                 gone += shape.mtp_depth * prediction_bytes(step, kinds[-1], whole)
             kept += gone
-        in_order = [one for numbers in chunks for one in _anew(layout, numbers)]
+        in_order = [one for numbers in chunks for one in whole_layers(layout, numbers)]
         for number, whole in reversed(in_order):
             layer = layers[kinds[number], whole]
             temporary = max(temporary, layer.inside - gone)

@@ -62,6 +62,9 @@ GPUS = {
     # NVIDIA H100 data sheet (SXM, 80 GB): 1,979 TFLOP/s bf16 with sparsity, so 989 dense; NVLink
     # 900 GB/s both ways together; DGX H100: 8 GPUs, a 400 Gbit/s adapter each, 112 cores
     "h100": Cluster("h100", 79.0, 989.0, 450.0, 50.0),
+    # H800 (SXM, 80 GB), on which DeepSeek-V3 was trained: an H100 whose NVLink has 400 GB/s both
+    # ways together; 8 GPUs a node, InfiniBand of 50 GB/s each (arXiv 2412.19437, section 3)
+    "h800": Cluster("h800", 79.0, 989.0, 200.0, 50.0),
     # NVIDIA H200 data sheet (SXM, 141 GB): compute, links and cores of the H100
     "h200": Cluster("h200", 139.0, 989.0, 450.0, 50.0),
 }

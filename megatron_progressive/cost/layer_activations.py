@@ -166,15 +166,17 @@ def layer_bytes(step: Step, kind: str, *, whole: bool = False) -> LayerBytes:
     """
     mlp = _experts(step) if kind == MOE else _dense(step)
     norm, attention = step.norm(), _attention(step)
-    again = step.layout.recompute_modules
-    norm_anew = norm if "layernorm" in again else 0.0
+    # Transformer Engine has a norm in the linear behind it, but for latent attention and experts
+    apart = (step.shape.mla is not None, kind == MOE) if step.fused else (True, True)
+    anew = "layernorm" in step.layout.recompute_modules
+    input_anew, norm_anew = (norm if anew and alone else 0.0 for alone in apart)
     attention_anew = _attention_anew(step)
     # behind its norm the MLP's part is there as a whole; when the attention's turn comes it is gone
     at_mlp = mlp.inside + mlp.anew + norm_anew
-    at_attention = 2 * _scores(step) + attention_anew + norm_anew
+    at_attention = 2 * _scores(step) + attention_anew + input_anew
     gone = mlp.kept - mlp.anew + norm - norm_anew
     inside = step.hidden(2) + max(at_mlp, at_attention - gone)
-    kept = step.hidden(2) + 2 * (norm - norm_anew) + attention - attention_anew
+    kept = step.hidden(2) + 2 * norm - input_anew - norm_anew + attention - attention_anew
     kept += mlp.kept - mlp.anew
     if not whole:
         return LayerBytes(kept, inside)

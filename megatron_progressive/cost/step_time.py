@@ -12,6 +12,8 @@ A step takes, one after another:
   arXiv 2205.05198, section 4.2.2);
 - experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
   speed for the share that leaves the node;
+- what the backward pass computes anew (``parallel.recompute``): its forward products once more, two
+  more all-reduces for a whole layer, and two more all-to-alls for its experts;
 - sending the residual stream from stage to stage and back, at the network's speed where stages are
   on other nodes;
 - half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half is
@@ -33,6 +35,7 @@ from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.cost import flops
 from megatron_progressive.cost.cluster import Cluster
 from megatron_progressive.cost.memory import BYTES, RankMemory, rank_memory
+from megatron_progressive.cost.recompute import recomputed_flops, whole_layers
 from megatron_progressive.engines.partitions import chunk_tensors
 from megatron_progressive.models.base import MOE, TensorSpec, TransformerShape, layer_number
 from megatron_progressive.optim.rules import rule_of
@@ -141,18 +144,25 @@ def step_time(
     tokens = train.micro_batch * shape.sequence_length
     batches = train.global_batch // (train.micro_batch * layout.data)
     t, stages, chunks = layout.tensor, layout.pipeline, layout.virtual_pipeline
+    chunked = layout.chunk_layers(shape.num_layers)
     slowest = max(
-        sum(part.flops for part in members) for members in stage_parts(shape, config.optim, layout)
+        3 * sum(part.flops for part in members) + recomputed_flops(shape, layout, chunks_of_stage)
+        for members, chunks_of_stage in zip(
+            stage_parts(shape, config.optim, layout), chunked, strict=True
+        )
     )
-    compute = 3 * slowest * tokens * batches / t / cluster.flops_per_s
+    compute = slowest * tokens * batches / t / cluster.flops_per_s
     newton = flops.optimizer_flops(shape, config.optim)
     largest = flops.largest_matrix_flops(shape, config.optim)
     stream = tokens * shape.hidden_size * width
     kinds = shape.layer_kinds()
-    deepest = max(
-        sum(len(numbers) for numbers in stage) for stage in layout.chunk_layers(shape.num_layers)
+    deepest = max(sum(len(numbers) for numbers in stage) for stage in chunked)
+    whole = max(
+        sum(anew for numbers in stage for _, anew in whole_layers(layout, numbers))
+        for stage in chunked
     )
-    reduces = (4 * deepest + 2) * batches * 2 * (t - 1) / t * stream / cluster.bytes_per_s(t)
+    reduced = 4 * deepest + 2 * whole + 2
+    reduces = reduced * batches * 2 * (t - 1) / t * stream / cluster.bytes_per_s(t)
     moving = 0.0
     if moe is not None and MOE in kinds:
         span = layout.expert * layout.expert_tensor
@@ -160,7 +170,9 @@ def step_time(
         outside = max(0.0, 1 - cluster.gpus_per_node / span)
         inside = 1 - 1 / span - outside
         seconds = rows * (inside / cluster.nvlink_gb_per_s + outside / cluster.network_gb_per_s)
-        moving = 4 * min(deepest, kinds.count(MOE)) * batches * seconds / 1e9
+        experts = min(deepest, kinds.count(MOE))
+        again = experts if "moe" in layout.recompute_modules else min(whole, experts)
+        moving = (4 * experts + 2 * again) * batches * seconds / 1e9
     sent = 2 * stream * batches * chunks / cluster.bytes_per_s(layout.world) if stages > 1 else 0.0
     gathered = state.gradients + state.parameters
     data = _EXPOSED * gathered * (layout.data - 1) / layout.data

@@ -50,13 +50,19 @@ def _memory(plan: Plan, on: ClusterPlan) -> list[str]:
     lines += _note(
         f"micro-batch {plan.config.train.micro_batch}; usable: {usable / _GIB:.1f} = "
         f"{100 * (1 - RESERVE):.0f} % of {gpu.memory_gib:g}; activations of Transformer Engine's "
-        f"layers, nothing recomputed: NOT measured on a GPU"
+        f"layers{_recomputed(plan)}: NOT measured on a GPU"
     )
     pairs = itertools.pairwise(peak.state.total for peak in on.peaks)
     most = max((before + after for before, after in pairs), default=0)
     if most:
         lines += _note(f"at τ the old and the new state are held at once: {_gib(most)}")
     return lines
+
+
+def _recomputed(plan: Plan) -> str:
+    """That nothing is computed anew, where that is so; the phases' layouts say what is."""
+    none = all(planned.layout.recompute == "none" for planned in plan.phases)
+    return ", nothing recomputed" if none else ""
 
 
 def _time(plan: Plan, on: ClusterPlan) -> list[str]:

@@ -2,11 +2,13 @@
 
 All layouts of the Megatron engine with its distributed optimizer that :mod:`.preflight` lets run
 are tried: tensor parallelism within a node, pipeline stages with up to eight chunks, experts over
-any divisor of them. Layouts whose state alone is too large are dropped before their time is
-estimated (:mod:`.step_time`). All phases of a run have one micro-batch, as in the configuration;
-the one with the shortest run wins, and of several as quick ones the smallest. Estimates within 5 %
-of the quickest cannot be told apart by this model of time; among such layouts the one that divides
-the model least wins.
+any divisor of them. Where one does not fit although its state does, norms, up-projections of latent
+attention, activations of experts and shared experts are computed anew, and then whole layers.
+Layouts whose state alone is too large are dropped before their time is estimated
+(:mod:`.step_time`). All phases of a run have one micro-batch, as in the configuration; the one with
+the shortest run wins, and of several as quick ones the smallest. Estimates within 5 % of the
+quickest cannot be told apart by this model of time; among such layouts the one that divides the
+model least wins.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ class Found:
 
 
 _KEYS = ("engine", "tensor", "pipeline", "virtual_pipeline", "uneven", "expert", "expert_tensor",
-         "zero_stage")  # fmt: skip
+         "zero_stage", "sequence", "recompute", "recompute_modules",
+         "recompute_layers")  # fmt: skip
 
 
 def phase_peak(shape: TransformerShape, config: RunConfig, layout: Layout) -> RankPeak:
@@ -128,7 +131,22 @@ def _sections(
                     virtual_pipeline=chunks, expert=expert, zero_stage=1,
                     uneven=bool(kinds) and len(kinds) % (pipeline * chunks) != 0,
                     expert_tensor=expert_tensor if shape.moe is not None else None,
+                    sequence=None, recompute="none", recompute_layers=None,
+                    recompute_modules=ParallelSection().recompute_modules,
                 )  # fmt: skip
+
+
+_CHEAP = {"layernorm", "mla_up_proj", "moe_act", "shared_experts"}
+"""Parts of a layer that take little time to compute anew for the memory that they keep."""
+
+
+def _recomputing(section: ParallelSection, shape: TransformerShape) -> Iterator[ParallelSection]:
+    """A layout, and the same one with more and more computed anew."""
+    yield section
+    if cheap := sorted(_CHEAP & shape.recomputable()):
+        yield replace(section, recompute="selective", recompute_modules=cheap)
+    if shape.num_layers:
+        yield replace(section, recompute="full")
 
 
 def _ordered(candidates: list[Candidate]) -> list[Candidate]:
@@ -165,13 +183,16 @@ def _phase(
             preflight.check_phase(alone, 0, world)
         except ConfigError:
             continue
-        layout = make_layout(section, world)
-        peak = phase_peak(shape, alone, layout)
-        if peak.total > cluster.usable_bytes:
-            others.append(Candidate(section, layout, peak, nothing))
-            continue
-        seconds = step_time(shape, alone, layout, cluster, peak.state)
-        fitting.append(Candidate(section, layout, peak, seconds))
+        for one in _recomputing(section, shape):
+            layout = make_layout(one, world)
+            peak = phase_peak(shape, alone, layout)
+            if peak.total <= cluster.usable_bytes:
+                seconds = step_time(shape, alone, layout, cluster, peak.state)
+                fitting.append(Candidate(one, layout, peak, seconds))
+                break
+            others.append(Candidate(one, layout, peak, nothing))
+            if peak.state.total > cluster.usable_bytes:
+                break
     return _ordered(fitting), others
 
 

@@ -232,7 +232,7 @@ def test_a_search_imports_no_framework() -> None:
 @pytest.mark.parametrize(
     ("words", "holds"),
     [
-        (["--gpu", "v100"], ["--gpu: got 'v100'", "a100, h100, h200"]),
+        (["--gpu", "v100"], ["--gpu: got 'v100'", "a100, h100, h800, h200"]),
         (["--gpu", "h100", "--mfu", "40"], ["--mfu: got 40", "up to 1"]),
         (["--gpu", "h100", "--peak-tflops", "nan"], ["--peak-tflops: got 'nan'", "above 0"]),
         (["--gpu", "h100", "--gpu-memory-gib", "0"], ["--gpu-memory-gib: got '0'", "above 0"]),
@@ -254,3 +254,39 @@ def test_bad_input_is_one_line(
     assert captured.err.count("\n") == 1
     for text in holds:
         assert text in captured.err
+
+
+def test_layers_are_computed_anew_where_nothing_else_fits() -> None:
+    config = one_phase(["data.sequence_length=32768", "model.num_layers=8"])
+    large, small = replace(H100, memory_gib=100), replace(H100, memory_gib=50)
+    plain, found = (search(config, 1, cluster) for cluster in (large, small))
+    assert plain.phases[0].layout == Layout(1, sequence=None)
+    assert "parallel.recompute=full" in found.words(config)
+    shape, again = model_shape(config), found.applied(config)
+    layout = make_layout(again.parallel, 1)
+    assert layout == found.phases[0].layout
+    assert fullest_rank(shape, again, layout, fused=True).total <= small.usable_bytes
+    assert fullest_rank(shape, again, Layout(1), fused=True).total > small.usable_bytes
+    assert found.phases[0].time.total > plain.phases[0].time.total
+
+
+@pytest.mark.parametrize("family", ["llama3", "mixtral", "deepseek_v3"])
+def test_what_is_computed_anew_costs_its_forward_pass(family: str) -> None:
+    """A step whose layers are all computed anew has a fourth more products of layers."""
+    config = family_config(family, ["train.precision=bf16"])
+    shape = model_shape(config, 6)
+    state = stage_memory(shape, config, Layout(1))[0]
+    head = flops.forward_flops_per_token(model_shape(config, 0))
+    layers = flops.forward_flops_per_token(shape) - head
+
+    def compute(layout: Layout) -> float:
+        return step_time(shape, config, layout, H100, state).compute
+
+    unit = compute(Layout(1)) / (3 * (head + layers))
+    full = compute(Layout(1, recompute="full"))
+    assert full == pytest.approx(unit * (3 * head + 4 * layers))
+    some = compute(Layout(1, recompute="full", recompute_layers=2))
+    assert compute(Layout(1)) < some < full
+    every = tuple(sorted(shape.recomputable()))
+    parts_anew = compute(Layout(1, recompute="selective", recompute_modules=every))
+    assert compute(Layout(1)) < parts_anew < full  # all but the projections of the attention
