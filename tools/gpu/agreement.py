@@ -212,7 +212,9 @@ def main() -> int:
         if case not in left_out and all(word in name_of(case) for word in args.only)
     ]  # fmt: skip
     todo = [case for case in wanted if name_of(case) not in found][: args.most]
-    print(f"{len(cases)} cases, {len(cases) - len(wanted)} left out, {len(todo)} to run", flush=True)
+    print(
+        f"{len(cases)} cases, {len(cases) - len(wanted)} left out, {len(todo)} to run", flush=True
+    )
     both, began = Both(args.ranks, folder), time.monotonic()
     try:
         for number, case in enumerate(todo):

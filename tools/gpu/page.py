@@ -51,12 +51,17 @@ def _milliseconds(row: Row) -> str:
     return f"{1e3 * row['step_s']:.1f}"
 
 
+def _planned(row: Row) -> str:
+    """The plan is of Transformer Engine's layers: those of local ones have none."""
+    return "none" if row["planned_gib"] is None else f"{row['planned_gib']:.2f}"
+
+
 def _throughput(row: Row) -> tuple[str, ...]:
     return (
         f"{Path(row['config']).parent.name} {_run(row)}", str(row["layers"]),
         str(row["micro_batch"]), _milliseconds(row), f"{row['tokens_per_s']:,.0f}",
         "not known" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
-        f"{row['peak_gib']:.2f}", f"{row['planned_gib']:.2f}", f"{row['left_gib']:.3f}",
+        f"{row['peak_gib']:.2f}", _planned(row), f"{row['left_gib']:.3f}",
         " → ".join(f"{loss:.4f}" for loss in row["losses"]),
     )  # fmt: skip
 
