@@ -69,15 +69,14 @@ def _of_preset(family: str, preset: str) -> Case:
     name = f"{family}/{preset}"
     world = PRESETS.get(name, 8)
     if family == "resnet":
-        base = (
-            "tiny_progressive" if preset in ("tiny", "resnet20", "resnet32") else "50_progressive"
-        )
-        words = [f"model.preset={preset}", "train.micro_batch=8", "train.global_batch=256"]
-        file = ROOT / "configs" / "resnet" / f"{base}.yaml"
-        depth = model_shape(configuration.load(str(file), [f"model.preset={preset}", "expansion=[]",
-                                                           "model.num_layers=null"])).num_layers  # fmt: skip
-        words += [f"expansion.0.to_layers={depth}"]
-        return Case(name, configuration.load(str(file), words), world)
+        values = {
+            "model": {"family": family, "preset": preset},
+            "train": {"steps": 100, "global_batch": BATCH, "micro_batch": 8, "precision": "bf16"},
+        }
+        depth = model_shape(configuration.from_dict(values, [])).num_layers
+        growth = f"expansion=[{{at: 0.8, to_layers: {depth}, init: random}}]"
+        config = configuration.from_dict(values, ["model.num_layers=0", growth])
+        return Case(name, config, world)
     from megatron_progressive.cost.cluster import GPUS
     from megatron_progressive.plan.layout_search import search
 

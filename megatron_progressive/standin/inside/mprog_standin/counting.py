@@ -1,8 +1,9 @@
 """Counting: kernels are launched and do nothing, but what decides where a program goes is true.
 
 Operations on a few elements (sizes of messages, counts of tokens, flags, norms of norms) are
-computed on the host, and few elements that are made of nothing (indices, constants) are there. What a kernel that did not run leaves in few elements reads as zero, so that
-losses and norms are finite and the same each time.
+computed on the host, and few elements that are made of nothing (indices, constants) are there. What
+a kernel that did not run leaves in few elements reads as zero, so that losses and norms are finite
+and the same each time.
 """
 
 from __future__ import annotations
