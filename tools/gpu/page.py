@@ -14,6 +14,7 @@ def page(day: Row) -> str:
     rehearsal = "Rehearsal without a GPU of the first" if day["rehearsal"] else "First"
     parts = [
         f"# {rehearsal} day on a GPU, {day['date']}, commit {day['commit']}",
+        *([_not_rehearsed(day["transformer_engine"])] if day["rehearsal"] else []),
         _table(
             "Sections",
             ("section", "ended", "seconds", "limit"),
@@ -26,6 +27,20 @@ def page(day: Row) -> str:
         if rows:
             parts.append(_table(title, columns, (cells(row) for row in rows)))
     return "\n\n".join(parts) + "\n"
+
+
+def _not_rehearsed(transformer_engine: bool) -> str:
+    """What a rehearsal does not show."""
+    layers = (
+        "its Python is the real one, its C++ calls compute nothing or are the host's"
+        if transformer_engine
+        else "its sections ran with local layers (MPROG_TRANSFORMER_ENGINE named no folder with it)"
+    )
+    return (
+        "Not rehearsed, since nothing here is a GPU: kernels and their numerics, cuDNN's "
+        "attention, compiled code (Triton's, torch's), CUDA's and NCCL's own memory, speed. Times, "
+        f"MFU, shares and the losses of measurements say nothing. Transformer Engine: {layers}."
+    )
 
 
 def _ended(code: int | None) -> str:
