@@ -69,8 +69,6 @@ def missing_lines(versions: dict[str, str | None], devices: list[str]) -> list[s
         "transformer-engine": "fused layers, attention and grouped GEMM: use NVIDIA's PyTorch "
         "image (nvcr.io/nvidia/pytorch), or `pip install transformer-engine[pytorch,core_cu13]` "
         "where there is CUDA (not elsewhere)",
-        "apex": "fused accumulation of weight gradients: comes with NVIDIA's PyTorch image, or "
-        "build it from github.com/NVIDIA/apex (`apex` on PyPI is another program)",
         "triton": "the symmetric kernel of Newton-Schulz: `pip install triton` (Linux)",
         "deepspeed": "`parallel.engine: deepspeed`: `DS_BUILD_OPS=0 pip install deepspeed==0.19.8`",
         "megatron-core": "training at all: `pip install megatron-core==0.19.2`",

@@ -26,8 +26,7 @@ def exact_products() -> None:
 def deterministic_kernels() -> None:
     """Allow only kernels of torch, cuBLAS, Transformer Engine and NCCL that give the same bits each
     time they are given the same, which is what Megatron-core's script sets in its deterministic
-    mode. It has to be called before a CUDA device or a process group is used. torch raises an error
-    where an operation has no such kernel.
+    mode.
 
     To be called before a CUDA device or a process group is used. torch raises an error where an
     operation has no such kernel.

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import gc
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import GlobalBatch
+from megatron_progressive.optim import flat
 from tests.cost.live_bytes import LiveBytes
 from tests.engines.on_ranks import start
 
 
-def peak_bytes(config: RunConfig) -> int:
+def peak_bytes(config: RunConfig, exchange_numel: int | None = None) -> int:
     """Most bytes of live tensors of this rank during a train step after the first: of two, that
-    which held less, for what was sent and not yet let go of at the peak is a matter of luck."""
+    which held less, for what was sent and not yet let go of at the peak is a matter of luck.
+
+    Args:
+        exchange_numel: in place of the optimizer's own number.
+    """
+    with patch.object(flat, "EXCHANGE_NUMEL", exchange_numel or flat.EXCHANGE_NUMEL):
+        return _peak_bytes(config)
+
+
+def _peak_bytes(config: RunConfig) -> int:
     engine = start(config)
     sequence, vocab = engine.shape.sequence_length, engine.shape.vocab_size
 

@@ -12,7 +12,7 @@ from megatron_progressive import cli
 from megatron_progressive.runtime import environment
 
 WHOLE = dict.fromkeys(
-    ("transformer-engine", "apex", "triton", "deepspeed", "megatron-core", "torch"), "1.0"
+    ("transformer-engine", "triton", "deepspeed", "megatron-core", "torch"), "1.0"
 )
 
 

@@ -88,7 +88,7 @@ def test_the_page_has_a_row_for_each_kind_of_result() -> None:
     results: list[dict[str, Any]] = [
         {"part": "throughput", **run, "layers": 12, "micro_batch": 48, "step_s": 0.25,
          "tokens_per_s": 786432.0, "mfu": 0.4, "losses": [11.0, 10.5], "peak_gib": 30.0,
-         "planned_gib": 29.0, "left_gib": 0.0},
+         "planned_gib": None, "left_gib": 0.0},
         {"part": "speedup", **run, "wall": 3.0, "flops": 4.0, "share": 0.75},
         {"part": "pause", **run, "init": "random", "from_layers": 0, "to_layers": 12,
          "seconds": 1.5, "parts": {"build": 0.5}, "before_gib": 1.0, "peak_gib": 3.0,
@@ -103,13 +103,16 @@ def test_the_page_has_a_row_for_each_kind_of_result() -> None:
         {
             "date": "2026-01-01",
             "commit": "abc",
-            "rehearsal": False,
+            "rehearsal": True,
+            "transformer_engine": False,
             "sections": [],
             "results": results,
         }
     )
     for row in (
-        "| gpt2 124m, local layers | 12 | 48 | 250.0 | 786,432 | 40.0 % | 30.00 | 29.00 |",
+        "Not rehearsed, since nothing here is a GPU",
+        "its sections ran with local layers",
+        "| gpt2 124m, local layers | 12 | 48 | 250.0 | 786,432 | 40.0 % | 30.00 | none |",
         "| gpt2 124m, local layers | 3.00 | 4.00 | 75 % |",
         "| 0 → 12 | 1.50 | build 0.50 | 1.00 | 3.00 | 2.00 | 0.00 | 5.0000 → 5.1000 |",
         "| 2 x 8 x 8 | bf16 | ours | 0.50 | 300 | 1.0e-02 |",

@@ -97,8 +97,10 @@ def config_of(case: Case) -> RunConfig:
     }  # fmt: skip
     expansions = [
         {"at": at, "to_layers": depth, "parallel": parallel, **fill}
-        for at, depth, parallel, fill in zip((4, 8), depths[1:], (deepspeed, last), fills)
-    ]  # fmt: skip
+        for at, depth, parallel, fill in zip(
+            (4, 8), depths[1:], (deepspeed, last), fills, strict=True
+        )
+    ]
     values = {**on_ranks.SMALL, "model": model, "expansion": expansions, "parallel": first}
     words = [f"optim.name={case['optimizer']}", *LAYERS[case["layers"]]]
     return configuration.from_dict(values, words)
@@ -212,7 +214,8 @@ def main() -> int:
         if case not in left_out and all(word in name_of(case) for word in args.only)
     ]  # fmt: skip
     todo = [case for case in wanted if name_of(case) not in found][: args.most]
-    print(f"{len(cases)} cases, {len(cases) - len(wanted)} left out, {len(todo)} to run", flush=True)
+    others = len(cases) - len(wanted)
+    print(f"{len(cases)} cases, {others} left out, {len(todo)} to run", flush=True)
     both, began = Both(args.ranks, folder), time.monotonic()
     try:
         for number, case in enumerate(todo):

@@ -22,9 +22,13 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parents[1]
-TOTAL_S = float(os.environ.get("MPROG_FIRST_DAY_S", "480"))
+USUAL_S = 480.0
+TOTAL_S = float(os.environ.get("MPROG_FIRST_DAY_S", USUAL_S))
 LEAST_S = 15.0
 """A section that would have less time than this is left out."""
+
+TRANSFORMER_ENGINE = "MPROG_TRANSFORMER_ENGINE"
+"""Names a folder with Transformer Engine's wheels unpacked, for a rehearsal."""
 
 MEASURE = (sys.executable, str(TOOLS / "measure.py"))
 SMALL, MIDDLE = "configs/gpt2/124m_fixed.yaml", "configs/llama3/0.5b_progressive.yaml"
@@ -96,13 +100,19 @@ class Day:
         if left_s < LEAST_S:
             self._note(Outcome(section.name, None, 0.0, section.limit_s))
             return
-        limit, began = min(section.limit_s, left_s), time.monotonic()
+        # more time for all, as a slow machine needs for a rehearsal, is more for each
+        limit = min(section.limit_s * max(1.0, TOTAL_S / USUAL_S), left_s)
+        began = time.monotonic()
         environment = {
             **os.environ,
             "MPROG_RESULTS": str(self.lines),
             "MPROG_SECTION": section.name,
         }
-        command = _rehearsed(section) if self.rehearsal else section.command
+        command = section.command
+        if self.rehearsal:
+            command = _rehearsed(section)
+            if folder := os.environ.get(TRANSFORMER_ENGINE):
+                environment["PYTHONPATH"] = f"{environment.get('PYTHONPATH', ROOT)}:{folder}"
         with self.log.open("a") as log:
             log.write(f"===== {section.name}: {' '.join(command)}\n")
             log.flush()
@@ -141,6 +151,7 @@ class Day:
         whole = {
             "date": time.strftime("%Y-%m-%d"),
             "rehearsal": self.rehearsal,
+            "transformer_engine": not self.rehearsal or TRANSFORMER_ENGINE in os.environ,
             "commit": _commit(),
             "sections": [asdict(outcome) for outcome in self.outcomes],
             "results": self.results(),

@@ -126,12 +126,14 @@ def step_result(config: RunConfig, engine: Engine) -> dict[str, Any]:
     """Speed and memory of an engine's steps."""
     from megatron_progressive.cost.activations import fullest_rank
     from megatron_progressive.cost.flops import step_flops, step_tokens
-    from megatron_progressive.engines.megatron.kernels import kernels_line
+    from megatron_progressive.engines.megatron.kernels import kernels_here, kernels_line
 
     shape: Any = engine.shape
     times, losses = steps_of(config, engine)
     seconds, flops, peak = statistics.median(times), step_flops(shape, config), peak_flops()
-    planned = fullest_rank(shape, config, engine.layout, fused=True)
+    planned = None
+    if kernels_here(config, shape, engine.layout).transformer_engine:  # the plan is of its layers
+        planned = fullest_rank(shape, config, engine.layout, fused=True).total / GIB
     return {
         "layers": shape.num_layers,
         "micro_batch": config.train.micro_batch,
@@ -142,7 +144,7 @@ def step_result(config: RunConfig, engine: Engine) -> dict[str, Any]:
         "mfu": None if peak is None else flops / seconds / peak,
         "losses": [losses[0], losses[-1]],
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "planned_gib": planned.total / GIB,
+        "planned_gib": planned,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "kernels": kernels_line(config, shape, engine.layout),
     }

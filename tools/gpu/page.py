@@ -14,6 +14,7 @@ def page(day: Row) -> str:
     rehearsal = "Rehearsal without a GPU of the first" if day["rehearsal"] else "First"
     parts = [
         f"# {rehearsal} day on a GPU, {day['date']}, commit {day['commit']}",
+        *([_not_rehearsed(day["transformer_engine"])] if day["rehearsal"] else []),
         _table(
             "Sections",
             ("section", "ended", "seconds", "limit"),
@@ -26,6 +27,20 @@ def page(day: Row) -> str:
         if rows:
             parts.append(_table(title, columns, (cells(row) for row in rows)))
     return "\n\n".join(parts) + "\n"
+
+
+def _not_rehearsed(transformer_engine: bool) -> str:
+    """What a rehearsal does not show."""
+    layers = (
+        "its Python is the real one, its C++ calls compute nothing or are the host's"
+        if transformer_engine
+        else "its sections ran with local layers (MPROG_TRANSFORMER_ENGINE named no folder with it)"
+    )
+    return (
+        "Not rehearsed, since nothing here is a GPU: kernels and their numerics, cuDNN's "
+        "attention, compiled code (Triton's, torch's), CUDA's and NCCL's own memory, speed. Times, "
+        f"MFU, shares and the losses of measurements say nothing. Transformer Engine: {layers}."
+    )
 
 
 def _ended(code: int | None) -> str:
@@ -51,12 +66,17 @@ def _milliseconds(row: Row) -> str:
     return f"{1e3 * row['step_s']:.1f}"
 
 
+def _planned(row: Row) -> str:
+    """The plan is of Transformer Engine's layers: those of local ones have none."""
+    return "none" if row["planned_gib"] is None else f"{row['planned_gib']:.2f}"
+
+
 def _throughput(row: Row) -> tuple[str, ...]:
     return (
         f"{Path(row['config']).parent.name} {_run(row)}", str(row["layers"]),
         str(row["micro_batch"]), _milliseconds(row), f"{row['tokens_per_s']:,.0f}",
         "not known" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
-        f"{row['peak_gib']:.2f}", f"{row['planned_gib']:.2f}", f"{row['left_gib']:.3f}",
+        f"{row['peak_gib']:.2f}", _planned(row), f"{row['left_gib']:.3f}",
         " → ".join(f"{loss:.4f}" for loss in row["losses"]),
     )  # fmt: skip
 

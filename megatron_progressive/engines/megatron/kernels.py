@@ -4,6 +4,12 @@ Nothing here has run on a GPU yet. The defaults on CUDA are those of Megatron-co
 script, with two exceptions: the fused cross-entropy is Megatron-core's, whose 0.19.2 warns of
 Transformer Engine's, and CUDA graphs are off, since an expansion could not replace them. What a run
 cannot have is refused in :mod:`.kernel_checks`.
+
+Fused accumulation of weight gradients (``gradient_accumulation_fusion``) is off everywhere, so the
+gradient of each micro-batch is rounded to the weights' type before it is added to the fp32 sum, as
+on a CPU. Megatron-core 0.19.2 has one switch for Transformer Engine's layers, which have that
+kernel, and for its own, among them every head, which are not built without apex's
+``fused_weight_gradient_mlp_cuda``. That is a part of NVIDIA's image and of no package index.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Counting: kernels are launched and do nothing, but what decides where a program goes is true.
 
 Operations on a few elements (sizes of messages, counts of tokens, flags, norms of norms) are
-computed on the host. What a kernel that did not run leaves in few elements reads as zero, so that
-losses and norms are finite and the same each time.
+computed on the host, and few elements that are made of nothing (indices, constants) are there. What
+a kernel that did not run leaves in few elements reads as zero, so that losses and norms are finite
+and the same each time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Counting(OnHost):
         inputs = [
             leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)
         ]
+        if not inputs and isinstance(result, torch.Tensor) and result.is_cuda:
+            self._made(func, args, kwargs or {}, result)
         if any(tensor.is_cuda and tensor.numel() > FEW for tensor in inputs):
             storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
             for out in tree_flatten(result)[0]:
@@ -42,6 +45,17 @@ class Counting(OnHost):
                 ):
                     twin(out).zero_()
         return result
+
+    def _made(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor
+    ) -> None:
+        """Fills what an operation made of no tensor, as the host would."""
+        operation = self._known[func]
+        if operation.plain or operation.random or not 0 < result.numel() <= FEW:
+            return
+        here = {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
+        given = {name: value for name, value in here.items() if name in kwargs}
+        twin(result).copy_(func(*args, **given))
 
 
 def _text(tensor: torch.Tensor, *, tensor_contents: Any = None) -> str:
