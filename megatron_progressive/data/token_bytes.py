@@ -56,14 +56,12 @@ def token_bytes(folder: Path, end_of_document: int, entries: int) -> list[int] |
     for token, number in Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).items():
         if number == end_of_document or number >= entries:
             continue
-        if number in added:
+        if not byte_level and _BYTE.fullmatch(token):
+            found[number] = 1
+        elif number in added:
             found[number] = len(token.encode())
-        elif byte_level:
-            found[number] = len(token)
         else:
-            found[number] = (
-                1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
-            )
+            found[number] = len(token if byte_level else token.replace(_SPACE, " ").encode())
     return found
 
 

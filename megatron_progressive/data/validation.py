@@ -21,16 +21,13 @@ from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data import settling
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.documents import Sample, tokens_in, with_documents
-from megatron_progressive.data.identity import DataIdentity
-from megatron_progressive.data.manifest import (
-    SPLITS,
-    check_vocabulary,
-    read_manifest,
-)
+from megatron_progressive.data.identity import DataIdentity, differ, prepared_identity
+from megatron_progressive.data.manifest import SPLITS, read_manifest
 from megatron_progressive.data.parts import named, set_configs, training_configs
 from megatron_progressive.data.prepare import prepare
 from megatron_progressive.data.samples import Samples
 from megatron_progressive.data.settling import Begun
+from megatron_progressive.data.tokenizer import check_vocabulary
 from megatron_progressive.models import model_shape, transformer_shape
 from megatron_progressive.runtime.progress import ShowBytes
 
@@ -139,13 +136,13 @@ def _settled(
         kept = settling.kept_folder(config, known)
         if kept is not None:
             return replace(known, prepared=str(kept.absolute())), []
-    found = settling.prepared_identity(prepare(config, progress))
+    found = prepared_identity(prepare(config, progress))
     check_vocabulary(
         transformer_shape(config).vocab_size,
         read_manifest(Path(found.prepared or "")).vocab_size,
         config.data.tokenizer,
     )
-    if begun is not None and settling.differ(known, found):
+    if begun is not None and differ(known, found):
         raise settling.other_data(config, replace(begun, data=known), found)
     return found, []
 
