@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -288,12 +289,17 @@ def _hash(values: Any) -> str:
 
 
 class _Lines(io.TextIOBase):
-    """Standard error for a progress bar in a log: each state of the bar is a line."""
+    """Standard error for progress bars in a log: a line now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = time.monotonic()
 
     def write(self, text: str) -> int:
-        line = text.strip("\r\n")
-        if line.strip():
-            print(line, file=sys.stderr, flush=True)
+        now, line = time.monotonic(), text.strip()
+        if line and now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            print(f"eval: {line}", file=sys.stderr, flush=True)
         return len(text)
 
 
@@ -335,14 +341,7 @@ def _plain_bars() -> Iterator[None]:
     import lm_eval.models.huggingface
     from tqdm import tqdm
 
-    plain = functools.partial(
-        tqdm,
-        file=_Lines(),
-        mininterval=SECONDS_BETWEEN_LINES,
-        maxinterval=6e9,
-        ascii=True,
-        ncols=79,
-    )
+    plain = functools.partial(tqdm, file=_Lines(), mininterval=1, ascii=True, ncols=79)
     modules: list[Any] = [lm_eval.api.task, lm_eval.models.huggingface]
     before = [module.tqdm for module in modules]
     try:
