@@ -80,10 +80,25 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.runtime.distributed import prepare_imports
 
     config = config_of(args)
+    shard = None if args.shard is None else data.shard_of(args.shard)
     data.check(config)
     prepare_imports()
-    folder = data.prepare(config)
-    print("nothing to prepare: images are read as they are" if folder is None else folder)
+    if not data.is_text(config):
+        print("nothing to prepare: images are read as they are")
+    elif shard is None:
+        print(data.prepare(config, workers=args.workers))
+    elif (folder := data.prepare_shard(config, shard, args.workers)) is not None:
+        print(folder)
+    return 0
+
+
+def _data_merge(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive import data
+    from megatron_progressive.runtime.distributed import prepare_imports
+
+    config = config_of(args)
+    prepare_imports()
+    print(data.merge(config))
     return 0
 
 
@@ -110,7 +125,17 @@ def add(commands: Commands) -> None:
     data = commands.add_parser("data", help="prepare text for training").add_subparsers(
         dest="data_command", required=True, metavar="COMMAND"
     )
-    takes_config(command(data, "prepare", _data_prepare, "prepare the corpus for training"))
+    prepare = command(data, "prepare", _data_prepare, "prepare the corpus for training")
+    takes_config(prepare)
+    prepare.add_argument(
+        "--workers", type=count, metavar="N",
+        help="tokenize in N processes of one thread each (default: one process with threads)",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--shard", metavar="I/N", help="prepare share I of N, from 0; the last one merges them"
+    )
+    merge = command(data, "merge", _data_merge, "put together shards that are all prepared")
+    takes_config(merge)
     train = command(
         commands, "train", _train, "train a run, from its newest checkpoint if it has one"
     )

@@ -57,10 +57,14 @@ class DataSection:
     num_classes: Optional[int] = None
     """Number of classes of pictures, for ``resnet`` (default: the preset's)."""
     text_field: str = "text"
-    """Field or column that holds the text in corpora other than plain text."""
+    """Field or column that holds the text in corpora other than plain text; ``a.b`` is the field
+    ``b`` of the object in field ``a``."""
     validation_fraction: float = 0.02
     """Share of the documents that is held out for validation, chosen by a hash of their content.
     Copies that differ in white space, letter case or Unicode composition are all on one side."""
+    validation_near: bool = False
+    """Whether the split goes by a MinHash of the content in place of a hash, so that near copies
+    are on one side as well: those that share a part J of their text with probability J."""
     max_bytes: int = 0
     """Number of bytes of text to read from the corpus; 0 reads all of it."""
     prepared: Optional[str] = None

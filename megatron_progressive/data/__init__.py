@@ -12,6 +12,7 @@ from megatron_progressive.data import prepare as text
 from megatron_progressive.data.identity import DATA_FILE, DataIdentity, differ, read_identity
 from megatron_progressive.data.images import ImageData
 from megatron_progressive.data.manifest import prepared_folder
+from megatron_progressive.data.prepare import merge, prepare_shard
 from megatron_progressive.data.samples import TrainingData
 from megatron_progressive.data.settling import (
     Begun,
@@ -20,14 +21,15 @@ from megatron_progressive.data.settling import (
     settle,
     wait_until_seen,
 )
+from megatron_progressive.data.work import Shard, shard_of
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runtime.progress import ShowBytes
 
 __all__ = [
-    "DATA_FILE", "Begun", "Data", "DataIdentity", "TrainingData", "as_settled", "changed_since",
-    "check", "differ", "open_data", "prepare", "prepared_folder", "read_identity", "settle",
-    "wait_until_seen",
+    "DATA_FILE", "Begun", "Data", "DataIdentity", "Shard", "TrainingData", "as_settled",
+    "changed_since", "check", "differ", "is_text", "merge", "open_data", "prepare",
+    "prepare_shard", "prepared_folder", "read_identity", "settle", "shard_of", "wait_until_seen",
 ]  # fmt: skip
 
 
@@ -42,7 +44,8 @@ class Data(Protocol):
         for."""
 
 
-def _is_text(config: RunConfig) -> bool:
+def is_text(config: RunConfig) -> bool:
+    """Whether a run is trained on text, which is prepared, rather than on pictures."""
     return isinstance(model_shape(config), TransformerShape)
 
 
@@ -53,21 +56,24 @@ def check(config: RunConfig) -> None:
         ConfigError: it is not there or does not fit (see :func:`.prepare.check` and
             :func:`.images.check`).
     """
-    (text if _is_text(config) else images).check(config)
+    (text if is_text(config) else images).check(config)
 
 
-def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path | None:
+def prepare(
+    config: RunConfig, progress: ShowBytes | None = None, workers: int | None = None
+) -> Path | None:
     """Prepare the run's corpus where that has not been done; returns its folder, or None for
     images, which are read as they are.
 
     Args:
         config: the configuration of the run.
         progress: told how far the preparation is (default: it is shown on standard error).
+        workers: the number of processes that tokenize (default: this one alone, with threads).
 
     Raises:
         ConfigError: see :func:`.prepare.prepare`.
     """
-    return text.prepare(config, progress) if _is_text(config) else None
+    return text.prepare(config, progress, workers) if is_text(config) else None
 
 
 def open_data(config: RunConfig) -> Data:
@@ -76,4 +82,4 @@ def open_data(config: RunConfig) -> Data:
     Raises:
         ConfigError: the data is not there, or does not fit the model.
     """
-    return TrainingData.open(config) if _is_text(config) else ImageData(config)
+    return TrainingData.open(config) if is_text(config) else ImageData(config)

@@ -1,0 +1,8 @@
+"""What workers need, imported once by the process that they are forked from."""
+
+from megatron_progressive.data import parts
+from megatron_progressive.data.megatron import indexed_dataset
+
+__all__ = ["parts"]
+
+indexed_dataset()
