@@ -35,7 +35,7 @@ from megatron_progressive.data.parts import Task, do_task
 from megatron_progressive.data.split import split_documents
 from megatron_progressive.data.tally import Tally
 from megatron_progressive.data.tokenizer import check_vocabulary, load_tokenizer, train_bpe
-from megatron_progressive.data.work import Shard, State, Work, open_work, work_folder
+from megatron_progressive.data.work import Shard, State, Work, check_others, open_work, work_folder
 from megatron_progressive.data.workers import run_tasks
 from megatron_progressive.models import transformer_shape
 from megatron_progressive.runtime.files import fsync_path, writing
@@ -109,6 +109,7 @@ def merge(config: RunConfig) -> Path:
     if _is_occupied(folder):
         read_manifest(folder)
         return folder
+    check_others(config, folder)
     if not work_folder(folder).is_dir():
         raise ConfigError(
             f"--shard: got none of {folder}; accepted: shards that `mprog data prepare --shard` "
@@ -135,6 +136,8 @@ def _prepared(
             transformer_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer
         )
         return folder
+    if shard is not None:
+        check_others(config, folder)
     if not work_folder(folder).is_dir():
         # before anything is written: fails fast on a tokenizer that is missing or too large
         load_tokenizer(config.data, transformer_shape(config).vocab_size)
@@ -201,6 +204,9 @@ def _run(work: Work, tasks: Iterator[Task], workers: int | None, tell: ShowBytes
 def _put_together(work: Work, folder: Path, tell: ShowBytes) -> None:
     """Make the prepared corpus of a preparation whose tasks are all finished."""
     config, state = work.config, work.state()
+    if state.cut is not None:
+        do_task(work.context, state.cut, lambda size: tell("cutting at data.max_bytes", size, None))
+        state = work.state()
     documents = documents_of(state)
     if not any(documents.values()):
         work.remove()

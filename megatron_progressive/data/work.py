@@ -9,6 +9,7 @@ same units, and whoever sees that no part is missing puts them together by links
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -94,6 +95,8 @@ class State:
     """The tasks that are not."""
     not_reached: list[Unit]
     """The units for which ``data.max_bytes`` leaves no room, once nothing is missing."""
+    cut: Task | None = None
+    """The task of the unit in which ``data.max_bytes`` ends, where only the whole unit is there."""
 
 
 @dataclass
@@ -137,10 +140,9 @@ class Work:
             parts = self._parts(task)
             if not is_finished(parts) and is_certain and task != whole:
                 parts = self._parts(whole)
-                if is_finished(parts) and sum(p.text_bytes for p in parts) <= (left or 0):
-                    task = whole
-                else:
-                    parts = []
+                if is_finished(parts) and sum(p.text_bytes for p in parts) > (left or 0):
+                    return State(finished, missing, self.units[at + 1 :], task)
+                task = whole if is_finished(parts) else task
             if not is_finished(parts):
                 missing.append(task)
                 is_certain = False
@@ -228,18 +230,10 @@ def open_work(config: RunConfig, folder: Path, tell: ShowBytes) -> Work:
     work = work_folder(folder)
     if not (work / SOURCE).is_file():
         _begin(config, work, tell)
-    values: dict[str, Any] = json.loads((work / SOURCE).read_text(encoding="utf-8"))
+    values = _source(work)
     mine = decides(config)
     if fingerprint_of(mine) != values["fingerprint"]:
-        theirs = values["decides"]
-        differing = [
-            f"data.{key}" for key in {**mine, **theirs} if _digest(mine.get(key)) != theirs.get(key)
-        ]
-        raise ConfigError(
-            f"data.prepared: got {folder}, of which {work} has parts of another configuration "
-            f"({', '.join(differing)}); accepted: the configuration that they are of, or another "
-            "folder (delete the parts to begin anew)"
-        )
+        raise _of_another(f"data.prepared: got {folder}", work, mine, values)
     check_vocabulary(transformer_shape(config).vocab_size, values["entries"], config.data.tokenizer)
     corpus = replace(open_corpus(config.data), revision=values["revision"])
     context = Context(
@@ -252,6 +246,40 @@ def open_work(config: RunConfig, folder: Path, tell: ShowBytes) -> Work:
         PART_BYTES,
     )
     return Work(config, context, plan_units(corpus, values["data_files"]), values)
+
+
+def check_others(config: RunConfig, folder: Path) -> None:
+    """Raise :class:`ConfigError` where shards of another configuration are under way: of one
+    array, they would never be put together.
+
+    Args:
+        config: the configuration of this shard.
+        folder: the folder of its prepared corpus.
+    """
+    work = work_folder(folder)
+    if config.data.prepared is not None or work.is_dir():
+        return
+    name = glob.escape(open_corpus(config.data).name)
+    for other in sorted(folder.parent.glob(f".{name}-*.parts")):
+        if (other / SOURCE).is_file() and any((other / SHARDS).iterdir()):
+            got = f"--shard: got one of {folder}"
+            raise _of_another(got, other, decides(config), _source(other))
+
+
+def _of_another(got: str, work: Path, mine: dict[str, Any], values: dict[str, Any]) -> ConfigError:
+    theirs = values["decides"]
+    differing = [
+        f"data.{key}" for key in {**mine, **theirs} if _digest(mine.get(key)) != theirs.get(key)
+    ]
+    return ConfigError(
+        f"{got}, while {work} has parts of another configuration ({', '.join(differing)}); "
+        "accepted: the configuration that they are of (delete them to begin anew)"
+    )
+
+
+def _source(work: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((work / SOURCE).read_text(encoding="utf-8"))
+    return values
 
 
 def _begin(config: RunConfig, work: Path, tell: ShowBytes) -> None:
@@ -295,5 +323,8 @@ def _begin(config: RunConfig, work: Path, tell: ShowBytes) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: Any) -> str | None:
+    """A hash of a value; None where there is none."""
+    if value is None:
+        return None
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from megatron_progressive import cli
 from megatron_progressive import data as data_room
@@ -219,11 +218,11 @@ def test_killed_at_random_and_restarted(
         words = ["data", "prepare", str(tmp_path / "run.yaml")]
         if count > 1:
             words += ["--shard", f"{rng.randrange(count)}/{count}"]
-        batches = rng.randrange(1, 60) if kills < 10 else 0
+        batches = rng.randrange(1, 30) if kills < 4 else 0
         job = jobs.run(1, tmp_path, words, ("tests.data.test_shards", "killed_after", (batches,)))
         assert job.codes[0] in (0, -signal.SIGKILL), job.output
         kills += job.codes[0] < 0
-    assert kills >= 5
+    assert kills == 4
     assert content(folder) == whole
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -272,7 +271,7 @@ def test_a_limit_cuts_at_the_same_byte_whoever_prepares(
 def test_where_no_hash_is_low_enough_the_lowest_is_held_out(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    tiny = make_config(tmp_path, config.data.corpus, validation_fraction=1e-9)
+    tiny = make_config(tmp_path, config.data.corpus, validation_fraction=0.0001)
     one = data_room.prepare(tiny, quiet)
     assert one is not None
     texts = list(open_corpus(config.data).documents())
@@ -297,33 +296,36 @@ def refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     return line
 
 
-def test_bad_shards(
-    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_shards(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    explicit = f"data.prepared={tmp_path / 'p'}"
     file.write_text(to_yaml(config))
     for word in ("2/2", "9/2", "0/0", "a/2", "1", "-1/2", "1/2/3", ""):
         line = refused(["prepare", str(file), f"--shard={word}"], tmp_path, capsys)
         assert f"--shard: got {word!r}; accepted: I/N" in line
-    line = refused(["merge", str(file), explicit], tmp_path, capsys)
+    line = refused(["merge", str(file)], tmp_path, capsys)
     assert "--shard: got none of" in line
-    words = ["prepare", str(file), explicit]
     for number in (0, 3):
-        assert cli.main(["data", *words, "--shard", f"{number}/5"]) == 0
-    line = refused(["merge", str(file), explicit], tmp_path, capsys)
+        assert cli.main(["data", "prepare", str(file), "--shard", f"{number}/5"]) == 0
+    line = refused(["merge", str(file)], tmp_path, capsys)
     assert "without shard 1/5, 2/5, 4/5; accepted: all shards finished" in line
     for change, name in (("data.validation_fraction=0.2", "data.validation_fraction"),
-                         ("data.text_field=body", "data.text_field"),
+                         ("data.max_bytes=30000", "data.max_bytes"),
                          ("data.vocab_size=290", "data.tokenizer"),
                          ("data.validation_near=true", "data.validation_near")):  # fmt: skip
-        line = refused([*words, "--shard", "1/5", change], tmp_path, capsys)
-        assert f"parts of another configuration ({name})" in line
-        assert "data.prepared: got" in line
+        for words in (
+            ["prepare", str(file), "--shard", "1/5", change],
+            ["merge", str(file), change],
+        ):
+            line = refused(words, tmp_path, capsys)
+            assert f"parts of another configuration ({name})" in line
+    explicit = make_config(tmp_path, config.data.corpus, prepared=tmp_path / "p", vocab_size=290)
+    other = make_config(tmp_path, config.data.corpus, prepared=tmp_path / "p", vocab_size=280)
+    data_room.prepare_shard(explicit, Shard(0, 2))
+    with config_error("data.prepared", "another configuration (data.tokenizer)"):
+        data_room.prepare_shard(other, Shard(1, 2))
     for number in (1, 2, 4):
-        assert cli.main(["data", *words, "--shard", f"{number}/5"]) == 0
-    assert cli.main(["data", "merge", str(file), explicit]) == 0
-    assert yaml.safe_load(to_yaml(config))["data"]["corpus"] == config.data.corpus
+        assert cli.main(["data", "prepare", str(file), "--shard", f"{number}/5"]) == 0
+    assert cli.main(["data", "merge", str(file)]) == 0
 
 
 def test_a_worker_that_is_killed_ends_it_with_a_word(
@@ -343,9 +345,13 @@ def test_a_damaged_file_is_refused_and_what_is_finished_stays(
     tmp_path: Path, units_are_small: None
 ) -> None:
     corpus = write_corpus(tmp_path / "c")
+    tokens = data_room.prepare(make_config(tmp_path, corpus, max_bytes=5000), quiet)
+    assert tokens is not None
     lines = (corpus / "c.jsonl").read_bytes().splitlines(keepends=True)
     (corpus / "c.jsonl").write_bytes(b"".join([*lines[:-1], b"no JSON\n"]))
-    config = make_config(tmp_path, corpus, validation_fraction=FRACTION)
+    config = make_config(tmp_path, corpus, tokenizer=tokens / "tokenizer")
     with config_error("data.corpus", "c.jsonl", "after byte", "not JSON"):
-        data_room.prepare(config, quiet, workers=None)
-    assert [path.name.endswith(".parts") for path in (tmp_path / "runs/data").iterdir()] == [True]
+        data_room.prepare(config, quiet)
+    (left,) = (tmp_path / "runs/data").glob(".*")
+    assert left.name.endswith(".parts")
+    assert [path.name for path in sorted((left / "units").iterdir())][:2] == ["000000", "000001"]
