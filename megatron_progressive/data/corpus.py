@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import re
 import stat
 import sysconfig
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,27 @@ class Corpus:
         sources = [path for path in listing.files if path.suffix == ".py"]
         return Listing(sources, [], listing.folders)
 
-    def identity(self) -> list[Any]:
+    def identity(self, known: Mapping[str, list[Any]] | None = None) -> list[Any]:
         """What decides the documents, as JSON can hold it: the names, sizes and times of files, or,
-        for Python sources, of which each environment has a copy, their names and content."""
+        for Python sources, of which each environment has a copy, their names and content.
+
+        Args:
+            known: identities of Python sources by :meth:`seen`, to be believed.
+        """
         if self.is_sources and self.root is not None:
+            if known and (identity := known.get(self.seen())):
+                return identity
             return [self.data.corpus, _content(self.root, tuple(self.files()))]
-        listing: list[Any] = ["hf", self.data.corpus] if self.is_hub else []
+        return ["hf", self.data.corpus, *self._stats()] if self.is_hub else self._stats()
+
+    def seen(self) -> str:
+        """A hash of the names, sizes and times of the files, which tells in this environment
+        whether they have changed."""
+        values = [str(self.root), self._stats()]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def _stats(self) -> list[Any]:
+        listing: list[Any] = []
         for path in self.files():
             stat = path.stat()
             name = path.name if path == self.root else str(path.relative_to(self.root or path))
@@ -153,19 +169,21 @@ class Corpus:
         total = sum(path.stat().st_size for path in self.files())
         return min(total, self.data.max_bytes or total)
 
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+    def documents(self, tally: Tally | None = None, patient: bool = False) -> Iterator[str]:
         """The documents that are not blank, up to ``data.max_bytes`` of UTF-8; the last one is
         shortened to that length. Files of a folder that cannot be read as text are left out.
 
         Args:
             tally: gets the counts of what was read and left out.
+            patient: whether a stream of the hub that breaks is opened again.
 
         Raises:
             ConfigError: there is no text at all, the only file cannot be read as text, a file is
                 damaged or may not be read, or there is no field ``data.text_field``.
         """
         tally = Tally() if tally is None else tally
-        reading = Reading(self, self.whole(), tally, self.data.max_bytes or None)
+        limit = self.data.max_bytes or None
+        reading = Reading(self, self.whole(), tally, limit, patient=patient)
         for text, _ in reading.documents():
             yield text
         if reading.refused and not tally.files_read:

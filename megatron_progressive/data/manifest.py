@@ -7,6 +7,7 @@ parts, ``train-000000.bin/.idx`` and so on, whose tokens follow each other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ READABLE_FORMATS = (1, FORMAT, IN_PARTS)
 tally."""
 
 MANIFEST = "manifest.json"
+SOURCES = "sources.json"
+"""The file that remembers the identity of Python sources."""
 TOKENIZER = "tokenizer"
 """The folder of the tokenizer in a prepared corpus."""
 SPLITS = ("train", "validation")
@@ -125,7 +128,7 @@ def decides(config: RunConfig) -> dict[str, Any]:
     data = config.data
     values = {
         "format": FORMAT,
-        "corpus": open_corpus(data).identity(),
+        "corpus": open_corpus(data).identity(_known_sources(config)),
         "tokenizer": identity(data, transformer_shape(config).vocab_size),
         "text_field": data.text_field,
         "validation_fraction": data.validation_fraction,
@@ -134,6 +137,18 @@ def decides(config: RunConfig) -> dict[str, Any]:
     if data.validation_near:  # not in earlier versions
         values["validation_near"] = True
     return values
+
+
+def _known_sources(config: RunConfig) -> dict[str, list[Any]]:
+    """The identities of Python sources that preparations beside the run have found, by
+    :meth:`.Corpus.seen`: to read all of them again takes seconds, in each process."""
+    known: dict[str, list[Any]] = {}
+    if open_corpus(config.data).is_sources:
+        for file in (Path(config.run.dir) / "data").glob(f"*/{SOURCES}"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                values = json.loads(file.read_text(encoding="utf-8"))
+                known[values["seen"]] = values["identity"]
+    return known
 
 
 def fingerprint_of(values: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_progressive.data.manifest import (
     FORMAT,
     IN_PARTS,
     MANIFEST,
+    SOURCES,
     SPLITS,
     TOKENIZER,
     Manifest,
@@ -117,6 +119,9 @@ def put_together(work: Work, state: State, folder: Path) -> None:
         tokenizer_revision=work.source["tokenizer_revision"],
         parts=None if in_one else named,
     )
+    if work.corpus.is_sources:
+        sources = {"seen": work.source["seen"], "identity": work.source["identity"]}
+        (folder / SOURCES).write_text(json.dumps(sources), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@ installing, without a network."""
 
 from __future__ import annotations
 
+import csv
 import sysconfig
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +25,22 @@ def package_sources(root: Path) -> list[Path]:
     two environments of the same versions have the same corpus."""
     found: set[Path] = set()
     for name in _needed():
-        for file in metadata.distribution(name).files or ():
-            path = Path(str(file))
-            if path.suffix == ".py" and ".." not in path.parts and (root / path).is_file():
+        for file in _recorded(metadata.distribution(name)):
+            path = Path(file)
+            if ".." not in path.parts and (root / path).is_file():
                 found.add(root / path)
     return sorted(found)
+
+
+def _recorded(distribution: metadata.Distribution) -> list[str]:
+    """The names of the source files of a distribution. Those of its RECORD are read here, since
+    ``files`` makes slow objects of all of them."""
+    text = distribution.read_text("RECORD")
+    if text is None:
+        names = map(str, distribution.files or ())
+    else:
+        names = (row[0] for row in csv.reader(text.splitlines()) if row)
+    return [name for name in names if name.endswith(".py")]
 
 
 def _needed() -> set[str]:

@@ -200,7 +200,7 @@ def training_sample(corpus: Corpus, fraction: float, near: bool = False) -> list
     keep = 1.0 if size is None else min(1.0, max(SAMPLE_BYTES / max(size, 1), 1 / 32))
     chosen: list[str] = []
     total, due = 0, 0.0
-    for text, held_out in split_documents(corpus.documents(), fraction, near):
+    for text, held_out in split_documents(corpus.documents(patient=True), fraction, near):
         if held_out:
             continue
         due += keep

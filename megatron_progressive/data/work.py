@@ -284,8 +284,10 @@ def _source(work: Path) -> dict[str, Any]:
 
 def _begin(config: RunConfig, work: Path, tell: ShowBytes) -> None:
     """Make the folder of a preparation; of several at once the first one stays."""
-    mine = decides(config)  # before reading: files that change meanwhile make a new one
     corpus = open_corpus(config.data).pinned()  # read twice: for the tokenizer, for its tokens
+    # before reading: files that change meanwhile make a new one
+    seen = corpus.seen() if corpus.is_sources else None
+    mine = decides(config)
     vocab_size = transformer_shape(config).vocab_size
     tokenizer = load_tokenizer(config.data, vocab_size)
     hub_files = number_of_data_files(corpus)
@@ -309,6 +311,7 @@ def _begin(config: RunConfig, work: Path, tell: ShowBytes) -> None:
             "entries": tokenizer.entries,
             "end_of_document": tokenizer.end_of_document,
             "tokenizer_revision": tokenizer.revision,
+            **({"seen": seen, "identity": mine["corpus"]} if seen else {}),
         }
         write_atomically(temporary / SOURCE, json.dumps(values))
         for path in [*temporary.rglob("*"), temporary]:
