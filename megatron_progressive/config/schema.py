@@ -42,9 +42,11 @@ class DataSection:
     corpus: str = "stdlib"
     """The corpus: ``stdlib`` (Python's own sources), ``packages`` (those of the installed packages,
     more than 200 MB), a file or folder (plain text, JSON lines or arrays, CSV, TSV, Parquet or
-    Arrow, also compressed as .gz, .xz, .bz2 or .zst), or ``hf:NAME``. For ``resnet``: ``shapes``
-    (pictures of ten classes, drawn as they are read; the default), or a folder with
-    ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...)."""
+    Arrow, also compressed as .gz, .xz, .bz2 or .zst), ``hf:NAME``, or ``megatron:PREFIX[,PREFIX]``
+    (tokens that Megatron-LM or Bridge has written to PREFIX.bin and PREFIX.idx, made with
+    ``data.tokenizer``). For ``resnet``: ``shapes`` (pictures of ten classes, drawn as they are
+    read; the default), or a folder with ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg,
+    ...)."""
     tokenizer: str = "bpe"
     """The tokenizer: ``bpe`` (byte-level, trained on the corpus; with ``run.init_from`` the one
     that the checkpoint keeps), a folder or file, or a name on the Hugging Face hub."""

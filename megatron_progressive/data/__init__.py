@@ -28,7 +28,7 @@ from megatron_progressive.runtime.progress import ShowBytes
 
 __all__ = [
     "DATA_FILE", "Begun", "Data", "DataIdentity", "Shard", "TrainingData", "as_settled",
-    "changed_since", "check", "differ", "is_text", "merge", "open_data", "prepare",
+    "changed_since", "check", "differ", "is_text", "is_unprepared", "merge", "open_data", "prepare",
     "prepare_shard", "prepared_folder", "read_identity", "settle", "shard_of", "wait_until_seen",
 ]  # fmt: skip
 
@@ -74,6 +74,15 @@ def prepare(
         ConfigError: see :func:`.prepare.prepare`.
     """
     return text.prepare(config, progress, workers) if is_text(config) else None
+
+
+def is_unprepared(config: RunConfig) -> bool:
+    """Whether the run's corpus has yet to be prepared.
+
+    Raises:
+        ConfigError: the corpus or the tokenizer is missing.
+    """
+    return is_text(config) and not prepared_folder(config).exists()
 
 
 def open_data(config: RunConfig) -> Data:

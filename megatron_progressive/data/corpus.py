@@ -28,7 +28,7 @@ from megatron_progressive.data.reading import open_documents
 from megatron_progressive.data.records import text_of
 from megatron_progressive.data.tally import EMPTY, HINTS, WITHOUT_TEXT, Tally
 
-ACCEPTED = "stdlib, packages, a file or folder with text, or hf:NAME"
+ACCEPTED = "stdlib, packages, a file or folder with text, hf:NAME, or megatron:PREFIX"
 READ = (
     "plain text, JSON lines, a JSON array of objects, CSV or TSV with a header, Parquet or Arrow, "
     "in UTF-8 or with a byte order mark, also as .gz, .xz, .bz2 or .zst"
@@ -84,6 +84,11 @@ class Corpus:
         return self.data.corpus.startswith("hf:")
 
     @property
+    def is_megatron(self) -> bool:
+        """Whether it is tokens that Megatron has written; these are no documents here."""
+        return self.data.corpus.startswith("megatron:")
+
+    @property
     def is_sources(self) -> bool:
         """Whether it is the Python sources of the interpreter or of packages."""
         return self.data.corpus in _SOURCES
@@ -92,6 +97,8 @@ class Corpus:
     def name(self) -> str:
         """A short name of the corpus that can be part of a file name."""
         spec = self.data.corpus
+        if self.is_megatron:
+            spec = Path(spec.removeprefix("megatron:").partition(",")[0]).name
         if not self.is_sources and self.root is not None:
             spec = self.root.resolve().name.split(".")[0]
         spec = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.removeprefix("hf:")).strip(".-")
@@ -111,6 +118,10 @@ class Corpus:
         Raises:
             ConfigError: a file or folder may not be read.
         """
+        if self.is_megatron:
+            names = self.data.corpus.removeprefix("megatron:").split(",")
+            files = [Path(f"{name.strip()}.{kind}") for name in names for kind in ("bin", "idx")]
+            return Listing([file for file in files if file.is_file()], [], [])
         if self.root is None:
             return Listing([], [], [])
         if not self.is_sources:
@@ -142,9 +153,11 @@ class Corpus:
 
     def _stats(self) -> list[Any]:
         listing: list[Any] = []
+        below = f"{self.root}/"
         for path in self.files():
             stat = path.stat()
-            name = path.name if path == self.root else str(path.relative_to(self.root or path))
+            name = path.name if path == self.root else str(path).removeprefix(below)
+            name = str(path) if self.root is None else name
             listing.append([name, stat.st_size, stat.st_mtime_ns])
         return listing
 
@@ -336,6 +349,8 @@ def open_corpus(data: DataSection) -> Corpus:
         return Corpus(data, Path(sysconfig.get_paths()["stdlib"]))
     if spec == "packages":
         return Corpus(data, packages_root())
+    if spec.startswith("megatron:"):
+        return Corpus(data, None)
     if spec.startswith("hf:"):
         if not spec[3:]:
             raise ConfigError(f"data.corpus: got {spec!r}; accepted: {ACCEPTED}")

@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.data.corpus import open_corpus
@@ -29,7 +32,10 @@ tokens."""
 IN_PARTS = 3
 """The format of the same tokens in parts, which versions that know format 2 alone cannot read."""
 
-READABLE_FORMATS = (1, FORMAT, IN_PARTS)
+IN_PLACE = 4
+"""The format of tokens in files of somebody else (see :mod:`.in_place`)."""
+
+READABLE_FORMATS = (1, FORMAT, IN_PARTS, IN_PLACE)
 """The formats whose files are read as they are. The first one split by the exact text and had no
 tally."""
 
@@ -38,6 +44,9 @@ SOURCES = "sources.json"
 """The file that remembers the identity of Python sources."""
 TOKENIZER = "tokenizer"
 """The folder of the tokenizer in a prepared corpus."""
+PIECES = "pieces.npy"
+"""The ending of the files that say where the tokens of a split are in files of somebody else, as
+int64 [pieces, 3]: the number of the file, that of the first token in it, and how many."""
 SPLITS = ("train", "validation")
 
 
@@ -62,6 +71,23 @@ class PartCounts:
     """The name of its files without ``.bin`` and ``.idx``."""
     documents: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of somebody else, as it was."""
+
+    path: str
+    """Its absolute path."""
+    bytes: int
+    changed: int
+    """When it was last changed, in nanoseconds."""
+
+    @classmethod
+    def of(cls, file: Path) -> SourceFile:
+        """A file as it is now."""
+        stat = file.stat()
+        return cls(os.path.abspath(file), stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -95,8 +121,15 @@ class Manifest:
     parts: dict[str, list[PartCounts]] | None = None
     """The parts of each split in their order; None where each split is one ``.bin`` file."""
 
+    sources: list[SourceFile] | None = None
+    """The ``.bin`` files in which the tokens are, where these are not in the folder."""
+
     def pieces(self, folder: Path, split: str) -> list[Piece]:
         """Where the tokens of a split are; ``folder`` is that of the prepared corpus."""
+        if self.sources is not None:
+            files = [Path(source.path) for source in self.sources]
+            rows = np.load(folder / f"{split}.{PIECES}").tolist()
+            return [Piece(files[file], first, tokens) for file, first, tokens in rows]
         if self.parts is None:
             return [Piece(folder / f"{split}.bin", 0, self.splits[split].tokens)]
         return [Piece(folder / f"{part.name}.bin", 0, part.tokens) for part in self.parts[split]]
@@ -113,8 +146,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         values = asdict(self)
-        if self.parts is None:
-            del values["parts"]  # as in format 2
+        for key in ("parts", "sources"):
+            if values[key] is None:
+                del values[key]  # as in format 2
         return json.dumps(values, indent=2) + "\n"
 
 
@@ -211,6 +245,8 @@ def read_manifest(folder: Path) -> Manifest:
         if values.get("parts") is not None:
             parts = values["parts"]
             values["parts"] = {s: [PartCounts(**part) for part in parts[s]] for s in SPLITS}
+        if values.get("sources") is not None:
+            values["sources"] = [SourceFile(**source) for source in values["sources"]]
         manifest = Manifest(**values)
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
         raise error(f"whose {MANIFEST} is damaged") from None
@@ -220,6 +256,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise error(f"which lacks {name}")
         if found != size:
             raise error(f"whose {name} has {found} bytes instead of {size}")
+    for source in manifest.sources or ():
+        if not Path(source.path).is_file():
+            raise error(f"whose tokens were in {source.path}, which does not exist")
+        if SourceFile.of(Path(source.path)) != source:
+            raise error(f"whose tokens are in {source.path}, which has changed since")
     return manifest
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
+from megatron_progressive.data import in_place
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.manifest import (
     SPLITS,
@@ -136,6 +137,8 @@ def _prepared(
             transformer_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer
         )
         return folder
+    if open_corpus(config.data).is_megatron:
+        return _prepare_in_place(config, folder, progress)
     if shard is not None:
         check_others(config, folder)
     if not work_folder(folder).is_dir():
@@ -168,6 +171,27 @@ def _prepared(
     if progress is None:
         for line in read_manifest(folder).summary():
             _say(line)
+    return folder
+
+
+def _prepare_in_place(config: RunConfig, folder: Path, progress: ShowBytes | None) -> Path:
+    """Prepare tokens that stay where they are; one process does that, without tokenizing."""
+    check_writable("run.dir" if config.data.prepared is None else "data.prepared", folder.parent)
+    with writing(f"preparing {folder}"), contextlib.ExitStack() as stack:
+        in_place.open_all(config)
+        in_place.tokenizer_of(config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
+        temporary.mkdir()
+        try:
+            tell = progress or stack.enter_context(show_byte_stages("data"))
+            lines = in_place.fill(config, temporary, tell)
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    for line in lines if progress else [*lines, *read_manifest(folder).summary()]:
+        _say(line)
     return folder
 
 
@@ -256,6 +280,10 @@ def check(config: RunConfig) -> None:
         return
     shape, data = transformer_shape(config), config.data
     corpus = open_corpus(data)
+    if corpus.is_megatron:
+        in_place.open_all(config)
+        in_place.tokenizer_of(config)
+        return
     tokenizer = load_tokenizer(data, shape.vocab_size)
     kept: list[tuple[str, bool]] = []
     most = dict.fromkeys(SPLITS, 0)
