@@ -108,5 +108,5 @@ def test_a_terminal_shows_the_time_left_where_the_total_is_known(
             time.sleep(0.02)
             show("tokenizing c", step * 1_000_000, 10**12)
     unknown, known = terminal.shown.splitlines()[-2:]
-    assert re.search(r"\[unnamed\] .* 1\.0/\? MB +0:00:0\d", unknown), unknown
-    assert re.search(r"tokenizing c .* 0\.0/1\.0 TB +[1-9]\d*:\d\d:\d\d", known), known
+    assert re.search(r"\[unnamed\] .* 1\.0/\? MB .* 0:00:0\d", unknown), unknown
+    assert re.search(r"tokenizing c .* 0\.0/1\.0 TB .* [1-9]\d*:\d\d:\d\d", known), known
