@@ -24,7 +24,7 @@ from megatron_progressive.data.manifest import (
     SplitCounts,
 )
 from megatron_progressive.data.megatron import indexed_dataset
-from megatron_progressive.data.parts import Part, Task
+from megatron_progressive.data.prepared_parts import Part, Task
 from megatron_progressive.data.tally import Tally
 from megatron_progressive.data.units import WHOLE_BYTES
 from megatron_progressive.data.work import State, Work

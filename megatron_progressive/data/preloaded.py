@@ -1,6 +1,6 @@
 """What workers need, imported once by the process that they are forked from."""
 
-from megatron_progressive.data import parts
+from megatron_progressive.data import prepared_parts
 from megatron_progressive.data.megatron import indexed_dataset
 
 __all__ = ["parts"]

@@ -32,7 +32,7 @@ from megatron_progressive.data.merge import (
     put_together,
     tally_of,
 )
-from megatron_progressive.data.parts import Task, do_task
+from megatron_progressive.data.prepared_parts import Task, do_task
 from megatron_progressive.data.split import split_documents
 from megatron_progressive.data.tally import Tally
 from megatron_progressive.data.tokenizer import check_vocabulary, load_tokenizer, train_bpe

@@ -2,7 +2,7 @@
 
 Its folder lies beside that of the prepared corpus, under a hidden name, and has the tokenizer,
 ``source.json``, which says what is prepared, and the parts that are finished
-(:mod:`.parts`). Any number of processes and hosts work in it side by side; all of them find the
+(:mod:`.prepared_parts`). Any number of processes and hosts work in it side by side; all of them find the
 same units, and whoever sees that no part is missing puts them together by links.
 """
 
@@ -29,7 +29,7 @@ from megatron_progressive.data.manifest import (
     fingerprint_of,
 )
 from megatron_progressive.data.megatron import indexed_dataset
-from megatron_progressive.data.parts import (
+from megatron_progressive.data.prepared_parts import (
     PART_BYTES,
     UNITS,
     Context,

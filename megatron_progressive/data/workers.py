@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from megatron_progressive.data.parts import Context, Task, do_task
+from megatron_progressive.data.prepared_parts import Context, Task, do_task
 
 Told = Callable[[Task, int | None], None]
 """Called with a task and the bytes of text of its unit that have been read; None when it is

@@ -75,7 +75,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Breaking:
     monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(hub, "STATE_ROWS", 7)
     monkeypatch.setattr(sys.modules["megatron_progressive.data.work"], "PART_BYTES", 5000)
-    monkeypatch.setattr(sys.modules["megatron_progressive.data.parts"], "BATCH_BYTES", 900)
+    monkeypatch.setattr(sys.modules["megatron_progressive.data.prepared_parts"], "BATCH_BYTES", 900)
     monkeypatch.setattr(sys.modules["megatron_progressive.data.merge"], "WHOLE_BYTES", 5000)
     return breaking
 

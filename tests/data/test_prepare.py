@@ -75,7 +75,7 @@ def test_round_trip(config: RunConfig) -> None:
 def test_batches_do_not_change_the_files(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room: Any = sys.modules["megatron_progressive.data.parts"]
+    room: Any = sys.modules["megatron_progressive.data.prepared_parts"]
     folder = data_room.prepare(config, quiet)
     monkeypatch.setattr(room, "BATCH_BYTES", 500)
     other = make_config(

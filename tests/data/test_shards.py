@@ -187,7 +187,7 @@ def test_workers_give_the_bits_of_one_process(
 def killed_after(batches: int) -> None:
     """Kill this process when it has tokenized so many batches, in the midst of a part."""
     small_units()
-    room: Any = sys.modules["megatron_progressive.data.parts"]
+    room: Any = sys.modules["megatron_progressive.data.prepared_parts"]
     add, left = room._SplitFile.add, [batches]
 
     def adding(*arguments: Any) -> None:

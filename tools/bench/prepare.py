@@ -87,7 +87,7 @@ def against_bare(work: Any) -> float:
     from tokenizers import Tokenizer
 
     from megatron_progressive.data.corpus import Reading
-    from megatron_progressive.data.parts import do_task, parts_of
+    from megatron_progressive.data.prepared_parts import do_task, parts_of
     from megatron_progressive.data.tally import Tally
 
     backend = Tokenizer.from_file(str(work.folder / "tokenizer" / "tokenizer.json"))
