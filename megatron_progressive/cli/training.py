@@ -80,13 +80,32 @@ def _data_prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_progressive.runtime.distributed import prepare_imports
 
     config = config_of(args)
+    shard = None if args.shard is None else data.shard_of(args.shard)
     data.check(config)
     prepare_imports()
-    if config.data.mix or config.data.validation:
-        print(*data.settle(config)[0].all_folders, sep="\n")
-        return 0
-    folder = data.prepare(config)
-    print("nothing to prepare: images are read as they are" if folder is None else folder)
+    if shard is not None and config.data.mix:
+        raise ConfigError(
+            f"--shard: got {args.shard} with data.mix; accepted: a configuration of one corpus, as "
+            "data.corpus, or --workers"
+        )
+    if not data.is_text(config):
+        print("nothing to prepare: images are read as they are")
+    elif shard is None:
+        folder = data.prepare(config, workers=args.workers)
+        several = config.data.mix or config.data.validation
+        print(*(data.settle(config)[0].all_folders if several else [folder]), sep="\n")
+    elif (folder := data.prepare_shard(config, shard, args.workers)) is not None:
+        print(folder)
+    return 0
+
+
+def _data_merge(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_progressive import data
+    from megatron_progressive.runtime.distributed import prepare_imports
+
+    config = config_of(args)
+    prepare_imports()
+    print(data.merge(config))
     return 0
 
 
@@ -113,7 +132,17 @@ def add(commands: Commands) -> None:
     data = commands.add_parser("data", help="prepare text for training").add_subparsers(
         dest="data_command", required=True, metavar="COMMAND"
     )
-    takes_config(command(data, "prepare", _data_prepare, "prepare the corpus for training"))
+    prepare = command(data, "prepare", _data_prepare, "prepare the corpus for training")
+    takes_config(prepare)
+    prepare.add_argument(
+        "--workers", type=count, metavar="N",
+        help="tokenize in N processes of one thread each (default: one process with threads)",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--shard", metavar="I/N", help="prepare share I of N, from 0; the last one merges them"
+    )
+    merge = command(data, "merge", _data_merge, "put together shards that are all prepared")
+    takes_config(merge)
     train = command(
         commands, "train", _train, "train a run, from its newest checkpoint if it has one"
     )

@@ -43,9 +43,11 @@ class DataSection:
     corpus: str = "stdlib"
     """The corpus: ``stdlib`` (Python's own sources), ``packages`` (those of the installed packages,
     more than 200 MB), a file or folder (plain text, JSON lines or arrays, CSV, TSV, Parquet or
-    Arrow, also compressed as .gz, .xz, .bz2 or .zst), or ``hf:NAME``. For ``resnet``: ``shapes``
-    (pictures of ten classes, drawn as they are read; the default), or a folder with
-    ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg, ...). Empty with ``data.mix``."""
+    Arrow, also compressed as .gz, .xz, .bz2 or .zst), ``hf:NAME``, or ``megatron:PREFIX[,PREFIX]``
+    (tokens that Megatron-LM or Bridge has written to PREFIX.bin and PREFIX.idx, made with
+    ``data.tokenizer``). For ``resnet``: ``shapes`` (pictures of ten classes, drawn as they are
+    read; the default), or a folder with ``train/CLASS/*.png`` and ``val/CLASS/*.png`` (or .jpg,
+    ...). Empty with ``data.mix``."""
     tokenizer: str = "bpe"
     """The tokenizer: ``bpe`` (byte-level, trained on the corpus; with ``run.init_from`` the one
     that the checkpoint keeps), a folder or file, or a name on the Hugging Face hub."""
@@ -58,10 +60,14 @@ class DataSection:
     num_classes: Optional[int] = None
     """Number of classes of pictures, for ``resnet`` (default: the preset's)."""
     text_field: str = "text"
-    """Field or column that holds the text in corpora other than plain text."""
+    """Field or column that holds the text in corpora other than plain text; ``a.b`` is the field
+    ``b`` of the object in field ``a``."""
     validation_fraction: float = 0.02
     """Share of the documents that is held out for validation, chosen by a hash of their content.
     Copies that differ in white space, letter case or Unicode composition are all on one side."""
+    validation_near: bool = False
+    """Whether the split goes by a MinHash of the content in place of a hash, so that near copies
+    are on one side as well: those that share a part J of their text with probability J."""
     max_bytes: int = 0
     """Number of bytes of text to read from the corpus; 0 reads all of it."""
     prepared: Optional[str] = None

@@ -14,6 +14,7 @@ import itertools
 import lzma
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,6 +107,10 @@ class Stream:
     is_whole: bool
     """Whether ``head`` is the whole content."""
     is_compressed: bool
+    is_plain: bool
+    """Whether its bytes are those of the file, apart from a byte order mark."""
+    begin: int = 0
+    """Where in the file it begins, in bytes: above 0, its head does not tell what the file is."""
 
     def check_text(self) -> None:
         """Raise :class:`NotText` unless ``head`` is UTF-8 text, apart from a stray byte here and
@@ -143,8 +148,14 @@ def _not_text(head: bytes, is_whole: bool) -> str | None:
 
 
 @contextmanager
-def open_stream(path: Path) -> Iterator[Stream]:
+def open_stream(path: Path, begin: int = 0, end: int | None = None) -> Iterator[Stream]:
     """Open a file, and decompress it by its name or by its first bytes.
+
+    Args:
+        path: the file.
+        begin: the byte at or after which the first line begins that is read. The file has to be
+            plain where it is not 0 or ``end`` is not None.
+        end: the byte before which the last line begins that is read; None reads to the end.
 
     Raises:
         ConfigError: the file cannot be opened, or is not compressed as its name says.
@@ -152,6 +163,8 @@ def open_stream(path: Path) -> Iterator[Stream]:
     try:
         with ExitStack() as stack:
             raw: IO[bytes] = stack.enter_context(path.open("rb"))
+            if begin or end is not None:
+                raw = _lines_between(raw, begin, end)
             start = raw.read(8)
             compression = _compression(path.suffix.lower(), start) if start else None
             if compression:
@@ -171,7 +184,10 @@ def open_stream(path: Path) -> Iterator[Stream]:
                 head = head[len(codecs.BOM_UTF8) :]
                 blocks = itertools.chain((head,), blocks)
             file = io.BufferedReader(_Blocks(blocks), HEAD_BYTES)
-            yield Stream(path, _inner_suffix(path), head, file, is_whole, bool(compression))
+            is_plain = not (compression or mark)
+            yield Stream(
+                path, _inner_suffix(path), head, file, is_whole, bool(compression), is_plain, begin
+            )
     except PermissionError:
         raise not_allowed(path) from None
     except DAMAGED as error:
@@ -179,6 +195,29 @@ def open_stream(path: Path) -> Iterator[Stream]:
             f"data.corpus: got {path}, damaged ({one_line(error)}); accepted: a file that can be "
             "read to its end"
         ) from None
+
+
+def _lines_between(raw: IO[bytes], begin: int, end: int | None) -> IO[bytes]:
+    """The lines of a file that begin at ``begin`` or later, and before ``end``."""
+
+    def next_line(place: int) -> int:
+        if place == 0:
+            return 0
+        raw.seek(place - 1)
+        raw.readline()
+        return raw.tell()
+
+    stop = None if end is None else next_line(end)
+    left = sys.maxsize if stop is None else stop - next_line(begin)
+    raw.seek(next_line(begin))
+
+    def blocks() -> Iterator[bytes]:
+        nonlocal left
+        while left > 0 and (block := raw.read(min(left, _BLOCK_BYTES))):
+            left -= len(block)
+            yield block
+
+    return io.BufferedReader(_Blocks(blocks()), _BLOCK_BYTES)
 
 
 def _compression(suffix: str, start: bytes) -> str | None:

@@ -48,7 +48,9 @@ def check_mix(config: RunConfig) -> None:
     check_one_tokenizer(config)
 
 
-def prepare_mix(config: RunConfig, progress: ShowBytes | None = None) -> list[Path]:
+def prepare_mix(
+    config: RunConfig, progress: ShowBytes | None = None, workers: int | None = None
+) -> list[Path]:
     """The folders of the prepared parts, which are made now where they are not there.
 
     Raises:
@@ -58,7 +60,7 @@ def prepare_mix(config: RunConfig, progress: ShowBytes | None = None) -> list[Pa
     folders = []
     for number, one in enumerate(part_configs(config, tokenizer)):
         with named(f"data.mix[{number}]"):
-            folders.append(prepare(one, progress))
+            folders.append(prepare(one, progress, workers))
     return folders
 
 

@@ -5,51 +5,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.config.places import check_writable
-from megatron_progressive.data.corpus import Corpus, open_corpus
+from megatron_progressive.data import in_place
+from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.manifest import (
-    FORMAT,
-    MANIFEST,
     SPLITS,
-    TOKENIZER,
     Manifest,
-    SplitCounts,
     check_fit,
     check_length,
-    fingerprint,
     prepared_folder,
     read_manifest,
 )
-from megatron_progressive.data.megatron import indexed_dataset
+from megatron_progressive.data.merge import (
+    check_splits,
+    documents_of,
+    lowest_tasks,
+    put_together,
+    tally_of,
+)
+from megatron_progressive.data.prepared_parts import Task, do_task
 from megatron_progressive.data.split import split_documents
 from megatron_progressive.data.tally import Tally
-from megatron_progressive.data.tokenizer import (
-    DocumentTokenizer,
-    check_vocabulary,
-    load_tokenizer,
-    train_bpe,
-    training_sample,
-)
+from megatron_progressive.data.tokenizer import check_vocabulary, load_tokenizer, train_bpe
+from megatron_progressive.data.work import Shard, State, Work, check_others, open_work, work_folder
+from megatron_progressive.data.workers import run_tasks
 from megatron_progressive.models import transformer_shape
 from megatron_progressive.runtime.files import fsync_path, writing
 from megatron_progressive.runtime.progress import ShowBytes, show_byte_stages
-
-if TYPE_CHECKING:
-    import numpy as np
-
-BATCH_BYTES = 1 << 20
-"""How many bytes of text are tokenized at once."""
 
 STALE_SECONDS = 3600.0
 """A temporary folder to which nobody has written for so many seconds was left by a killed
@@ -62,23 +53,83 @@ BOUNDED_BYTES = 16_000_000
 """Up to how many bytes a local corpus is read to check it with bounds."""
 
 
-def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path:
+def prepare(
+    config: RunConfig, progress: ShowBytes | None = None, workers: int | None = None
+) -> Path:
     """The folder of the prepared corpus, which is made now where it is not there yet.
 
     A folder that is there is used as it is. A new one appears under its name only when it is
-    complete and on disk; a preparation that is killed leaves at most a hidden folder beside it,
-    which a later one removes. Of several at once, the first to finish is kept.
+    complete and on disk. A preparation that is killed leaves the parts that it has finished in a
+    hidden folder beside it (:mod:`.work`), and a later one goes on from there. Several at once
+    share their parts.
 
     Args:
         config: the configuration of the run.
         progress: told how far the preparation is (default: it is shown on standard error, with a
             summary at the end).
+        workers: the number of processes that tokenize (default: this process alone, on as many
+            threads as the tokenizer takes).
 
     Raises:
         ConfigError: the corpus or the tokenizer is missing or unfit, all documents are in one
             split, or the folder is there but is not a whole prepared corpus.
+        ChildProcessError: a worker was killed.
         WriteFailed: the disk is full or fails.
     """
+    folder = _prepared(config, progress, workers, None)
+    assert folder is not None
+    return folder
+
+
+def prepare_shard(config: RunConfig, shard: Shard, workers: int | None = None) -> Path | None:
+    """Prepare one share of a corpus, on any host that shares the folder with the others. The last
+    one to finish puts all of them together.
+
+    Args:
+        config: the configuration of the run.
+        shard: the share.
+        workers: see :func:`prepare`.
+
+    Returns:
+        The folder of the prepared corpus; None where other shares are missing.
+
+    Raises:
+        ConfigError: see :func:`prepare`.
+    """
+    return _prepared(config, None, workers, shard)
+
+
+def merge(config: RunConfig) -> Path:
+    """The folder of the prepared corpus, put together from shares that are all finished.
+
+    Raises:
+        ConfigError: there are no shares, or some are missing, which the line names.
+        WriteFailed: the disk is full or fails.
+    """
+    folder = prepared_folder(config)
+    if _is_occupied(folder):
+        read_manifest(folder)
+        return folder
+    check_others(config, folder)
+    if not work_folder(folder).is_dir():
+        raise ConfigError(
+            f"--shard: got none of {folder}; accepted: shards that `mprog data prepare --shard` "
+            "has finished, of the same configuration"
+        )
+    with writing(f"preparing {folder}"), show_byte_stages("data") as tell:
+        work = open_work(config, folder, tell)
+        if missing := work.state().missing:
+            raise ConfigError(
+                f"--shard: got {folder} without {work.missing_line(missing)}; accepted: all "
+                "shards finished (run what is missing again: it goes on where it was)"
+            )
+        _put_together(work, folder, tell)
+    return folder
+
+
+def _prepared(
+    config: RunConfig, progress: ShowBytes | None, workers: int | None, shard: Shard | None
+) -> Path | None:
     folder = prepared_folder(config)
     if _is_occupied(folder):
         manifest = read_manifest(folder)
@@ -86,26 +137,127 @@ def prepare(config: RunConfig, progress: ShowBytes | None = None) -> Path:
             transformer_shape(config).vocab_size, manifest.vocab_size, manifest.tokenizer
         )
         return folder
-    corpus = open_corpus(config.data).pinned()  # read twice: for the tokenizer, for its tokens
-    # before anything is written: fails fast on a tokenizer that is missing or too large
-    tokenizer = load_tokenizer(config.data, transformer_shape(config).vocab_size)
+    if open_corpus(config.data).is_megatron:
+        return _prepare_in_place(config, folder, progress)
+    if shard is not None:
+        check_others(config, folder)
+    if not work_folder(folder).is_dir():
+        # before anything is written: fails fast on a tokenizer that is missing or too large
+        load_tokenizer(config.data, transformer_shape(config).vocab_size)
     check_writable("run.dir" if config.data.prepared is None else "data.prepared", folder.parent)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
-    with writing(f"preparing {folder}"):
+    with writing(f"preparing {folder}"), contextlib.ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
-        temporary.mkdir()
+        tell = progress or stack.enter_context(show_byte_stages("data"))
+        work = open_work(config, folder, tell)
         try:
-            with contextlib.ExitStack() as stack:
-                tell = progress or stack.enter_context(show_byte_stages("data"))
-                _write(config, corpus, tokenizer, temporary, tell)
-            _publish(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if shard is not None:
+                work.begin(shard)
+            _run(work, work.tasks(shard), workers, tell)
+            if missing := work.state().missing:
+                assert shard is not None, missing
+                what = work.missing_line(missing)
+                _say(f"shard {shard} is finished; missing yet: {what}")
+                return None
+            _put_together(work, folder, tell)
+        except FileNotFoundError:
+            if not _is_occupied(folder):
+                raise
+            read_manifest(folder)  # another process was first, and has removed the parts
+        except BaseException:
+            if shard is None:
+                work.remove_unless_begun()
+            raise
     if progress is None:
         for line in read_manifest(folder).summary():
             _say(line)
     return folder
+
+
+def _prepare_in_place(config: RunConfig, folder: Path, progress: ShowBytes | None) -> Path:
+    """Prepare tokens that stay where they are; one process does that, without tokenizing."""
+    check_writable("run.dir" if config.data.prepared is None else "data.prepared", folder.parent)
+    with writing(f"preparing {folder}"), contextlib.ExitStack() as stack:
+        in_place.open_all(config)
+        in_place.tokenizer_of(config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
+        temporary.mkdir()
+        try:
+            tell = progress or stack.enter_context(show_byte_stages("data"))
+            lines = in_place.fill(config, temporary, tell)
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    for line in lines if progress else [*lines, *read_manifest(folder).summary()]:
+        _say(line)
+    return folder
+
+
+def _run(work: Work, tasks: Iterator[Task], workers: int | None, tell: ShowBytes) -> None:
+    """Do tasks, and tell how far they are."""
+    sizes = {unit.number: unit.size for unit in work.units}
+    missing = {task.unit.number for task in work.state().missing}
+    read = {number: sizes[number] or 0 for number in sizes.keys() - missing}
+    total = work.corpus.size()
+    stage = f"tokenizing {work.corpus.name}"
+
+    def told(task: Task, size: int | None) -> None:
+        number = task.unit.number
+        most = sizes[number]
+        # text has more bytes than its file where that is compressed
+        read[number] = (
+            max(read.get(number, 0), size or 0)
+            if most is None
+            else (most if size is None else min(size, most))
+        )
+        done = sum(read.values())
+        tell(stage, done, total if total and done <= total else None)
+
+    tell(stage, sum(read.values()), total)
+    if workers is None:
+        for task in tasks:
+            do_task(work.context, task, lambda size, task=task: told(task, size))  # type: ignore[misc]
+            told(task, None)
+        return
+    units = max(1, len(missing))
+    run_tasks(work.context, tasks, min(workers, units), max(1, workers // units), told)
+
+
+def _put_together(work: Work, folder: Path, tell: ShowBytes) -> None:
+    """Make the prepared corpus of a preparation whose tasks are all finished."""
+    config, state = work.config, work.state()
+    if state.cut is not None:
+        do_task(work.context, state.cut, lambda size: tell("cutting at data.max_bytes", size, None))
+        state = work.state()
+    documents = documents_of(state)
+    if not any(documents.values()):
+        work.remove()
+        for _ in work.corpus.documents():  # says why
+            break
+        raise work.corpus.no_text(tally_of(work, state))
+    if not documents["validation"] and len(work.units) > 1:
+        again = lowest_tasks(state)
+        for task in again:
+            do_task(work.context, task, lambda size: tell("holding out a document", size, None))
+        state = State(
+            [work.finished(task, again) for task, _ in state.finished], [], state.not_reached
+        )
+        documents = documents_of(state)
+    try:
+        check_splits(config, {split: number > 0 for split, number in documents.items()})
+    except ConfigError:
+        work.remove()
+        raise
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"
+    temporary.mkdir()
+    try:
+        put_together(work, state, temporary)
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    work.remove()
 
 
 def check(config: RunConfig) -> None:
@@ -128,12 +280,18 @@ def check(config: RunConfig) -> None:
         return
     shape, data = transformer_shape(config), config.data
     corpus = open_corpus(data)
+    if corpus.is_megatron:
+        in_place.open_all(config)
+        in_place.tokenizer_of(config)
+        return
     tokenizer = load_tokenizer(data, shape.vocab_size)
     kept: list[tuple[str, bool]] = []
     most = dict.fromkeys(SPLITS, 0)
     tally = Tally()
     read, read_at_most = 0, SMALL_BYTES if corpus.is_hub else BOUNDED_BYTES
-    for text, held_out in split_documents(corpus.documents(tally), data.validation_fraction):
+    for text, held_out in split_documents(
+        corpus.documents(tally), data.validation_fraction, data.validation_near
+    ):
         size = len(text.encode())
         read += size
         # a token is a byte at least, but for those that some tokenizers put before a text
@@ -142,7 +300,7 @@ def check(config: RunConfig) -> None:
             kept.append((text, held_out))
         elif read > read_at_most:
             return
-    _check_splits(config, {split: most[split] > 0 for split in SPLITS})
+    check_splits(config, {split: most[split] > 0 for split in SPLITS})
     if read <= SMALL_BYTES:
         if tokenizer is None:
             sample = (text for text, held_out in kept if not held_out)
@@ -170,111 +328,6 @@ def _say(line: str) -> None:
 def _is_occupied(folder: Path) -> bool:
     """Whether something is there that a rename would not replace: anything but an empty folder."""
     return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-
-
-def _check_splits(config: RunConfig, has_documents: dict[str, bool]) -> None:
-    for split in SPLITS:
-        if not has_documents[split]:
-            raise ConfigError(
-                f"data.validation_fraction: got {config.data.validation_fraction}, which leaves "
-                f"no {split} document; accepted: a corpus of more, different documents, or "
-                f"another fraction (corpus {config.data.corpus})"
-            )
-
-
-def _write(
-    config: RunConfig,
-    corpus: Corpus,
-    tokenizer: DocumentTokenizer | None,
-    folder: Path,
-    progress: ShowBytes,
-) -> None:
-    """Fill ``folder``; the manifest is written last."""
-    name, fraction = corpus.name, config.data.validation_fraction
-    identity = fingerprint(config)  # before reading: files that change meanwhile make a new one
-    if tokenizer is None:
-        progress(f"training a tokenizer on {name}", 0, None)
-        sample = training_sample(corpus, fraction)
-        tokenizer = train_bpe(sample, transformer_shape(config).vocab_size)
-        del sample
-    tokenizer.save(folder / TOKENIZER)
-    entries = tokenizer.entries
-    dtype = indexed_dataset().DType.optimal_dtype(entries)
-    documents = dict.fromkeys(SPLITS, 0)
-    tokens = dict.fromkeys(SPLITS, 0)
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    tally = Tally()
-    with contextlib.ExitStack() as stack:
-        builders: dict[str, Any] = {}
-        for split in SPLITS:
-            path = str(folder / f"{split}.bin")
-            builders[split] = indexed_dataset().IndexedDatasetBuilder(path, dtype=dtype)
-            stack.callback(builders[split].data_file.close)
-        total = corpus.size()
-        stage = f"tokenizing {name}"
-        progress(stage, 0, total)
-        for split, row, size in _tokenized(corpus.documents(tally), tokenizer, fraction):
-            builders[split].add_document(row, [len(row)])
-            documents[split] += 1
-            tokens[split] += len(row)
-            text_bytes[split] += size
-            done = sum(text_bytes.values())  # more than the size on disk where compressed
-            progress(stage, done, total if total and done <= total else None)
-        _check_splits(config, {split: documents[split] > 0 for split in SPLITS})
-        for split in SPLITS:
-            builders[split].finalize(str(folder / f"{split}.idx"))
-    files = [folder / f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")]
-    manifest = Manifest(
-        format=FORMAT,
-        fingerprint=identity,
-        corpus=config.data.corpus,
-        tokenizer=config.data.tokenizer,
-        vocab_size=entries,
-        end_of_document=tokenizer.end_of_document,
-        dtype=dtype.__name__,
-        splits={
-            split: SplitCounts(
-                documents[split], tokens[split], text_bytes[split], _sha256(folder / f"{split}.bin")
-            )
-            for split in SPLITS
-        },
-        files={path.name: path.stat().st_size for path in files},
-        reading=tally,
-        revision=corpus.revision,
-        tokenizer_revision=tokenizer.revision,
-    )
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def _tokenized(
-    documents: Iterable[str], tokenizer: DocumentTokenizer, fraction: float
-) -> Iterator[tuple[str, np.ndarray, int]]:
-    """The split, the tokens and the number of bytes of each document, in the order of the
-    corpus."""
-    batch: list[tuple[str, bool]] = []
-    sizes: list[int] = []
-    waiting = 0
-
-    def flush() -> Iterator[tuple[str, np.ndarray, int]]:
-        rows = tokenizer.encode([text for text, _ in batch])
-        for (_, held_out), row, size in zip(batch, rows, sizes, strict=True):
-            yield SPLITS[held_out], row, size
-        batch.clear()
-        sizes.clear()
-
-    for text, held_out in split_documents(documents, fraction):
-        batch.append((text, held_out))
-        sizes.append(len(text.encode()))
-        waiting += sizes[-1]
-        if waiting >= BATCH_BYTES:
-            yield from flush()
-            waiting = 0
-    yield from flush()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _publish(temporary: Path, folder: Path) -> None:

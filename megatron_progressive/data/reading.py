@@ -44,6 +44,8 @@ def open_documents(stream: Stream, field: str, cut: bool) -> tuple[str, Iterator
             at any time.
     """
     head, suffix = stream.head, stream.suffix
+    if stream.begin:  # the file's first bytes have told that it has a record on each line
+        return "JSON", json_documents(stream, field)
     if not head:
         raise NotText(EMPTY)
     if suffix in _PARQUET or head.startswith(b"PAR1"):

@@ -43,14 +43,43 @@ def text_of(row: Any, field: str, where: object) -> str:
             f"data.corpus: got {where}, with a line that is no JSON object; accepted: "
             "one JSON object a line"
         )
-    if field not in row:
-        raise field_error(field, where, row, "which is not there")
-    text = row[field]
+    if not has_field(row, field):
+        raise field_error(field, where, field_names(row), "which is not there")
+    text = value_of(row, field)
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise field_error(field, where, row, f"which holds {type(text).__name__}")
+        raise field_error(field, where, field_names(row), f"which holds {type(text).__name__}")
     return text
+
+
+def has_field(row: dict[str, Any], field: str) -> bool:
+    """Whether a row has a field: one of that name, or, for ``a.b``, a field ``b`` of the object in
+    its field ``a``, and so on. Where ``a`` is null, its fields are, too."""
+    if field in row:
+        return True
+    outer, dot, inner = field.partition(".")
+    if not dot or outer not in row:
+        return False
+    value = row[outer]
+    return value is None or (isinstance(value, dict) and has_field(value, inner))
+
+
+def value_of(row: dict[str, Any], field: str) -> Any:
+    """The value of a field that :func:`has_field` finds."""
+    if field in row:
+        return row[field]
+    outer, _, inner = field.partition(".")
+    return None if row[outer] is None else value_of(row[outer], inner)
+
+
+def field_names(row: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The names of the fields of a row, as ``data.text_field`` would name them."""
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from field_names(value, f"{before}{name}.")
+        else:
+            yield before + name
 
 
 class _NotJson(Exception):
@@ -75,13 +104,15 @@ def is_json(stream: Stream, field: str) -> bool:
             return False  # a program that begins as JSON does
         if not values:  # a document that is longer than the head, perhaps
             begins = re.match(rb'\[?\s*\{\s*"', head)
-            return bool(begins and re.search(rb'"%b"\s*:\s*"' % re.escape(field.encode()), head))
+            name = field.rpartition(".")[2].encode()
+            return bool(begins and re.search(rb'"%b"\s*:\s*"' % re.escape(name), head))
     if not values or not all(isinstance(value, dict) for value in values):
         return False
-    if isinstance(values[0].get(field), str):
+    if has_field(values[0], field) and isinstance(value_of(values[0], field), str):
         return True
     if len(values) > 1 and head.startswith(b"{"):
-        error = field_error(field, stream.path, values[0], "which is not there")
+        names = field_names(values[0])
+        error = field_error(field, stream.path, names, "which is not there")
         raise NotText(NO_RECORDS, error)
     return False
 
@@ -95,16 +126,18 @@ def json_documents(stream: Stream, field: str) -> Iterator[str]:
         ConfigError: something further on is not JSON, or a record lacks ``field``.
     """
     path, is_lines = stream.path, stream.suffix in JSON_LINES
-    on_lines = _begins_with_line(stream)
+    on_lines = bool(stream.begin) or begins_with_line(stream)
     values = _values_on_lines(stream.file) if on_lines else _json_values(stream.file)
+    after = f" after byte {stream.begin}" if stream.begin else ""
     begun = False
     try:
         for value in values:
             if not (begun or is_lines):  # settings of some program, say
                 if not isinstance(value, dict):
                     raise NotText(NO_RECORDS)
-                if field not in value:
-                    error = field_error(field, path, value, "which is not there")
+                if not has_field(value, field):
+                    names = field_names(value)
+                    error = field_error(field, path, names, "which is not there")
                     raise NotText(NO_RECORDS, error)
             begun = True
             yield text_of(value, field, path)
@@ -112,12 +145,12 @@ def json_documents(stream: Stream, field: str) -> Iterator[str]:
         if not (begun or is_lines):
             raise NotText(NO_RECORDS) from None
         raise ConfigError(
-            f"data.corpus: got {path}, whose {error} is not JSON or cut short; accepted: one "
-            "JSON object a line, or an array of objects"
+            f"data.corpus: got {path}, whose {error}{after} is not JSON or cut short; accepted: "
+            "one JSON object a line, or an array of objects"
         ) from None
 
 
-def _begins_with_line(stream: Stream) -> bool:
+def begins_with_line(stream: Stream) -> bool:
     """Whether the first line that is not blank is a JSON object, as far as the head of the file
     tells."""
     line, newline, _ = stream.head.lstrip().partition(b"\n")

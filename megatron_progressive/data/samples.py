@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +19,13 @@ from numpy.typing import NDArray
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data.documents import Sample, with_documents
 from megatron_progressive.data.manifest import (
+    SPLITS,
     Manifest,
     check_fit,
     prepared_folder,
     read_manifest,
 )
-from megatron_progressive.data.megatron import indexed_dataset
+from megatron_progressive.data.stream import TokenStream
 from megatron_progressive.models import transformer_shape
 
 if TYPE_CHECKING:
@@ -43,28 +43,17 @@ class Samples:
     once.
     """
 
-    def __init__(self, prefix: Path, sequence_length: int) -> None:
-        """Map the files ``prefix``.bin and ``prefix``.idx, which :func:`~.prepare.prepare`
-        wrote."""
-        # kept: the windows below look into memory that closes with it
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Could not determine rank")
-            self._dataset: Any = indexed_dataset().IndexedDataset(str(prefix), mmap=True)
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        """Cut the tokens of a split, which :func:`~.prepare.prepare` wrote."""
+        self._stream = stream
         self.sequence_length = sequence_length
-        self.tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
+        self.tokens = len(stream)
         """The number of tokens in the split."""
-        stream = self._dataset.bin_reader.read(self._dataset.index.dtype, self.tokens, 0)
-        self._windows = np.lib.stride_tricks.as_strided(
-            stream,
-            shape=(max(0, (self.tokens - 1) // sequence_length), sequence_length + 1),
-            strides=(sequence_length * stream.itemsize, stream.itemsize),
-            writeable=False,
-        )
 
     def __len__(self) -> int:
         """The number of samples in the split; the last tokens, which do not fill a sample, are left
         out."""
-        return len(self._windows)
+        return max(0, (self.tokens - 1) // self.sequence_length)
 
     def get(self, indices: Iterable[int] | NDArray[np.int64]) -> torch.Tensor:
         """The samples ``indices`` [n], as int64 [n, S + 1].
@@ -77,9 +66,20 @@ class Samples:
         rows = np.asarray(
             indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64
         )
-        if rows.size and rows.min() < 0:
-            raise IndexError(f"sample {rows.min()} of {len(self)}")
-        return torch.from_numpy(self._windows[rows].astype(np.int64))
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"samples {rows.min()} to {rows.max()} of {len(self)}")
+        starts = rows * self.sequence_length
+        return torch.from_numpy(self._stream.windows(starts, self.sequence_length + 1))
+
+
+def open_samples(folder: Path, split: str, sequence_length: int) -> Samples:
+    """The samples of one split of a prepared corpus.
+
+    Raises:
+        ConfigError: the corpus is not there, or not whole.
+    """
+    manifest = read_manifest(folder)
+    return Samples(TokenStream(manifest.pieces(folder, split), manifest.dtype), sequence_length)
 
 
 @overload
@@ -181,7 +181,7 @@ class TrainingData:
         manifest = read_manifest(folder)
         check_fit(config, manifest)
         length = transformer_shape(config).sequence_length
-        train, validation = (Samples(folder / s, length) for s in ("train", "validation"))
+        train, validation = (open_samples(folder, split, length) for split in SPLITS)
         documents = config.data.attention is not None
         return cls(train, validation, manifest, config.run.seed, documents)
 

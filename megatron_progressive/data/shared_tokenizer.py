@@ -85,7 +85,9 @@ def make_shared_tokenizer(
         for corpus in corpora:
             tell(f"training a tokenizer on {corpus.name}", 0, None)
             each = SAMPLE_BYTES // len(corpora)
-            sample += training_sample(corpus, config.data.validation_fraction, each)
+            sample += training_sample(
+                corpus, config.data.validation_fraction, config.data.validation_near, each
+            )
         tokenizer = train_bpe(sample, size)
         stack.enter_context(writing(f"writing {folder}"))
         folder.parent.mkdir(parents=True, exist_ok=True)

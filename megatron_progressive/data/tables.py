@@ -71,7 +71,7 @@ def parquet_documents(stream: Stream, field: str) -> Iterator[str]:
 
     def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(_seekable(stream)) as file:
-            _check_column(field, stream.path, file.schema_arrow.names)
+            _check_column(field, stream.path, file.schema_arrow)
             yield from file.iter_batches(batch_size=256, columns=[field])
 
     return _column_texts(batches, field, stream.path, "a Parquet file")
@@ -88,7 +88,7 @@ def arrow_documents(stream: Stream, field: str) -> Iterator[str]:
         is_file = stream.head.startswith(b"ARROW1")
         reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
         with reader:
-            _check_column(field, stream.path, reader.schema.names)
+            _check_column(field, stream.path, reader.schema)
             if is_file:
                 yield from map(reader.get_batch, range(reader.num_record_batches))
             else:
@@ -106,20 +106,52 @@ def _seekable(stream: Stream) -> Any:
     return pyarrow.OSFile(os.fsencode(stream.path))
 
 
-def _check_column(field: str, path: Path, columns: list[str]) -> None:
-    if field not in columns:
-        raise field_error(field, path, columns, "which is not there")
+def _check_column(field: str, path: Path, schema: Any) -> None:
+    if not _way(field, schema):
+        raise field_error(field, path, _column_names(schema), "which is not there")
+
+
+def _way(field: str, columns: Any) -> list[str]:
+    """The names that lead to a column through structs, outermost first; none where it is not
+    there."""
+    names = [column.name for column in columns]
+    if field in names:
+        return [field]
+    outer, dot, inner = field.partition(".")
+    if not dot or outer not in names:
+        return []
+    rest = _way(inner, _fields(columns[names.index(outer)]))
+    return [outer, *rest] if rest else []
+
+
+def _fields(column: Any) -> list[Any]:
+    """The fields of a struct; none of any other column."""
+    from pyarrow import types
+
+    return list(column.type) if types.is_struct(column.type) else []
+
+
+def _column_names(columns: Any, before: str = "") -> Iterator[str]:
+    for column in columns:
+        if fields := _fields(column):
+            yield from _column_names(fields, f"{before}{column.name}.")
+        else:
+            yield before + column.name
 
 
 def _column_texts(
     batches: Callable[[], Iterator[Any]], field: str, path: Path, accepted: str
 ) -> Iterator[str]:
     import pyarrow
+    import pyarrow.compute
     from pyarrow import types
 
     try:
         for batch in batches():
-            column = batch.column(batch.schema.get_field_index(field))
+            outer, *inner = _way(field, list(batch.schema))
+            column = batch.column(batch.schema.get_field_index(outer))
+            if inner:
+                column = pyarrow.compute.struct_field(column, inner)
             # as bytes: one that is no UTF-8 would stop the conversion of all rows
             if types.is_string(column.type) or types.is_large_string(column.type):
                 column = column.cast(pyarrow.large_binary())

@@ -79,6 +79,18 @@ class Tally:
         if self.replaced_example is None and path and root:
             self.replaced_example = _inside(path, root)
 
+    def add(self, other: Tally) -> None:
+        """Add the counts of the reading of what follows."""
+        for kind, number in other.files_read.items():
+            self.files_read[kind] = self.files_read.get(kind, 0) + number
+        self.files_not_reached += other.files_not_reached
+        for reason, entry in other.left_out.items():
+            mine = self.left_out.setdefault(reason, LeftOut(0, 0, entry.example))
+            mine.files += entry.files
+            mine.bytes += entry.bytes
+        self.replaced_documents += other.replaced_documents
+        self.replaced_example = self.replaced_example or other.replaced_example
+
     def left_out_line(self) -> str:
         """One line on everything that was left out; empty where nothing was."""
         if not self.left_out:

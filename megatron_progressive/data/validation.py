@@ -25,7 +25,7 @@ from megatron_progressive.data.identity import DataIdentity, differ, prepared_id
 from megatron_progressive.data.manifest import SPLITS, read_manifest
 from megatron_progressive.data.parts import named, set_configs, training_configs
 from megatron_progressive.data.prepare import prepare
-from megatron_progressive.data.samples import Samples
+from megatron_progressive.data.samples import open_samples
 from megatron_progressive.data.settling import Begun
 from megatron_progressive.data.tokenizer import check_vocabulary
 from megatron_progressive.models import model_shape, transformer_shape
@@ -183,7 +183,7 @@ class JoinedSamples:
         documents: whether samples are given with their documents.
         """
         self._end = read_manifest(folder).end_of_document if documents else None
-        self._sources = [Samples(folder / name, sequence_length) for name in _splits(split)]
+        self._sources = [open_samples(folder, name, sequence_length) for name in _splits(split)]
         self._firsts = np.cumsum([0, *(len(source) for source in self._sources)])
 
     def __len__(self) -> int:

@@ -98,6 +98,7 @@ def _drawn() -> Iterator[ShowBytes]:
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
 
     class TimeColumn(TimeRemainingColumn):
@@ -108,7 +109,10 @@ def _drawn() -> Iterator[ShowBytes]:
                 return TimeElapsedColumn().render(task)
             return super().render(task)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -128,21 +132,27 @@ class _Printed:
         self._prefix, self._several = prefix, several
         self._stage: str | None = None
         self._started = self._last = 0.0
+        self._begun = 0
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         now = time.monotonic()
         begins, ends = stage != self._stage, done == total
         if begins:
-            self._stage, self._started, self._last = stage, now, now
+            self._stage, self._started, self._last, self._begun = stage, now, now, done
         due = now - self._last >= SECONDS_BETWEEN_LINES
         if not (due or (begins if self._several else ends)):
             return
         self._last = now
         text = f"{self._prefix}{stage}" + ":" * (not self._several)
+        # what was done before goes on here: it took no time of this process
+        mine, taken = done - self._begun, now - self._started
+        rate = f", {mine / taken / 1e6:.1f} MB/s" if mine and taken else ""
         if done and total:
-            left = (now - self._started) * (total - done) / done
             text += f" {done / 1e6:.1f} of {total / 1e6:.1f} MB"
-            text += f", {short_time(now - self._started)}" if ends else f", left {short_time(left)}"
+            if ends:
+                text += f", {short_time(taken)}"
+            elif rate:
+                text += f"{rate}, left {short_time(taken * (total - done) / mine)}"
         elif done:
-            text += f" {done / 1e6:.1f} MB"
+            text += f" {done / 1e6:.1f} MB{rate}"
         print(text, file=sys.stderr, flush=True)

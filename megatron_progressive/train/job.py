@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -77,6 +78,8 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
             for warning in warnings if position is None else ():
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
             prepare_imports()
+            if place is not None and place.world > 1 and position is None:
+                _say_unprepared(config, place.world, arguments)
         values, changes = leader.does(lambda: _settled(config, position), "prepares the corpus")
     except (LeaderFailed, TimeoutError) as error:
         _last_line(f"rank {place.rank if place else 0}: {error}")
@@ -87,6 +90,22 @@ def run_job(config: RunConfig, nproc: int | None, arguments: list[str], apart: b
     if place is None and (world > 1 or apart):
         return run_workers([sys.executable, "-m", "megatron_progressive", *arguments], world)
     return _rank(config, place or Place(0, 0, 1), leader, warnings, changes, trained_on)
+
+
+def _say_unprepared(config: RunConfig, world: int, arguments: list[str]) -> None:
+    """Say what the ranks wait for, where that has yet to be prepared, and how not to wait."""
+    unprepared = False
+    with contextlib.suppress(ConfigError):  # settling says it, to all ranks
+        unprepared = data.is_unprepared(config)
+    if unprepared:
+        words = " ".join(["mprog data prepare", *arguments[1:]])
+        print(
+            f"data: {config.data.corpus} is not prepared yet: rank 0 prepares it while {world - 1} "
+            f"of the job wait (`{words}` does that before a job, with --workers N or, on many "
+            "nodes, launch/prepare.sh)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _say_finished(config: RunConfig, place: Place | None) -> None:

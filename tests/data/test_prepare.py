@@ -75,7 +75,7 @@ def test_round_trip(config: RunConfig) -> None:
 def test_batches_do_not_change_the_files(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room: Any = sys.modules["megatron_progressive.data.prepare"]
+    room: Any = sys.modules["megatron_progressive.data.prepared_parts"]
     folder = data_room.prepare(config, quiet)
     monkeypatch.setattr(room, "BATCH_BYTES", 500)
     other = make_config(
@@ -155,18 +155,18 @@ def test_killed_preparation_leaves_nothing_taken_as_finished(
     assert result.returncode == -9, result.stderr
     folder = data_room.prepared_folder(config)
     assert not folder.exists()
-    left = list(folder.parent.iterdir())
-    assert len(left) == 1
-    assert (left[0] / "train.bin").exists()
-    assert left[0].name.startswith(".")
+    (left,) = folder.parent.iterdir()
+    assert left.name == f".{folder.name}.parts"
     with config_error("data.prepared", "does not exist"):
         TrainingData.open(config)
+    # what a version before this one, or putting parts together, has left: it could be live
+    stale = folder.parent / f".{folder.name}.0123456789ab.tmp"
+    stale.mkdir()
     data_room.prepare(config, quiet)
-    assert left[0].exists()  # it could be of a live process
     TrainingData.open(config)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [stale.name, folder.name]
     # an hour later it cannot, and the next preparation removes it
-    for path in [left[0], *left[0].rglob("*")]:
-        os.utime(path, (time.time() - 4000,) * 2)
+    os.utime(stale, (time.time() - 4000,) * 2)
     shutil.rmtree(folder)
     data_room.prepare(config, quiet)
     assert listing(folder.parent)[0] == folder.name

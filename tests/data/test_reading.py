@@ -216,7 +216,7 @@ LEFT_OUT: list[tuple[str, bytes, str, str, str]] = [
     ("blank.csv", b"\n", tally.WITHOUT_TEXT, "text_field", "(none)"),
     ("null.jsonl", b'{"text": null}\n', tally.WITHOUT_TEXT, "corpus", "no text"),
     ("nothing.json", b"[]", tally.WITHOUT_TEXT, "corpus", "no text"),
-    ("settings.json", b'{"a": {"b": 1}}', tally.NO_RECORDS, "text_field", "(a)"),
+    ("settings.json", b'{"a": {"b": 1}}', tally.NO_RECORDS, "text_field", "(a.b)"),
     ("object.json", BIG_OBJECT, tally.NO_RECORDS, "text_field", "(data)"),
     ("comments.json", b'{\n // no JSON\n "a": 1}', tally.NO_RECORDS, "corpus", "an array"),
     ("numbers.json", b"[1, 2]", tally.NO_RECORDS, "corpus", "JSON lines or an array"),

@@ -12,6 +12,7 @@ import torch
 from megatron_progressive import data as data_room
 from megatron_progressive.data.megatron import indexed_dataset
 from megatron_progressive.data.samples import Samples, TrainingData, order
+from megatron_progressive.data.stream import Piece, TokenStream
 from tests.data.small_corpora import make_config, make_documents, quiet, write_json_lines
 
 
@@ -35,8 +36,19 @@ def test_samples_are_windows_of_the_stream(tmp_path: Path, dtype: type, length: 
     write_split(tmp_path / "s", [rng.integers(0, top, size) for size in sizes], dtype)
     dataset = indexed_dataset().IndexedDataset(str(tmp_path / "s"))
     stream = [int(token) for n in range(len(dataset)) for token in dataset.get(n)]
-    samples = Samples(tmp_path / "s", length)
+    tokens = np.dtype(dtype).name
+    samples = Samples(TokenStream([Piece(tmp_path / "s.bin", 0, 147)], tokens), length)
     assert samples.tokens == len(stream) == 147
+    # the same in pieces, in files of their own or within one
+    one, two, three = (tmp_path / f"{name}.bin" for name in "abc")
+    content = (tmp_path / "s.bin").read_bytes()
+    one.write_bytes(content[: 60 * np.dtype(dtype).itemsize])
+    two.write_bytes(content[60 * np.dtype(dtype).itemsize :])
+    three.write_bytes(content[50 * np.dtype(dtype).itemsize :])
+    cut = [Piece(one, 0, 60), Piece(two, 0, 1), Piece(three, 11, 39), Piece(two, 40, 47)]
+    in_pieces = Samples(TokenStream(cut, tokens), length)
+    assert torch.equal(in_pieces.get(range(len(samples))), samples.get(range(len(samples))))
+    assert in_pieces.tokens == 147
     expected = []
     for start in range(0, len(stream), length):
         if start + length + 1 <= len(stream):
@@ -51,11 +63,12 @@ def test_samples_are_windows_of_the_stream(tmp_path: Path, dtype: type, length: 
 
 def test_samples_outside_are_refused(tmp_path: Path) -> None:
     write_split(tmp_path / "s", [np.arange(9)], np.uint16)
-    samples = Samples(tmp_path / "s", 4)
+    stream = TokenStream([Piece(tmp_path / "s.bin", 0, 9)], "uint16")
+    samples = Samples(stream, 4)
     for index in (-1, 2):
         with pytest.raises(IndexError):
             samples.get([index])
-    assert len(Samples(tmp_path / "s", 9)) == 0
+    assert len(Samples(stream, 9)) == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
@@ -155,6 +168,8 @@ def test_views_outlive_the_reader_without_complaint(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     write_split(tmp_path / "s", [np.arange(9)], np.uint16)
-    rows = Samples(tmp_path / "s", 4).get([0, 1])  # the reader is gone here
+    stream = TokenStream([Piece(tmp_path / "s.bin", 0, 9)], "uint16")
+    rows = Samples(stream, 4).get([0, 1])
+    del stream  # the reader is gone here
     assert rows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
     assert not recwarn.list

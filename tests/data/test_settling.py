@@ -229,7 +229,7 @@ def test_the_revision_of_a_hub_corpus_is_pinned_and_recorded(
     config = make_config(tmp_path, "hf:someone/texts", validation_fraction=0.2)
     folder = data_room.prepare(config, quiet)
     assert read_manifest(folder).revision == "a" * 40
-    assert read == ["a" * 40] * 2  # for the tokenizer, and for its tokens
+    assert read == ["a" * 40] * 3  # for its files, for the tokenizer, and for its tokens
 
     def offline(*_: Any) -> Info:
         raise OSError("offline")

@@ -14,7 +14,13 @@ from megatron_progressive.config import DataSection
 from megatron_progressive.data.corpus import open_corpus
 from megatron_progressive.data.megatron import indexed_dataset
 from megatron_progressive.data.reading import LARGE_FILE_BYTES
-from megatron_progressive.data.split import content_hash, split_documents
+from megatron_progressive.data.split import (
+    SHINGLE_BYTES,
+    content_hash,
+    near_hash,
+    normalised,
+    split_documents,
+)
 from tests.data.small_corpora import make_config, make_documents, quiet, write_json_lines
 
 
@@ -97,3 +103,44 @@ def test_pieces_of_a_copy_are_those_of_the_other_file(tmp_path: Path, separator:
         pieces[name] = {content_hash(piece) for piece in open_corpus(data).documents()}
     for name in ("b.txt", "c.txt"):
         assert len(pieces["a.txt"] & pieces[name]) > 0.9 * len(pieces["a.txt"]), name
+
+
+def jaccard(one: str, other: str) -> float:
+    """The share of pieces that both have, of those that either has."""
+    first, second = (
+        {content[at : at + SHINGLE_BYTES] for at in range(len(content) - SHINGLE_BYTES + 1)}
+        for content in map(normalised, (one, other))
+    )
+    return len(first & second) / len(first | second)
+
+
+def prose(rng: random.Random, words: int) -> list[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return ["".join(rng.choices(letters, k=rng.randrange(2, 9))) for _ in range(words)]
+
+
+@pytest.mark.parametrize("changed", [0, 1, 10, 60])
+def test_near_copies_share_their_hash_as_often_as_their_pieces(changed: int) -> None:
+    """The property of MinHash, against the Jaccard similarity counted with sets."""
+    rng = random.Random(changed)
+    same, similarities = 0, []
+    for _ in range(400):
+        words = prose(rng, 200)
+        other = list(words)
+        for place in rng.sample(range(200), changed):
+            other[place] = "changed"
+        one, two = " ".join(words), "\n".join(other)
+        same += near_hash(one) == near_hash(two)
+        similarities.append(jaccard(one, two))
+    expected = sum(similarities) / 400
+    assert abs(same / 400 - expected) < 3.5 * (expected * (1 - expected) / 400) ** 0.5 + 1e-9
+
+
+def test_near_hash_is_uniform_and_that_of_copies() -> None:
+    rng = random.Random(1)
+    texts = [" ".join(prose(rng, 60)) for _ in range(2000)] + ["short", "x = 1"]
+    sides = dict(split_documents(texts, 0.1, near=True))
+    assert 140 < sum(sides.values()) < 260
+    for name, copy in COPIES.items():
+        for text in texts[-20:]:
+            assert near_hash(copy(text)) == near_hash(text), name

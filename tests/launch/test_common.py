@@ -196,7 +196,34 @@ def test_an_interpreter_that_is_named_goes_before(tmp_path: Path) -> None:
     assert done.stdout.strip().endswith(f"{mine} -m megatron_progressive train run.yaml")
 
 
-@pytest.mark.parametrize("script", ["llama3_scaling.sh", "train.sh", "gpt2_7b.sh", "torchrun.sh"])
+@pytest.mark.parametrize(
+    ("environment", "shard", "cpus"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_CPUS_PER_TASK": "5"},
+         "3/8", 5),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MAX": "5", "MPROG_SHARDS": "64",
+          "SLURM_CPUS_ON_NODE": "2"}, "5/64", 2),
+        ({}, "0/1", 1),
+    ],
+)  # fmt: skip
+def test_a_task_of_an_array_prepares_its_share(
+    tmp_path: Path, environment: dict[str, str], shard: str, cpus: int
+) -> None:
+    clone = clone_in(tmp_path, SAYS)
+    done = run_script(tmp_path, "prepare.sh", "run.yaml", "data.max_bytes=9",
+                      SLURM_SUBMIT_DIR=str(clone), **environment)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    python = clone / ".venv" / "bin" / "python"
+    assert done.stdout.strip() == (
+        f"srun --kill-on-bad-exit=0 --wait=60 --ntasks=1 --cpus-per-task={cpus} {python} -m "
+        "megatron_progressive data prepare run.yaml data.max_bytes=9 "
+        f"--shard {shard} --workers {cpus}"
+    )
+
+
+@pytest.mark.parametrize(
+    "script", ["llama3_scaling.sh", "train.sh", "gpt2_7b.sh", "prepare.sh", "torchrun.sh"]
+)
 @pytest.mark.parametrize("venv", [None, FAILS])
 def test_an_interpreter_without_the_package_is_said_first(
     tmp_path: Path, script: str, venv: str | None

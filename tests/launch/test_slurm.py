@@ -300,3 +300,16 @@ def test_submitted_cells_and_the_report(cluster: Cluster, corpus: Path, tmp_path
         check=True,
     )  # fmt: skip
     assert again.stdout == "small: every cell has ended, nothing to submit\n"
+
+
+def test_an_array_prepares_a_corpus(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path, corpus, "run", *WORDS)
+    config = replace(config, data=replace(config.data, prepared=None, corpus="stdlib",
+                                          max_bytes=300_000))  # fmt: skip
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    cluster.submit("--array=0-1", f"--output={tmp_path}/job-%a.log",
+                   str(ROOT / "launch" / "prepare.sh"), "run.yaml", cwd=tmp_path,
+                   **ENVIRONMENT)  # fmt: skip
+    data = config.folder.parent / "data"
+    until(lambda: [*data.glob("stdlib-*/manifest.json")], "the corpus")
+    until(lambda: not [*data.glob(".*")], "the parts to be removed")

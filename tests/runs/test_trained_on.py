@@ -207,13 +207,13 @@ def slow(seconds: float, timeout: float) -> None:
     from megatron_progressive.runtime import distributed
 
     room: Any = sys.modules["megatron_progressive.data.prepare"]
-    write = room._write
+    run = room._run
 
     def slowly(*arguments: Any) -> None:
         time.sleep(seconds)
-        write(*arguments)
+        run(*arguments)
 
-    room._write = slowly
+    room._run = slowly
     distributed.TIMEOUT = timedelta(seconds=timeout)
 
 
@@ -223,6 +223,8 @@ def test_a_job_prepares_its_corpus_for_as_long_as_it_takes(jobs: Jobs, base: Pat
     )
     assert job.codes == [0, 0], job.output
     assert job.output[1].count("rank 1: waits while rank 0 prepares the corpus") == 1
+    said = f"rank 0 prepares it while 1 of the job wait (`mprog data prepare {base}` does that"
+    assert job.output[0].count(f"is not prepared yet: {said} before a job") == 1
     assert len(list((base.parent / "runs" / "data").iterdir())) == 1
 
 
@@ -232,7 +234,7 @@ def unlucky() -> None:
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
-    room._write = fails
+    room._run = fails
 
 
 def test_a_preparation_that_fails_ends_the_job(jobs: Jobs, base: Path) -> None:
