@@ -207,7 +207,7 @@ def fill(config: RunConfig, folder: Path, tell: ShowBytes) -> list[str]:
         vocab_size=tokenizer.entries,
         end_of_document=tokenizer.end_of_document,
         dtype=files[0].dtype.name,
-        splits={s: SplitCounts(*counts[s], hashes[s].hexdigest()) for s in SPLITS},
+        splits={s: _counts(counts[s], hashes[s].hexdigest()) for s in SPLITS},
         files={f"{s}.{PIECES}": (folder / f"{s}.{PIECES}").stat().st_size for s in SPLITS},
         tokenizer_revision=tokenizer.revision,
         sources=[SourceFile.of(one.file) for one in files],
@@ -219,3 +219,8 @@ def fill(config: RunConfig, folder: Path, tell: ShowBytes) -> list[str]:
         f"{open_ended:,} of {len(places):,} documents do not end with "
         f"{tokenizer.backend.id_to_token(tokenizer.end_of_document)}; they are taken as they are"
     ]
+
+
+def _counts(counts: list[int], sha256: str) -> SplitCounts:
+    documents, tokens, text_bytes = counts
+    return SplitCounts(documents, tokens, text_bytes, sha256)

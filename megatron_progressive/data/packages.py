@@ -39,9 +39,9 @@ def _recorded(distribution: metadata.Distribution) -> list[str]:
     ``files`` makes slow objects of all of them."""
     text = distribution.read_text("RECORD")
     if text is None:
-        names = map(str, distribution.files or ())
+        names = [str(file) for file in distribution.files or ()]
     else:
-        names = (row[0] for row in csv.reader(text.splitlines()) if row)
+        names = [row[0] for row in csv.reader(text.splitlines()) if row]
     return [name for name in names if name.endswith(".py")]
 
 

@@ -44,7 +44,9 @@ def run_tasks(
     try:
         while len(busy) < workers and (task := next(tasks, None)) is not None:
             mine, theirs = made.Pipe()
-            process = made.Process(target=_work, args=(theirs, context, threads), daemon=True)
+            process: BaseProcess = made.Process(
+                target=_work, args=(theirs, context, threads), daemon=True
+            )
             process.start()
             theirs.close()
             processes.append(process)
@@ -76,7 +78,8 @@ def _answer(connection: Connection, process: BaseProcess, context: Context) -> A
         return connection.recv()
     except (EOFError, ConnectionResetError):
         process.join()
-        how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else "without a word"
+        code = process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else "without a word"
         return ChildProcessError(
             errno.ECHILD,
             f"a worker that prepared it was ended ({how}; by too little memory, perhaps); the same "
