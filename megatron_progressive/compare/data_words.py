@@ -12,7 +12,8 @@ from megatron_progressive.models.description import input_words
 
 _COUNTED = {
     "tokens": "every linear (of routed experts those that a token takes), the LM head over its "
-    "padded vocabulary, and attention scores and values on the full square; looking up embeddings "
+    "padded vocabulary, and attention scores and values on the full square, also where documents "
+    "are masked; looking up embeddings "
     "and positions is no matrix product and counts nothing",
     "images": "every convolution and the head",
 }
