@@ -65,9 +65,10 @@ class DataSection:
     validation_fraction: float = 0.02
     """Share of the documents that is held out for validation, chosen by a hash of their content.
     Copies that differ in white space, letter case or Unicode composition are all on one side."""
-    validation_near: bool = False
+    validation_near: Optional[bool] = None
     """Whether the split goes by a MinHash of the content in place of a hash, so that near copies
-    are on one side as well: those that share a part J of their text with probability J."""
+    are on one side as well: those that share a part J of their text with probability J (default:
+    no)."""
     max_bytes: int = 0
     """Number of bytes of text to read from the corpus; 0 reads all of it."""
     prepared: Optional[str] = None

@@ -138,7 +138,7 @@ def fill(config: RunConfig, folder: Path, tell: ShowBytes) -> list[str]:
     """
     identity = fingerprint_of(decides(config))
     tokenizer, files = tokenizer_of(config), open_all(config)
-    splitter = Splitter(config.data.validation_fraction, config.data.validation_near)
+    splitter = Splitter(config.data.validation_fraction, bool(config.data.validation_near))
     pieces: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     counts = {split: [0, 0, 0] for split in SPLITS}

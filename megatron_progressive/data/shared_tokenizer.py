@@ -86,7 +86,7 @@ def make_shared_tokenizer(
             tell(f"training a tokenizer on {corpus.name}", 0, None)
             each = SAMPLE_BYTES // len(corpora)
             sample += training_sample(
-                corpus, config.data.validation_fraction, config.data.validation_near, each
+                corpus, config.data.validation_fraction, bool(config.data.validation_near), each
             )
         tokenizer = train_bpe(sample, size)
         stack.enter_context(writing(f"writing {folder}"))

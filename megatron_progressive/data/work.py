@@ -242,7 +242,7 @@ def open_work(config: RunConfig, folder: Path, tell: ShowBytes) -> Work:
         values["end_of_document"],
         indexed_dataset().DType.optimal_dtype(values["entries"]).__name__,
         config.data.validation_fraction,
-        config.data.validation_near,
+        bool(config.data.validation_near),
         PART_BYTES,
     )
     return Work(config, context, plan_units(corpus, values["data_files"]), values)
@@ -294,7 +294,7 @@ def _begin(config: RunConfig, work: Path, tell: ShowBytes) -> None:
     if tokenizer is None:
         tell(f"training a tokenizer on {corpus.name}", 0, None)
         sample = training_sample(
-            corpus, config.data.validation_fraction, config.data.validation_near
+            corpus, config.data.validation_fraction, bool(config.data.validation_near)
         )
         tokenizer = train_bpe(sample, vocab_size)
     temporary = work.with_name(f"{work.name}.{uuid.uuid4().hex[:12]}.tmp")
