@@ -181,13 +181,13 @@ def test_a_damaged_line_is_kept_and_the_others_stay(
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step_0000008")
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    damaged = lines[1][:30]
-    (run / "metrics.jsonl").write_bytes(b"\n".join([lines[0], damaged, *lines[2:], b""]))
+    damaged = lines[2][:30]  # step 2, behind the validation at the start and step 1
+    (run / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], damaged, *lines[3:], b""]))
     job = jobs.run(1, run.parent, arguments(run.parent, corpus))
     assert job.codes == [0], job.output
     steps = [e["step"] for e in read_metrics(run) if e["event"] == "train"]
     assert steps == [1, 3, 4, 5, 6, 7, 8]
-    assert "line 2 of metrics.jsonl cannot be read" in job.output[0]
+    assert "line 3 of metrics.jsonl cannot be read" in job.output[0]
     assert (run / "metrics.damaged").read_bytes() == damaged + b"\n"
     assert summary(run)["final_eval_loss"] == summary(finished)["final_eval_loss"]
     assert [path.name for path in checkpoints(run)] == ["step_0000004", "step_0000008"]
