@@ -91,7 +91,7 @@ def render(found: dict[str, Any]) -> str:
 
 def _import_words(imported: dict[str, Any]) -> str:
     allowed = ", ".join(imported.get("allowed", {}))
-    return imported["from"] + (f", without {allowed}" if allowed else "")
+    return f"{imported['from']}, without {allowed}" if allowed else str(imported["from"])
 
 
 def _data_words(data: dict[str, Any]) -> str:

@@ -54,10 +54,10 @@ def check_tasks(field: str, names: Sequence[str]) -> None:
         for name in unknown:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 4, 0.5)
-                accepted = f"did you mean {', '.join(near)}?" if near else "a task, group or tag"
+                mean = f" (did you mean {', '.join(near)}?)" if near else ""
                 raise ConfigError(
-                    f"{field}: lm-evaluation-harness has no task {name}; {accepted} "
-                    "(lm_eval ls tasks lists all; a YAML file of one's own is a task, too)"
+                    f"{field}: got {name}, which lm-evaluation-harness does not have{mean}; "
+                    "accepted: a task, group or tag (lm_eval ls tasks lists them), or a YAML file"
                 )
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_progressive import cli
 from megatron_progressive.checkpoints.checkpoint import checkpoint_path
-from megatron_progressive.evaluation import names
+from megatron_progressive.evaluation import harness, names
 from megatron_progressive.evaluation.results import checksum_of, results_of_run
 from tests.huggingface.test_refusals import refused
 from tests.jobs import Jobs
@@ -131,20 +131,21 @@ def test_what_is_refused(
 
     # an index of its own: the harness's has thousands of files
     (tmp_path / "tasks").mkdir()
-    own = {"task": "sciq_small", "tag": ["small_tasks"], "dataset_path": "no/such/data"}
+    own = {"task": "sciq_small", "tag": ["small_tasks"], "dataset_path": "json",
+           "dataset_kwargs": {"data_files": {"test": "/no/such.jsonl"}}, "test_split": "test",
+           "output_type": "multiple_choice"}  # fmt: skip
     (tmp_path / "tasks" / "one.yaml").write_text(yaml.safe_dump(own))
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "tasks" / "manager.py"))
     monkeypatch.setattr(names, "_written_names", lambda: iter(["sciq_small"]))
 
     def command(tasks: str, *more: str) -> list[str]:
-        return ["eval", str(run), "--tasks", tasks, *more]
+        return ["eval", str(checkpoint_path(run, 8)), "--tasks", tasks, *more]
 
-    torch_modules = sys.modules.keys()
-    refused(capsys, tmp_path, [*command("sciq_smal"), "--limit", "3"],
-            ["--tasks: lm-evaluation-harness has no task sciq_smal", "did you mean sciq_small"]
-            )  # fmt: skip
-    assert torch_modules == sys.modules.keys()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with monkeypatch.context() as patched:  # before anything of the model is read
+        patched.setattr(harness, "plan_evaluation", lambda *_: pytest.fail("it was read"))
+        refused(capsys, tmp_path, [*command("sciq_smal"), "--limit", "3"],
+                ["--tasks: got sciq_smal", "did you mean sciq_small?"]
+                )  # fmt: skip
     refused(capsys, run, command("small_tasks"), ["small_tasks, which cannot be loaded"])
     refused(capsys, run, command("no/such.yaml"), ["no file no/such.yaml"])
     refused(capsys, run, command(",".join([FILES[0]] * 2)), [f"got {FILES[0]} twice"])

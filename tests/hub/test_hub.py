@@ -52,7 +52,8 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path.endswith("whoami-v2"):
             values = {"name": "somebody", "type": "user", "auth": {}}
         elif self.path.endswith("repos/create"):
-            values = {"url": f"{own}/{json.loads(body)['name']}"}
+            asked = json.loads(body)
+            values = {"url": f"{own}/{asked['organization']}/{asked['name']}"}
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             values = {"files": [{"path": f["path"], "shouldIgnore": False, "uploadMode":
@@ -74,7 +75,8 @@ class Hub(BaseHTTPRequestHandler):
                 elif one["key"] == "lfsFile":
                     weights = self.stored.pop(one["value"]["oid"])
                     self.stored[one["value"]["path"]] = weights
-            values = {"commitUrl": f"{own}/commit/1", "commitOid": "1", "success": True}
+            name = self.path.partition("/models/")[2].partition("/commit")[0]
+            values = {"commitUrl": f"{own}/{name}/commit/1", "commitOid": "1", "success": True}
         answer = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -157,10 +159,11 @@ def test_a_card_has_what_the_run_has(run: Path, corpus: Path, tmp_path: Path) ->
 
 def test_a_push_sends_the_folder(run: Path, tmp_path: Path, hub: tuple[str, type[Hub]]) -> None:
     endpoint, handler = hub
-    words = ["export", "hf", str(run), str(tmp_path / "out"), "--push", "somebody/small"]
+    checkpoint, out = checkpoint_path(run, 6), tmp_path / "out"
+    words = ["export", "hf", str(checkpoint), str(out), "--push", "somebody/small"]
     done = mprog(*words, HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert f"{endpoint}/commit/1" in done.stdout
+    assert f"{endpoint}/somebody/small/commit/1" in done.stdout
     folder = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()}
     assert handler.stored == folder
     assert {"model.safetensors", "README.md", "config.json", "tokenizer.json"} <= folder.keys()
@@ -170,7 +173,8 @@ def test_a_push_sends_the_folder(run: Path, tmp_path: Path, hub: tuple[str, type
 
 def test_a_push_that_cannot_be(run: Path, tmp_path: Path, hub: tuple[str, type[Hub]]) -> None:
     endpoint, handler = hub
-    words = ["export", "hf", str(run), str(tmp_path / "out"), "--push", "somebody/small"]
+    checkpoint, out = checkpoint_path(run, 6), tmp_path / "out"
+    words = ["export", "hf", str(checkpoint), str(out), "--push", "somebody/small"]
     cases: list[tuple[list[str], dict[str, str], str]] = [
         (words, {"HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN}, "the hub does not answer"),
         (words, {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}, "there is no token"),

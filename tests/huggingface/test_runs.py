@@ -177,7 +177,8 @@ def test_the_tokenizer_goes_along(
     assert kept == names | {"kept_config.json", "generation_config.json"}
     assert cli.main(["export", "hf", str(source), str(tmp_path / "with")]) == 0
     exported = {file.name for file in (tmp_path / "with").iterdir()}
-    assert exported == names | {"config.json", "generation_config.json", "model.safetensors"}
+    own = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert exported == names | own
     bare = tmp_path / "bare"
     shutil.copytree(source, bare)
     (bare / "tokenizer" / "tokenizer.json").unlink()
