@@ -37,7 +37,7 @@ def small_units() -> None:
     """Make corpora of a few kB as large ones are: of several units, and those of several parts."""
     for module, name, size in (("units", "WHOLE_BYTES", 8000), ("merge", "WHOLE_BYTES", 8000),
                                ("units", "UNIT_BYTES", 6000), ("work", "PART_BYTES", 4000),
-                               ("parts", "BATCH_BYTES", 900)):  # fmt: skip
+                               ("prepared_parts", "BATCH_BYTES", 900)):  # fmt: skip
         setattr(sys.modules[f"megatron_progressive.data.{module}"], name, size)
 
 
@@ -45,7 +45,7 @@ def small_units() -> None:
 def units_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (("units", "WHOLE_BYTES"), ("merge", "WHOLE_BYTES"),
                          ("units", "UNIT_BYTES"), ("work", "PART_BYTES"),
-                         ("parts", "BATCH_BYTES")):  # fmt: skip
+                         ("prepared_parts", "BATCH_BYTES")):  # fmt: skip
         room = sys.modules[f"megatron_progressive.data.{module}"]
         monkeypatch.setattr(room, name, getattr(room, name))
     small_units()

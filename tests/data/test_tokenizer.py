@@ -128,15 +128,12 @@ def test_hugging_face_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_tokenizer(DataSection(tokenizer="owner/none"), 400)
 
 
-def test_sample_is_of_training_text_and_spread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sample_is_of_training_text_and_spread(tmp_path: Path) -> None:
     texts = make_documents(1000)
     corpus = open_corpus(DataSection(corpus=str(write_json_lines(tmp_path / "c.jsonl", texts))))
     everything = room.training_sample(corpus, 0.1)
     assert len(everything) + sum(held for _, held in room.split_documents(texts, 0.1)) == 1000
-    monkeypatch.setattr(room, "SAMPLE_BYTES", 20_000)
-    sample = room.training_sample(corpus, 0.1)
+    sample = room.training_sample(corpus, 0.1, most=20_000)
     assert 8_000 < sum(len(text.encode()) for text in sample) <= 20_000
     assert set(sample[:-1]) <= set(everything)
     assert texts.index(sample[-2]) > 700
