@@ -111,7 +111,8 @@ class Day:
         command = section.command
         if self.rehearsal:
             command = _rehearsed(section)
-            if folder := os.environ.get(TRANSFORMER_ENGINE):
+            folder = os.environ.get(TRANSFORMER_ENGINE)
+            if folder and section.computes:  # its own calls cannot be counted yet
                 environment["PYTHONPATH"] = f"{environment.get('PYTHONPATH', ROOT)}:{folder}"
         with self.log.open("a") as log:
             log.write(f"===== {section.name}: {' '.join(command)}\n")

@@ -32,7 +32,7 @@ def page(day: Row) -> str:
 def _not_rehearsed(transformer_engine: bool) -> str:
     """What a rehearsal does not show."""
     layers = (
-        "its Python is the real one, its C++ calls compute nothing or are the host's"
+        "its Python was real in the sections that compute; the others ran with local layers"
         if transformer_engine
         else "its sections ran with local layers (MPROG_TRANSFORMER_ENGINE named no folder with it)"
     )
