@@ -26,7 +26,7 @@ from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.runtime.progress import Say
 
 _NOT_CONTENT = ("prepared", "sequence_length", "attention")  # of the data section
-_ADDED = (
+_ADDED = ("mix", "validation", "validation_near")  # later: they count only with a value
     "mix",
     "validation",
     "validation_near",
