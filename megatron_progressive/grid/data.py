@@ -26,11 +26,8 @@ from megatron_progressive.runtime.files import fsync_path, write_json
 from megatron_progressive.runtime.progress import Say
 
 _NOT_CONTENT = ("prepared", "sequence_length", "attention")  # of the data section
-_ADDED = ("mix", "validation", "validation_near")  # later: they count only with a value
-    "mix",
-    "validation",
-    "validation_near",
-)  # later, so that they do not count where they have no value
+_ADDED = ("mix", "validation", "validation_near")
+"""Keys that were added later: they count only where they have a value."""
 
 
 def data_key(config: RunConfig) -> str:
