@@ -138,6 +138,13 @@ def _prepared(
         )
         return folder
     if open_corpus(config.data).is_megatron:
+        if shard is not None:
+            raise ConfigError(
+                f"--shard: got {shard} with data.corpus {config.data.corpus}, whose tokens stay "
+                "where they are; accepted: nothing"
+            )
+        if workers is not None:
+            _say(f"{config.data.corpus} stays where it is: one process lists it, not {workers}")
         return _prepare_in_place(config, folder, progress)
     if shard is not None:
         check_others(config, folder)

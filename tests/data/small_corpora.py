@@ -13,6 +13,7 @@ import pytest
 
 from megatron_progressive import config as configuration
 from megatron_progressive.config import ConfigError, RunConfig
+from megatron_progressive.data.megatron import indexed_dataset
 
 WORDS = ["the", "a", "tree", "river", "κόσμος", "世界", "🙂", "naïve", "return", "x=1\n\tdef f():"]
 WORDS += ["<|endoftext|>"]  # in a text it is text, not a token
@@ -58,3 +59,23 @@ def config_error(field: str, *parts: str) -> Iterator[None]:
 
 def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def preprocess(
+    prefix: Path, tokens: Path, texts: list[str], append_eod: bool = True, sentences: bool = False
+) -> None:
+    """Write what Megatron-LM's ``tools/preprocess_data.py`` does: a document is its sentences, or
+    one sequence; ``--append-eod`` appends to the last one."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokens / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    eod = tokenizer.token_to_id("<|endoftext|>")
+    module = indexed_dataset()
+    dtype = module.DType.optimal_dtype(tokenizer.get_vocab_size())
+    builder = module.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids + [eod] * append_eod
+        lengths = [len(ids) // 3, len(ids) - len(ids) // 3] if sentences else [len(ids)]
+        builder.add_document(ids, lengths)
+    builder.finalize(f"{prefix}.idx")

@@ -16,13 +16,13 @@ from megatron_progressive import data as data_room
 from megatron_progressive.config import RunConfig
 from megatron_progressive.data import TrainingData, settle
 from megatron_progressive.data.manifest import read_manifest
-from megatron_progressive.data.megatron import indexed_dataset
 from megatron_progressive.data.tokenizer import train_bpe
 from tests.data.small_corpora import (
     config_error,
     listing,
     make_config,
     make_documents,
+    preprocess,
     quiet,
     write_json_lines,
 )
@@ -34,26 +34,6 @@ TEXTS = [*make_documents(150), "café\n\n", "  two\twords "]
 def tokens(tmp_path: Path) -> Path:
     train_bpe(TEXTS, 300).save(tmp_path / "tokens")
     return tmp_path / "tokens"
-
-
-def preprocess(
-    prefix: Path, tokens: Path, texts: list[str], append_eod: bool = True, sentences: bool = False
-) -> None:
-    """Write what Megatron-LM's ``tools/preprocess_data.py`` does: a document is its sentences, or
-    one sequence; ``--append-eod`` appends to the last one."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokens / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    eod = tokenizer.token_to_id("<|endoftext|>")
-    module = indexed_dataset()
-    dtype = module.DType.optimal_dtype(tokenizer.get_vocab_size())
-    builder = module.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids + [eod] * append_eod
-        lengths = [len(ids) // 3, len(ids) - len(ids) // 3] if sentences else [len(ids)]
-        builder.add_document(ids, lengths)
-    builder.finalize(f"{prefix}.idx")
 
 
 def on(tmp_path: Path, tokens: Path, corpus: object, **more: Any) -> RunConfig:
@@ -209,3 +189,15 @@ def test_nested_fields(tmp_path: Path) -> None:
             read(tmp_path / name, text_field="a.c")
     (tmp_path / "s.jsonl").write_text('{"a.b": "plain", "a": {"b": "nested"}}\n')
     assert read(tmp_path / "s.jsonl", text_field="a.b") == ["plain"]
+
+
+def test_nothing_is_shared_among_hosts_or_processes(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocess(tmp_path / "d", tokens, TEXTS)
+    config = on(tmp_path, tokens, f"megatron:{tmp_path}/d")
+    with config_error("--shard", f"0/2 with data.corpus megatron:{tmp_path}/d"):
+        data_room.prepare_shard(config, data_room.shard_of("0/2"))
+    assert data_room.is_unprepared(config)
+    data_room.prepare(config, quiet, workers=2)
+    assert "one process lists it, not 2" in capsys.readouterr().err
