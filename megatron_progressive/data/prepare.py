@@ -297,7 +297,7 @@ def check(config: RunConfig) -> None:
     tally = Tally()
     read, read_at_most = 0, SMALL_BYTES if corpus.is_hub else BOUNDED_BYTES
     for text, held_out in split_documents(
-        corpus.documents(tally), data.validation_fraction, data.validation_near
+        corpus.documents(tally), data.validation_fraction, bool(data.validation_near)
     ):
         size = len(text.encode())
         read += size
