@@ -21,6 +21,7 @@ from megatron_progressive.evaluation.results import (
     run_of,
     scores_of,
 )
+from megatron_progressive.huggingface.folder import CARD_TAG
 from megatron_progressive.models import parameter_count
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.runs.files import finite, read_metrics
@@ -100,7 +101,7 @@ def _header(known: _Known) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["megatron_progressive", "progressive-training"],
+        tags=["megatron_progressive", CARD_TAG],
         model_name=known.name if results else None,
         eval_results=results or None,
     )

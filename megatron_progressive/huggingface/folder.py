@@ -20,6 +20,9 @@ _NAMED = 8
 _POINTER = b"version https://git-lfs"
 """The first bytes of a file that Git LFS has not fetched."""
 
+CARD_TAG = "progressive-training"
+"""The tag of the model cards that exports have."""
+
 
 @dataclass(frozen=True)
 class TheirTensor:
@@ -109,9 +112,12 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """The names of the files of which an import takes nothing, without hidden ones and without the
-    model card, which tells people of another model than what an import becomes."""
-    taken = {CONFIG_FILE, INDEX_FILE, "README.md", *weight_files(folder)}
+    """The names of the files of which an import takes nothing, without hidden ones and without a
+    model card that an export has written, which the next export writes anew."""
+    taken = {CONFIG_FILE, INDEX_FILE, *weight_files(folder)}
+    card = folder / "README.md"
+    if card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace"):
+        taken.add(card.name)
     used = (*tokenizer_files(folder), *usage_files(folder))
     taken |= {path.relative_to(folder).parts[0] for path in used}
     names = (f"{p.name}/" if p.is_dir() else p.name for p in sorted(folder.iterdir()))
