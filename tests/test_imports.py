@@ -19,6 +19,7 @@ ROOMS = [
     {"cost", "expansion", "huggingface"},
     {"engines", "checkpoints"},
     {"optim", "reshard", "data"},
+    {"pictures"},
     {"models", "runtime"},
     {"config", "standin"},
     {"__init__"},

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.data import image_folder, shapes
 from megatron_progressive.data.manifest import SPLITS, TOKENIZER, prepared_error, read_manifest
 from megatron_progressive.data.mixture import whole_weights
+from megatron_progressive.pictures import image_folder, shapes
 
 DATA_FILE = "data.json"
 """The file in a run folder with the :class:`DataIdentity` of what the run is trained on."""

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import ConfigError, RunConfig
-from megatron_progressive.data import image_folder, shapes
 from megatron_progressive.models import model_shape
 from megatron_progressive.models.families.resnet import ResNetShape
+from megatron_progressive.pictures import image_folder, shapes
 
 if TYPE_CHECKING:
     import torch

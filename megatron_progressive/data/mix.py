@@ -17,13 +17,14 @@ from megatron_progressive.data.manifest import TOKENIZER
 from megatron_progressive.data.mixture import LONGEST_PERIOD, Blend
 from megatron_progressive.data.parts import at_most, check_enough, named, part_configs, tokens_of
 from megatron_progressive.data.prepare import check, prepare
-from megatron_progressive.data.samples import Samples, TrainingData, order
+from megatron_progressive.data.samples import Samples, TrainingData
 from megatron_progressive.data.settling import Begun
 from megatron_progressive.data.shared_tokenizer import (
     check_one_tokenizer,
     make_shared_tokenizer,
     shared_tokenizer,
 )
+from megatron_progressive.runtime.draws import order
 from megatron_progressive.runtime.progress import ShowBytes
 
 

@@ -191,22 +191,26 @@ def gpt2(words: list[str]) -> RunConfig:
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("sequence", [False, None])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_gpt_layer_keeps_what_korthikanti_counts_without_dropout_and_scores(
-    tensor: int,
+    tensor: int, sequence: bool | None, recompute: str
 ) -> None:
     """Their equation 2 is s b h (10 + 24 / t + 5 a s / (h t)) bytes in 16 bits: 1 and 1 of the 10
     are dropout masks, and flash attention has not the last term (arXiv 2205.05198, section 4.4
-    stores what it recomputes from: queries, keys, values are in the 24)."""
+    stores what it recomputes from: queries, keys, values are in the 24). Their equation 4, with
+    sequence parallelism, divides all of it by t. A layer that is computed anew keeps its input, 2
+    s b h, which sequence parallelism divides."""
     config = gpt2(["train.micro_batch=1", "train.global_batch=8"])
+    layout = Layout(8, tensor=tensor, sequence=sequence, recompute=recompute)
     layers = [
-        stage_activations(model_shape(config, depth), config, Layout(8, tensor=tensor), fused=True)[
-            0
-        ].kept
+        stage_activations(model_shape(config, depth), config, layout, fused=True)[0].kept
         for depth in (10, 11)
     ]
-    shape = model_shape(config)
+    shape, ranks = model_shape(config), 1 if sequence is False else tensor
     unit = shape.sequence_length * shape.hidden_size
-    assert layers[1] - layers[0] == pytest.approx(unit * (8 + 24 / tensor), rel=0.005)
+    counted = 8 / ranks + 24 / tensor if recompute == "none" else 2 / ranks
+    assert layers[1] - layers[0] == pytest.approx(unit * counted, rel=0.005)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_progressive.config import ConfigError, RunConfig, from_dict
 from megatron_progressive.data import check, open_data, prepare
-from megatron_progressive.data.shapes import CLASSES, Shapes
+from megatron_progressive.pictures.shapes import CLASSES, Shapes
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 

@@ -11,8 +11,9 @@ import torch
 
 from megatron_progressive import data as data_room
 from megatron_progressive.data.megatron import indexed_dataset
-from megatron_progressive.data.samples import Samples, TrainingData, order
+from megatron_progressive.data.samples import Samples, TrainingData
 from megatron_progressive.data.stream import Piece, TokenStream
+from megatron_progressive.runtime.draws import order
 from tests.data.small_corpora import make_config, make_documents, quiet, write_json_lines
 
 

@@ -53,7 +53,7 @@ def by_masks(config: RunConfig, world: int) -> tuple[list[int], list[int], list[
     expansion = config.expansion[0]
     rules = depth_map(
         model_shape(config), target_shape, expansion.init,
-        expansion.order, expansion.insert, expansion.optimizer_state,
+        expansion.order, expansion.insert, expansion.optimizer_state, expansion.block,
     )  # fmt: skip
     missed, only, could = [0] * world, [0] * world, [0] * world
     for rank in range(world):

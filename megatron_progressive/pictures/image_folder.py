@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_progressive.config import ConfigError
-from megatron_progressive.data.shapes import Pictures
+from megatron_progressive.pictures.shapes import Pictures
 
 TRAIN, VALIDATION = "train", "val"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -119,7 +119,7 @@ class ImageFolder:
 
     def train(self, first: int, count: int) -> Pictures:
         """Draws ``first`` to ``first + count`` of training: each epoch has every picture once."""
-        from megatron_progressive.data.samples import order
+        from megatron_progressive.runtime.draws import order
 
         draws = np.arange(first, first + count, dtype=np.int64)
         numbers = order(self.seed, draws, len(self.folder.files[TRAIN]))
@@ -131,7 +131,7 @@ class ImageFolder:
 
         They come in an order that mixes the classes, the same for every seed.
         """
-        from megatron_progressive.data.samples import order
+        from megatron_progressive.runtime.draws import order
 
         size = len(self.folder.files[VALIDATION])
         numbers = np.arange(first, first + count, dtype=np.int64) % size
