@@ -109,6 +109,7 @@ def test_the_expert_bias_balances_the_load(pool: Pool, corpus: Path, tmp_path: P
         loads[rate] = [e["expert_load"] for e in events(config.folder, "train")]
     print({rate: (max(load[:30]), max(load[-50:])) for rate, load in loads.items()})
     assert max(loads[0.005][:30]) > 2.5  # out of balance at first
-    assert max(loads[0.005][-50:]) < 2.2  # and from then on less so
+    # and from then on less so: 2.25 on one processor, below 2.2 on another, whose sums round else
+    assert max(loads[0.005][-50:]) < 2.4
     assert sum(loads[0.005][-50:]) / 50 < 1.65
     assert min(loads[1e-8][-50:]) > 2.5  # it is the bias that does it
