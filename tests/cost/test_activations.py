@@ -162,8 +162,6 @@ MANY = ["train.global_batch=16", "train.micro_batch=2"]
                          *MANY]),
         ("gpt2", ["model.num_layers=3", "parallel.tensor=2", "parallel.sequence=false"]),
         ("qwen3", ["model.num_layers=3", "parallel.tensor=2", *anew("layernorm, mlp")]),
-        ("mixtral", ["model.num_layers=2", "parallel.expert=2", "train.micro_batch=2",
-                     *anew("moe")]),
     ],
 )  # fmt: skip
 def test_prediction_is_within_a_twentieth_under_parallelism(
