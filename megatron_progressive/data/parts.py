@@ -4,7 +4,6 @@ how they are checked, prepared and kept."""
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -129,10 +128,14 @@ def part_draws(config: RunConfig, tokens: Sequence[int | None], samples: int) ->
             share=weights[k] / sum(weights),
             tokens=drawn[k] * length,
             epochs=None if not (size := sizes[k]) else drawn[k] / size,
-            used_up_at=at if (at := blend.used_up.get(k, math.inf)) < samples else None,  # type: ignore[arg-type]
+            used_up_at=_before(samples, blend.used_up.get(k)),
         )
         for k, part in enumerate(mix)
     ]
+
+
+def _before(samples: int, draw: int | None) -> int | None:
+    return draw if draw is not None and draw < samples else None
 
 
 def check_enough(config: RunConfig, tokens: Sequence[int | None]) -> None:

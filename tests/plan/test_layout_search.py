@@ -300,3 +300,6 @@ def test_what_is_computed_anew_costs_its_forward_pass(family: str) -> None:
     every = tuple(sorted(shape.recomputable()))
     parts_anew = compute(Layout(1, recompute="selective", recompute_modules=every))
     assert compute(Layout(1)) < parts_anew < full  # all but the projections of the attention
+    experts = (("moe",), ("moe", "shared_experts"))  # of which the first holds the second
+    one, both = (compute(Layout(1, recompute="selective", recompute_modules=m)) for m in experts)
+    assert one == both
