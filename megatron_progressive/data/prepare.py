@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import os
 import shutil
@@ -209,23 +210,24 @@ def _run(work: Work, tasks: Iterator[Task], workers: int | None, tell: ShowBytes
     read = {number: sizes[number] or 0 for number in sizes.keys() - missing}
     total = work.corpus.size()
     stage = f"tokenizing {work.corpus.name}"
+    done = sum(read.values())
 
     def told(task: Task, size: int | None) -> None:
         number = task.unit.number
         most = sizes[number]
+        nonlocal done
+        before = read.get(number, 0)
         # text has more bytes than its file where that is compressed
         read[number] = (
-            max(read.get(number, 0), size or 0)
-            if most is None
-            else (most if size is None else min(size, most))
+            max(before, size or 0) if most is None else (most if size is None else min(size, most))
         )
-        done = sum(read.values())
+        done += read[number] - before
         tell(stage, done, total if total and done <= total else None)
 
-    tell(stage, sum(read.values()), total)
+    tell(stage, done, total)
     if workers is None:
         for task in tasks:
-            do_task(work.context, task, lambda size, task=task: told(task, size))  # type: ignore[misc]
+            do_task(work.context, task, functools.partial(told, task))
             told(task, None)
         return
     units = max(1, len(missing))

@@ -55,7 +55,7 @@ def apply_rules(
     """Fill every target piece: copied boxes by :func:`transfer`, the others in place. Collective
     over all ranks.
 
-    Collective over all ranks. A slot that a rule copies comes from the same slot of the source
+    A slot that a rule copies comes from the same slot of the source
     tensor.
     """
     new = [p for p in target.pieces if rules[p.name].action(p.slot) == INIT]
