@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 import textwrap
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_progressive.cost.cluster import RESERVE
 from megatron_progressive.cost.step_time import StepTime
+from megatron_progressive.plan.shell_words import command_lines
 
 if TYPE_CHECKING:
     from megatron_progressive.plan.plan import ClusterPlan, Plan
@@ -97,9 +97,4 @@ def _time(plan: Plan, on: ClusterPlan) -> list[str]:
 def _words(on: ClusterPlan) -> list[str]:
     assert on.found is not None
     lines = [f"Layouts, the best of {on.found.fitting:,} that fit of {on.found.tried:,}"]
-    text = " ".join(shlex.quote(word) for word in on.words)
-    wrapped = textwrap.wrap(
-        text, _WIDTH - 4, initial_indent="  ", subsequent_indent="      ", break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
-    return lines + [f"{line} \\" for line in wrapped[:-1]] + wrapped[-1:]
+    return lines + command_lines(on.words, _WIDTH, "  ", "      ")

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_progressive.config import ConfigError, RunConfig
 from megatron_progressive.cost.flops import step_flops, total_flops
 from megatron_progressive.models import model_shape
+from megatron_progressive.plan.shell_words import field_word
 
 FIXED_SUFFIX, SHORT_SUFFIX, NEVER_SUFFIX = "_fixed", "_short", "_never_grown"
 
@@ -132,7 +133,7 @@ def control_words(config: RunConfig, control: RunConfig) -> list[str]:
             words.append(f"schedule.{key}=null")
     for key, value in vars(control.parallel).items():
         if value != getattr(config.parallel, key):
-            words.append(f"parallel.{key}={value}")
+            words.append(field_word(f"parallel.{key}", value))
     return words
 
 

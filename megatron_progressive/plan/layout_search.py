@@ -25,6 +25,7 @@ from megatron_progressive.cost.step_time import StepTime, stage_states, step_tim
 from megatron_progressive.models import transformer_shape
 from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.plan import preflight
+from megatron_progressive.plan.shell_words import field_word
 from megatron_progressive.runtime.layout import Layout, make_layout
 
 _CHUNKS = (1, 2, 4, 8)
@@ -72,7 +73,7 @@ class Found:
             for key in _KEYS:
                 value, given = getattr(candidate.parallel, key), getattr(own, key, None)
                 if value != (getattr(base, key) if given is None else given):
-                    words.append(f"{prefix}.{key}={str(value).lower()}")
+                    words.append(field_word(f"{prefix}.{key}", value))
         return words
 
     def applied(self, config: RunConfig) -> RunConfig:

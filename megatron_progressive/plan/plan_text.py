@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.models.description import expert_words, input_words, size_words
 from megatron_progressive.optim.schedule import rewarm_steps
 from megatron_progressive.plan.cluster_text import cluster_parts
+from megatron_progressive.plan.shell_words import command_lines
 from megatron_progressive.runtime.text import _UNITS, _digits, aligned, flops_text, short_counts
 
 if TYPE_CHECKING:  # plan.py offers render() beside make_plan()
@@ -231,17 +231,6 @@ def _compute(plan: Plan) -> list[str]:
         )
     lines += ["", "Controls"]
     for words in plan.controls:
-        wrapped = _wrapped_command("mprog train CONFIG " + shlex.join(words))
-        lines += [f"{part} \\" for part in wrapped[:-1]] + wrapped[-1:]
+        command = ["mprog", "train", "CONFIG", *words]
+        lines += command_lines(command, _WIDTH, "  ", "      ")
     return lines
-
-
-def _wrapped_command(command: str) -> list[str]:
-    return textwrap.wrap(
-        command,
-        _WIDTH - 2,
-        initial_indent="  ",
-        subsequent_indent="      ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -65,7 +65,7 @@ if rank == 0:
 else:
     dist.recv(sums[2], 0)
 dist.destroy_process_group()
-print(rank, [x.tolist() for x in sums], flush=True)
+os.write(1, f"{rank} {[x.tolist() for x in sums]}\\n".encode())  # whole, beside the other's
 os._exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0)
 """
 

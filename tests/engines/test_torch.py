@@ -57,9 +57,13 @@ def test_first_step_is_that_of_torch(pool: Pool) -> None:
     optim.step()
     after = pool.run(2, resnet_on_ranks.updates, config, 1)[0]
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         # where a gradient is nearly 0 its sign, which is AdamW's first step, is rounding
+        size = parameter.grad.abs()
+        sure = size > 1e-3 * size.max()
+        assert sure.float().mean() > 0.9, name
         apart = (after[name].view(parameter.shape) - parameter.data).abs()
-        assert (apart < 1e-5).float().mean() > 0.99, name
+        assert (apart[sure] < 1e-5).all(), name
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
