@@ -48,6 +48,16 @@ class _Rank:
 
         return make_engine(self.config, self.shape(phase), self.layout(phase))
 
+    def layers(self) -> str:
+        """What the model is made of."""
+        from megatron_progressive.engines.megatron.kernels import kernels_here
+
+        shape = self.shape(0)
+        if not isinstance(shape, TransformerShape):
+            return "torch"
+        kernels = kernels_here(self.config, shape, self.layout(0))
+        return "Transformer Engine" if kernels.transformer_engine else "local"
+
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Times a part of the work and reports the memory and the communicators after it."""
@@ -58,6 +68,7 @@ class _Rank:
         line = {
             "what": what,
             "phase": self.phase,
+            "layers": self.layers(),
             "seconds": time.perf_counter() - started,
             "allocated": torch.cuda.memory_allocated(),
             "peak": torch.cuda.max_memory_allocated(),

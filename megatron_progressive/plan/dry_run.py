@@ -62,6 +62,8 @@ class DryRank:
     """One rank of the job, from its first engine to the end of its last."""
 
     rank: int
+    layers: str
+    """What the model was made of: Transformer Engine's, Megatron-core's local or torch's."""
     phases: list[DryPhase]
     expansions: list[DryExpansion]
     left: int
@@ -154,8 +156,9 @@ def _of_lines(config: RunConfig, world: int, rank: int, lines: list[dict[str, An
         )  # fmt: skip
     last = lines[-1]
     return DryRank(
-        rank, phases, expansions, last["allocated"], last["communicators"], last["groups"]
-    )
+        rank, last["layers"], phases, expansions, last["allocated"], last["communicators"],
+        last["groups"],
+    )  # fmt: skip
 
 
 def render(ranks: list[DryRank], gib: float = H100_GIB) -> str:
@@ -184,7 +187,7 @@ def render(ranks: list[DryRank], gib: float = H100_GIB) -> str:
             *aligned(rows),
             "  planned: of the fullest rank of the same stage. Each rank ran alone on the stand-in",
             "  device: kernels compute nothing, seconds are the host's, new weights are not drawn,",
-            "  all experts get equally many tokens",
+            f"  all experts get equally many tokens; layers: {ranks[0].layers}",
             f"  after the last engine was closed {in_gib(left)} GiB stay allocated",
         ]
     )

@@ -42,6 +42,15 @@ def checking_pool() -> Iterator[PoolOnDevice]:
     yield from _pool("checking")
 
 
+@pytest.fixture(scope="session")
+def transformer_engine() -> str:
+    """The folder of its unpacked wheels."""
+    folder = os.environ.get("MPROG_TRANSFORMER_ENGINE", "")
+    if not folder or not (Path(folder) / "transformer_engine").is_dir():
+        pytest.skip("no Transformer Engine: MPROG_TRANSFORMER_ENGINE names no folder with it")
+    return folder
+
+
 @pytest.fixture
 def on_device() -> Run:
     """``on_device(mode, *arguments)``: Python with these arguments on the device."""

@@ -6,9 +6,7 @@ wheels unpacked.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -43,13 +41,10 @@ REDUCED = {
 
 
 @pytest.fixture(scope="session")
-def engine_pool() -> Iterator[PoolOnDevice]:
+def engine_pool(transformer_engine: str) -> Iterator[PoolOnDevice]:
     """Ranks on the device that find Transformer Engine."""
-    folder = os.environ.get("MPROG_TRANSFORMER_ENGINE", "")
-    if not (Path(folder) / "transformer_engine").is_dir() or not folder:
-        pytest.skip("no Transformer Engine: MPROG_TRANSFORMER_ENGINE names no folder with it")
     there = variables("computing")
-    pool = PoolOnDevice(4, {**there, "PYTHONPATH": f"{there['PYTHONPATH']}:{folder}"})
+    pool = PoolOnDevice(4, {**there, "PYTHONPATH": f"{there['PYTHONPATH']}:{transformer_engine}"})
     yield pool
     pool.close()
 

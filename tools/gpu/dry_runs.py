@@ -6,14 +6,16 @@ table: seconds, peaks by torch's allocator and by the plan, communicators, proce
 Of each the first, a middle and the last rank build, step, expand, step and close, each alone on the
 stand-in device. A preset that no file uses grows from a zero-layer source in the layouts that
 ``--search`` finds for H100. A configuration is a line of ``OUT/dry_runs.jsonl``, written when it is
-done: the same command goes on where it was stopped. ``OUT/dry_runs.md`` is the table. Exit code 1
-where a rank failed.
+done: the same command goes on where it was stopped. ``OUT/dry_runs.md`` is the table. Layers are
+Transformer Engine's where it is installed or MPROG_TRANSFORMER_ENGINE names a folder with its
+wheels unpacked, otherwise local ones; the table says which. Exit code 1 where a rank failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -109,12 +111,13 @@ def measured(case: Case) -> dict[str, Any]:
                 {**asdict(phase), "layout": str(phase.layout), "rank": one.rank, "phase": index,
                  "peak_at_tau": at.peak if at else None, "left": one.left}
             )  # fmt: skip
-    return {"seconds": time.perf_counter() - began, "phases": lines}
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "layers": ranks[0].layers, "phases": lines}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """All results in Markdown."""
-    columns = ("configuration", "GPUs", "seconds", "rank", "layers", "layout", "peak GiB",
+    columns = ("configuration", "GPUs", "of", "seconds", "rank", "layers", "layout", "peak GiB",
                "plan GiB", "by plan", "at τ", "communicators", "groups")  # fmt: skip
     out = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for line in lines:
@@ -122,7 +125,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         if "error" in line:
             out.append("| " + " | ".join([*head, line["error"]]) + " |")
             continue
-        head.append(f"{line['seconds']:.0f}")
+        head += [line["layers"], f"{line['seconds']:.0f}"]
         for phase in line["phases"]:
             planned, at = phase["predicted"], phase["peak_at_tau"]
             cells = [
@@ -133,7 +136,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 str(phase["groups"]),
             ]  # fmt: skip
             out.append("| " + " | ".join(cells) + " |")
-            head = ["", "", ""]
+            head = [""] * len(head)
     return "\n".join(out) + "\n"
 
 
@@ -147,6 +150,8 @@ def main() -> int:
     if reason := standin.available():
         print(reason, file=sys.stderr)
         return 2
+    if folder := os.environ.get("MPROG_TRANSFORMER_ENGINE"):
+        os.environ["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"  # of the ranks
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "dry_runs.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -33,7 +33,21 @@ def _even_tokens(module: ModuleType) -> None:
     dispatcher.preprocess = preprocess
 
 
+def _calls(package: ModuleType) -> None:
+    from . import counting_transformer_engine
+
+    counting_transformer_engine.replace_calls(package)
+
+
+def _permutation(module: ModuleType) -> None:
+    from . import counting_transformer_engine
+
+    counting_transformer_engine.replace_permutation(module)
+
+
 AFTER = {
+    "transformer_engine.pytorch": _calls,
+    "transformer_engine.pytorch.triton.permutation": _permutation,
     "megatron.core.transformer.moe.token_dispatcher": _even_tokens,
 }
 """By module: what is called once it has been imported."""

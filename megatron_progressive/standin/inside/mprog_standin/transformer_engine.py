@@ -216,7 +216,7 @@ CALLS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 
-def _holders(name: str) -> Iterator[ModuleType]:
+def holders(name: str) -> Iterator[ModuleType]:
     """Modules of Transformer Engine that have the C++ function of this name."""
     for key, module in list(sys.modules.items()):
         found = vars(module).get(name) if key.startswith("transformer_engine") else None
@@ -229,7 +229,7 @@ def _holders(name: str) -> Iterator[ModuleType]:
 def replace_calls(package: ModuleType) -> None:
     """Called once Transformer Engine is imported."""
     for call in CALLS:
-        for module in _holders(call.__name__):
+        for module in holders(call.__name__):
             setattr(module, call.__name__, call)
 
 
