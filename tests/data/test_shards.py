@@ -31,6 +31,7 @@ from tests.data.small_corpora import config_error, listing, make_config, make_do
 from tests.jobs import Jobs
 
 FRACTION = 0.1
+KILLS = 10
 
 
 def small_units() -> None:
@@ -218,11 +219,11 @@ def test_killed_at_random_and_restarted(
         words = ["data", "prepare", str(tmp_path / "run.yaml")]
         if count > 1:
             words += ["--shard", f"{rng.randrange(count)}/{count}"]
-        batches = rng.randrange(1, 30) if kills < 4 else 0
+        batches = rng.randrange(1, 20) if kills < KILLS else 0
         job = jobs.run(1, tmp_path, words, ("tests.data.test_shards", "killed_after", (batches,)))
         assert job.codes[0] in (0, -signal.SIGKILL), job.output
         kills += job.codes[0] < 0
-    assert kills == 4
+    assert kills == KILLS
     assert content(folder) == whole
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
