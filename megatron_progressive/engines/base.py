@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
+from megatron_progressive.engines.step_metrics import StepMetrics
 from megatron_progressive.models.base import ModelShape
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.layout import Layout
@@ -97,50 +97,6 @@ def mean_over(batches: Sequence[GlobalBatch], means: Sequence[float]) -> float:
         return sum(means) / len(means)
     weighed = zip(means, counts, strict=True)
     return sum(mean * count for mean, count in weighed) / sum(counts)
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """The numbers of one optimizer step, which are equal on every rank."""
-
-    loss: float
-    """Mean cross-entropy of the global batch before the update, in nats per token or image."""
-    grad_norm: float
-    """Norm of the global gradient, before clipping."""
-    stop: bool
-    """Whether any rank was asked to stop, because a signal arrived there."""
-    expert_load: float | None = None
-    """Tokens of the busiest expert over the mean, in the least balanced layer; None without experts
-    that a bias balances."""
-
-
-def sum_over_ranks(
-    loss: Any,
-    stop: float,
-    counts: torch.Tensor | None,
-    device: torch.device,
-    same: Sequence[torch.Tensor] = (),
-) -> tuple[float, float, torch.Tensor, list[float]]:
-    """The sums of a loss, of wishes to stop and of counts, by one all-reduce over all ranks.
-
-    The host waits for the device here, once, and nowhere else in a step of a dense model.
-
-    Args:
-        loss: a number, or a tensor of one on the device.
-        counts: flat, fp64, on the device.
-        same: tensors of one number on the device, equal on every rank: read with the sums.
-
-    Returns: the sums, counts on the CPU, and the numbers of ``same``.
-    """
-    values = torch.zeros(2 + (0 if counts is None else counts.numel()), dtype=torch.float64,
-                         device=device)  # fmt: skip
-    values[0], values[1] = loss, stop
-    if counts is not None:
-        values[2:] = counts
-    dist.all_reduce(values)
-    found = torch.cat([values, *(number.double().view(1) for number in same)]).cpu()
-    numbers = found[values.numel() :].tolist()
-    return float(found[0]), float(found[1]), found[2 : values.numel()], numbers
 
 
 class Engine(Protocol):

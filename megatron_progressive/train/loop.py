@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from megatron_progressive.data import (
 from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.engines.megatron.kernels import kernels_line
+from megatron_progressive.engines.step_metrics import StepMetrics
 from megatron_progressive.evaluation.background import Evaluations
-from megatron_progressive.expansion.depth_map import new_tensors
 from megatron_progressive.expansion.hook import expand
-from megatron_progressive.models import model_shape, parameter_count, tensor_table
+from megatron_progressive.expansion.rewarm import shares_of_new_layers
+from megatron_progressive.models import model_shape, parameter_count
 from megatron_progressive.models.base import ModelShape
-from megatron_progressive.optim.schedule import learning_rate, rewarmed, rewarms_new_layers
-from megatron_progressive.reshard.initial_values import initialise_all
+from megatron_progressive.optim.schedule import learning_rate
 from megatron_progressive.runs.extension import kept_for_extension
 from megatron_progressive.runs.folder import Recorder
 from megatron_progressive.runtime.agreement import all_succeed
@@ -41,6 +41,7 @@ from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
 from megatron_progressive.train import signatures
 from megatron_progressive.train.console import Monitor, short_time
+from megatron_progressive.train.first_state import set_first_state
 from megatron_progressive.train.validation import Validation, as_event, as_summary
 
 DONE, STOPPED = 0, 75
@@ -80,7 +81,7 @@ class _Run:
         self.found: dict[str, Any] = {}
         """The last validation, as its event has it."""
         self.evaluated: int | None = None  # after that step
-        self.history: DepthHistory = ((0, depths[0]),)
+        self.history: DepthHistory = ()
         with all_succeed("start"):  # nothing of the folder changes before all ranks have loaded
             self.engine = self._first_engine()
         self.recorder = Recorder(config, resumed, writes=first)
@@ -89,6 +90,8 @@ class _Run:
         plan = [self.costs[sum(t < s for t in self.taus)] for s in range(1, config.last_step + 1)]
         unit = model_shape(config).unit
         self.monitor = Monitor(config, plan, self.position.step, shows=first, unit=unit)
+        self.under_way: tuple[int, float, StepMetrics] | None = None  # step, learning rate, numbers
+        self.clock = 0.0  # when the step under way began, or the one before it ended
         self.kernels = ""
         self._name_kernels()
         if self.resumed:
@@ -124,19 +127,7 @@ class _Run:
 
     def _first_engine(self) -> Engine:
         engine = self.build(self.position.expansions)
-        state = engine.state()
-        if self.resumed:
-            path = checkpoint.checkpoint_path(self.config.folder, self.position.step)
-            checkpoint.load(state, path)
-            self.history = checkpoint.read_description(path)[1].depth_history
-        elif self.config.run.init_from is not None:
-            # rank 0's: where it was given as a run's folder, that run may have saved meanwhile
-            source = [self.config.run.init_from]
-            dist.broadcast_object_list(source)
-            checkpoint.load_weights(state, Path(source[0]))
-        else:
-            initialise_all(state, tensor_table(engine.shape), self.config.run.seed)
-        engine.loaded()
+        self.history = set_first_state(engine, self.config, self.position if self.resumed else None)
         return engine
 
     def _name_kernels(self) -> None:
@@ -151,54 +142,68 @@ class _Run:
         self.monitor.note(f"warning: {cause}")
 
     def train_step(self, step: int, wants_stop: bool) -> bool:
-        """Do and record one optimizer step; returns whether any rank wants to stop."""
-        config, size = self.config, self.config.train.global_batch
+        """Do one optimizer step, and record the one before where a device was still at it; returns
+        whether any rank is known to want to stop. Then, and where something else follows before the
+        next step, this one is recorded as well."""
+        size = self.config.train.global_batch
         batch = GlobalBatch(self.data.train_batch, (step - 1) * size, size)
-        lr = learning_rate(config, step)
-        start = time.perf_counter()
-        metrics = self.engine.train_step(batch, lr, wants_stop, self._shares(step))
-        seconds = time.perf_counter() - start
+        lr = learning_rate(self.config, step)
+        shares = shares_of_new_layers(self.config, step, self.position.expansions)
+        if self.under_way is None:
+            self.clock = time.perf_counter()
+        metrics = self.engine.train_step(batch, lr, wants_stop, shares)
+        stop = self._record_step()
+        self.under_way = step, lr, metrics
+        if stop or not metrics.late or self._pauses_after(step):
+            stop = self._record_step() or stop
+        return stop
+
+    def _record_step(self) -> bool:
+        """Record the step under way, when it has ended; whether any rank wants to stop."""
+        if self.under_way is None:
+            return False
+        (step, lr, metrics), self.under_way = self.under_way, None
+        loss = metrics.loss
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
         self.train_wall += seconds
-        expansions = self.position.expansions
-        tokens = size * self.engine.shape.sample_units
-        self.position = TrainingPosition(
+        shape, size = self.engine.shape, self.config.train.global_batch
+        tokens = size * shape.sample_units
+        self.position = replace(
+            self.position,
             step=step,
-            expansions=expansions,
-            num_layers=self.engine.shape.num_layers,
             samples=step * size,
-            flops=self.position.flops + self.costs[expansions],
+            flops=self.position.flops + self.costs[self.position.expansions],
             train_wall_s=self.train_wall,
-            wall_s=time.perf_counter() - self.started,
+            wall_s=now - self.started,
         )
         self.recorder.event(
             "train",
             step=step,
             tokens=step * tokens,
             flops=self.position.flops,
-            loss=metrics.loss,
+            loss=loss,
             lr=lr,
             grad_norm=metrics.grad_norm,
             step_time_s=seconds,
             tokens_per_s=tokens / seconds,
-            num_layers=self.engine.shape.num_layers,
+            num_layers=shape.num_layers,
             **({} if metrics.expert_load is None else {"expert_load": metrics.expert_load}),
         )
-        self.monitor.step(step, metrics.loss, lr, tokens / seconds)
+        self.monitor.step(step, loss, lr, tokens / seconds)
         self.evaluations.poll()
-        failure = signatures.after_step(metrics.loss, metrics.grad_norm)
+        self._end_by(step, signatures.after_step(loss, metrics.grad_norm))
+        return metrics.stop
+
+    def _end_by(self, step: int, failure: str | None) -> None:
+        """End the run where there is a failure."""
         if failure:
             self.warn(step, failure)
             raise TrainingFailed(f"step {step}: {failure}")
-        return metrics.stop
 
-    def _shares(self, step: int) -> dict[str, float]:
-        """The shares of the learning rate that the tensors of new layers have at a step, while they
-        re-warm alone."""
-        share, done = rewarmed(self.config, step), self.position.expansions
-        if share == 1 or not rewarms_new_layers(self.config):
-            return {}
-        shapes = self.shape(done - 1), self.shape(done)
-        return dict.fromkeys(new_tensors(self.config.expansion[done - 1], *shapes), share)
+    def _pauses_after(self, step: int) -> bool:
+        """Whether anything but the next step follows."""
+        return self.expansion_due(step) or self._evaluates(step) or self._saves(step)
 
     def expansion_due(self, step: int) -> bool:
         """Whether ``step`` is the next τ."""
@@ -219,9 +224,7 @@ class _Run:
             done + 1,
             staging,
         )
-        self.position = TrainingPosition(
-            **{**asdict(self.position), "expansions": done + 1, "num_layers": event.to_layers}
-        )
+        self.position = replace(self.position, expansions=done + 1, num_layers=event.to_layers)
         self.history = (*self.history, (step, event.to_layers))
         self.recorder.event("expansion", step=step, **asdict(event))
         self.monitor.note(
@@ -235,9 +238,11 @@ class _Run:
             self.warn(step, warning)
         self.monitor.phase()
 
+    def _evaluates(self, step: int) -> bool:
+        return step % self.config.train.eval_every == 0 or step == self.config.last_step
+
     def evaluate_if_due(self, step: int) -> None:
-        train = self.config.train
-        if step % train.eval_every == 0 or step == self.config.last_step:
+        if self._evaluates(step):
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
@@ -254,10 +259,12 @@ class _Run:
         )
         self.monitor.resume_clock()
 
+    def _saves(self, step: int) -> bool:
+        every = self.config.train.save_every
+        return bool(every and step % every == 0) or step == self.config.last_step
+
     def save_if_due(self, step: int, stop: bool) -> None:
-        train = self.config.train
-        due = train.save_every and step % train.save_every == 0
-        if stop or due or step == self.config.last_step:
+        if stop or self._saves(step):
             self.save(step)
 
     def evaluate_end(self) -> None:
@@ -291,7 +298,7 @@ class _Run:
         self.check_folder_is_ours()
         self.recorder.sync()
         wall = time.perf_counter() - self.started
-        self.position = TrainingPosition(**{**asdict(self.position), "wall_s": wall})
+        self.position = replace(self.position, wall_s=wall)
         model = record_of_run(
             self.config, self.engine.shape, self.engine.layout, self.history, self.trained_on
         )
@@ -312,10 +319,7 @@ class _Run:
 
     def finish(self) -> None:
         self.check_folder_is_ours()
-        failure = signatures.after_validation(self.found["loss"])
-        if failure:
-            self.warn(self.config.last_step, failure)
-            raise TrainingFailed(f"step {self.config.last_step}: {failure}")
+        self._end_by(self.config.last_step, signatures.after_validation(self.found["loss"]))
         wall = time.perf_counter() - self.started
         self.recorder.summary(
             **as_summary(self.found),

@@ -28,13 +28,15 @@ with world_group(Place(0, 0, 1)):
         def read(first, count):
             return torch.zeros(count, 17, dtype=torch.int64)
         for _ in range(2):
-            engine.train_step(GlobalBatch(read, 0, 8), 0.01)
+            engine.train_step(GlobalBatch(read, 0, 8), 0.01).loss
         counted = []
         for size in (2, 8):
             native.reset()
-            engine.train_step(GlobalBatch(read, 0, size), 0.01)
+            metrics = engine.train_step(GlobalBatch(read, 0, size), 0.01)
             report = native.report()
-            counted.append([report["host"], sum(report["kernels"].values())])
+            kernels = sum(report["kernels"].values())
+            metrics.loss, metrics.grad_norm, metrics.stop
+            counted.append([report["host"], kernels, native.report()["host"], metrics.late])
         found.append(counted)
         engine.close()
 print(json.dumps(found))
@@ -48,18 +50,22 @@ DENSE = [
 
 
 def count(on_device: Run, cases: list[tuple[str, list[str]]]) -> Any:
-    """Of each case, for a step of one micro-batch and one of four: waits by name, kernels."""
+    """Of each case, for a step of one micro-batch and one of four: waits by name until it is
+    launched, kernels, waits until its numbers are read, whether these come late."""
     done = on_device("counting", "-c", STEP, json.dumps(cases))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_step_waits_once_whatever_the_micro_batches(on_device: Run) -> None:
-    """For the loss, the norm and the wish to stop, behind everything that the step launches."""
+    """For the loss, the norm and the wish to stop, when they are read: launching it waits for
+    nothing."""
     cases = [(family, ["model.num_layers=4", *words]) for family, words in DENSE]
     for case, counted in zip(cases, count(on_device, cases), strict=True):
-        for waits, _ in counted:
-            assert sum(waits.values()) == 1, (case, waits)
+        for launching, _, reading, late in counted:
+            assert not sum(launching.values()), (case, launching)
+            assert reading == {"cudaEventSynchronize": 1}, (case, reading)
+            assert late
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3"])
@@ -74,7 +80,7 @@ def test_many_layers_are_updated_by_as_many_kernels_as_few(
              "train.precision=bf16"]  # fmt: skip
     cases = [(family, [f"model.num_layers={layers}", *words]) for layers in (4, 12)]
     besides = []
-    for (_, one), (_, four) in count(on_device, cases):
+    for (_, one, *_), (_, four, *_) in count(on_device, cases):
         micro_batch = (four - one) / 3
         besides.append(one - micro_batch)
     few, many = besides

@@ -23,9 +23,7 @@ from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.engines.base import (
     NO_SHARES,
     GlobalBatch,
-    StepMetrics,
     mean_over,
-    sum_over_ranks,
 )
 from megatron_progressive.engines.deepspeed import state as deepspeed_state
 from megatron_progressive.engines.megatron.expert_load import ExpertLoad
@@ -38,6 +36,7 @@ from megatron_progressive.engines.megatron.model import (
     forget_graph,
     transformer_config,
 )
+from megatron_progressive.engines.step_metrics import StepMetrics, sum_over_ranks
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec, TransformerShape
 from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
@@ -123,14 +122,12 @@ class DeepSpeedEngine:
             reset_model_temporary_tensors(self._transformer, [self.engine.module])
         self.engine.step()
         share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
-        total, stops, counts, _ = sum_over_ranks(
-            share, float(stop), self._load.counts, self._device
-        )
+        sums = sum_over_ranks(share, float(stop), self._load.counts, self._device)
         if isinstance(self.optimizer, ReplicatedOptimizer):
             norm = self.optimizer.grad_norm
         else:
             norm = float(self.engine.get_global_grad_norm())
-        return StepMetrics(total, norm, stops > 0, self._load.busiest(counts))
+        return StepMetrics(sums, lambda _: norm, self._load.busiest)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
@@ -147,7 +144,7 @@ class DeepSpeedEngine:
         samples = batch.filled(micro, self.groups.data_rank, ranks)
         losses = [self._loss(sample, counted) for sample, counted in samples]
         share = batch.share_of_mean(losses, [counted for _, counted in samples], ranks)
-        return sum_over_ranks(share, 0.0, None, self._device)[0]
+        return sum_over_ranks(share, 0.0, None, self._device).found.loss
 
     def state(self) -> ShardedState:
         return deepspeed_state.sharded_state(

@@ -22,9 +22,7 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import (
     NO_SHARES,
     GlobalBatch,
-    StepMetrics,
     mean_over,
-    sum_over_ranks,
 )
 from megatron_progressive.engines.megatron.expert_load import ExpertLoad
 from megatron_progressive.engines.megatron.inputs import model_inputs
@@ -47,6 +45,7 @@ from megatron_progressive.engines.megatron.optimizer import (
 from megatron_progressive.engines.megatron.owner_optimizer import owner_layout
 from megatron_progressive.engines.megatron.state import sharded_state, table_with_tied_head
 from megatron_progressive.engines.partitions import shared_embedding_is_whole
+from megatron_progressive.engines.step_metrics import PendingSums, StepMetrics, sum_over_ranks
 from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TransformerShape
 from megatron_progressive.optim.flat import SHARES
@@ -155,10 +154,8 @@ class MegatronEngine:
         squares = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
         share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
-        total, stops, counts, found = self._sum_over_ranks(
-            share, float(stop), self._load.counts, squares
-        )
-        return StepMetrics(total, norm_of(found), stops > 0, self._load.busiest(counts))
+        sums = self._sum_over_ranks(share, float(stop), self._load.counts, squares)
+        return StepMetrics(sums, norm_of, self._load.busiest)
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         self._load.read()
@@ -181,7 +178,7 @@ class MegatronEngine:
         samples = batch.filled(micro, self.groups.data_rank, ranks, group)
         losses = self._run(samples, forward_only=True)
         counted = [count for _, count in samples][: len(losses)]
-        return self._sum_over_ranks(batch.share_of_mean(losses, counted, ranks))[0]
+        return self._sum_over_ranks(batch.share_of_mean(losses, counted, ranks)).found.loss
 
     def state(self) -> ShardedState:
         if self._gathers_late:  # the next forward pass would
@@ -234,7 +231,7 @@ class MegatronEngine:
         stop: float = 0.0,
         counts: torch.Tensor | None = None,
         same: Sequence[torch.Tensor] = (),
-    ) -> tuple[float, float, torch.Tensor, list[float]]:
+    ) -> PendingSums:
         """The global mean loss, sums of ``stop`` and ``counts``, and the numbers of ``same``."""
         if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
             share = 0.0

@@ -16,10 +16,9 @@ from megatron_progressive.config import RunConfig
 from megatron_progressive.engines.base import (
     NO_SHARES,
     GlobalBatch,
-    StepMetrics,
     mean_over,
-    sum_over_ranks,
 )
+from megatron_progressive.engines.step_metrics import StepMetrics, sum_over_ranks
 from megatron_progressive.engines.torch.buffers import FlatModel
 from megatron_progressive.engines.torch.resnet_module import ResNet
 from megatron_progressive.models import tensor_table
@@ -64,8 +63,8 @@ class TorchEngine:
             losses.append(loss.detach())
         norm = self._flat.step(lr, self.config.optim.clip_grad, shares)
         share = batch.share_of_mean(losses, [micro] * len(losses), ranks)
-        total, stops, _, (found,) = sum_over_ranks(share, float(stop), None, self._device, [norm])
-        return StepMetrics(total, found, stops > 0)
+        sums = sum_over_ranks(share, float(stop), None, self._device, [norm])
+        return StepMetrics(sums, lambda same: same[0])
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[GlobalBatch]) -> float:
@@ -77,7 +76,7 @@ class TorchEngine:
         samples = batch.filled(micro, dist.get_rank(), ranks)
         losses = [self._loss(sample, counted) for sample, counted in samples]
         share = batch.share_of_mean(losses, [counted for _, counted in samples], ranks)
-        return sum_over_ranks(share, 0.0, None, self._device)[0]
+        return sum_over_ranks(share, 0.0, None, self._device).found.loss
 
     def state(self) -> ShardedState:
         return self._flat.state()
