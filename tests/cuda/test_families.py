@@ -13,6 +13,7 @@ import pytest
 from megatron_progressive.config import RunConfig
 from tests.cuda.on_device import layers_and_losses
 from tests.cuda.serve import PoolOnDevice, variables
+from tests.engines import test_documents as documents
 from tests.engines.on_ranks import SMALL_FAMILIES, family_config
 from tests.pool import Pool
 
@@ -84,3 +85,22 @@ def test_transformer_engine_agrees_with_the_cpu(
     layers, here = engine_pool.run(2, layers_and_losses, config)[0]
     assert layers == "transformer_engine"
     assert here == pytest.approx(there, rel=ROUNDING["bf16"])
+
+
+@pytest.mark.parametrize("words", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"]])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_documents_in_packed_form_agree_with_masks(
+    pool: Pool, engine_pool: PoolOnDevice, family: str, words: list[str]
+) -> None:
+    """Transformer Engine takes documents as packed sequences, the host's layers take a mask. Its
+    fused attention takes heads of a multiple of 8."""
+    heads = [
+        f"model.mla.{size}=8" for size in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    ]
+    words = [*words, *(heads if family == "deepseek_v3" else [])]
+    config = documents.config_of(family, "train.precision=bf16", *words)
+    there = pool.run(2, documents.trained, config)[0]
+    here = engine_pool.run(2, documents.trained, config)[0]
+    whole = pool.run(2, documents.trained, config, False)[0]
+    assert here == pytest.approx(there, rel=2e-4)
+    assert whole != pytest.approx(there, rel=1e-3)  # it matters

@@ -63,10 +63,11 @@ def test_losses_are_those_of_one_document_at_a_time(pool: Pool, family: str) -> 
     assert abs(plain - apart) > 1e-4  # it matters
 
 
-def trained(config: RunConfig) -> list[float]:
-    engine = on_ranks.start(config)
-    losses = [engine.train_step(GlobalBatch(known, 8 * n, 8), 0.01).loss for n in range(3)]
-    losses.append(engine.evaluate(in_batches(known, COUNT, 8)))
+def trained(config: RunConfig, within: bool = True) -> list[float]:
+    """Losses within documents, or of whole samples."""
+    engine, read = on_ranks.start(config), known if within else tokens
+    losses = [engine.train_step(GlobalBatch(read, 8 * n, 8), 0.01).loss for n in range(3)]
+    losses.append(engine.evaluate(in_batches(read, COUNT, 8)))
     engine.close()
     return losses
 

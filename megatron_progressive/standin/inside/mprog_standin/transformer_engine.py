@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -164,23 +165,53 @@ def _rotated(t: Tensor, angles: Tensor, sign: int) -> Tensor:
     return torch.cat([(along + crossed).to(t.dtype), kept], -1)
 
 
+def _segments(cumulative: Tensor) -> Iterator[slice]:
+    """The rows of each sequence of packed ones, from where they begin and end."""
+    bounds: list[int] = cumulative.tolist()
+    return (slice(begin, end) for begin, end in pairwise(bounds) if begin < end)
+
+
+def _turned(t: Tensor, freqs: Tensor, ends: Tensor | None, sign: int) -> Tensor:
+    """Of ``[length, batch, heads, width]``, or of packed sequences ``[tokens, heads, width]``."""
+    if ends is None:
+        return _rotated(t, freqs, sign)
+    parts = [_rotated(t[rows].unsqueeze(1), freqs, sign).squeeze(1) for rows in _segments(ends)]
+    return torch.cat(parts)
+
+
 def fused_rope_forward(
-    t: Tensor, freqs: Tensor, start: Any, layout: Any, interleaved: bool, *rest: Any
-) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864) of ``[length, batch, heads, width]``."""
+    t: Tensor, freqs: Tensor, start: Any, layout: Any, interleaved: bool,
+    ends: Tensor | None = None, *rest: Any,
+) -> Tensor:  # fmt: skip
+    """Rotary position embedding (arXiv:2104.09864)."""
     _only("fused_rope_forward", not interleaved)
-    return _rotated(t, freqs, 1)
+    return _turned(t, freqs, ends, 1)
 
 
 def fused_rope_backward(
-    t: Tensor, freqs: Tensor, start: Any, layout: Any, interleaved: bool, *rest: Any
-) -> Tensor:
+    t: Tensor, freqs: Tensor, start: Any, layout: Any, interleaved: bool,
+    ends: Tensor | None = None, *rest: Any,
+) -> Tensor:  # fmt: skip
     """Its gradient."""
-    return _rotated(t, freqs, -1)
+    return _turned(t, freqs, ends, -1)
+
+
+def _each_sequence(ends: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The parts of tensors of packed tokens ``[tokens, heads, width]``, a sequence at a time, as
+    ``[1, heads, length, width]``."""
+    return ([t[rows].transpose(0, 1)[None] for t in tensors] for rows in _segments(ends))
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [t.permute(1, 2, 0, 3) for t in tensors]
+
+
+def _packed(name: str, layout: Any, mask: Any, cu_q: Tensor, cu_kv: Tensor) -> bool:
+    """Whether sequences are packed; of them queries are those of the keys."""
+    packed = str(layout).rsplit("_", 1)[-1].startswith("T")  # THD, T3HD, TH3D, …
+    known = "CAUSAL" in str(mask) and (packed or "SBH" in str(layout))
+    _only(name, known and (not packed or torch.equal(cu_q, cu_kv)))
+    return packed
 
 
 def fused_attn_fwd(
@@ -188,12 +219,17 @@ def fused_attn_fwd(
     layout: Any, bias: Any, mask: Any, softmax: Any, window: Any, cu_q: Any, cu_kv: Any,
     q: Tensor, k: Tensor, v: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """Causal attention of ``[length, batch, heads, width]``."""
-    _only("fused_attn_fwd", "SBH" in str(layout) and "CAUSAL" in str(mask))
-    queries, keys, values = _heads_first(q, k, v)
-    out, lse = aten.attention(queries, keys, values, True, scale)
-    value = out.permute(2, 0, 1, 3).contiguous()
+    """Causal attention of ``[length, batch, heads, width]``, or of packed sequences."""
     state = torch.zeros(2, dtype=torch.int64, device=q.device)
+    if _packed("fused_attn_fwd", layout, mask, cu_q, cu_kv):
+        each = _each_sequence(cu_q, q, k, v)
+        parts = [aten.attention(a, b, c, True, scale) for a, b, c in each]
+        value = torch.cat([out[0].transpose(0, 1) for out, _ in parts])
+        lse = torch.cat([one[0].transpose(0, 1) for _, one in parts])
+    else:
+        queries, keys, values = _heads_first(q, k, v)
+        out, lse = aten.attention(queries, keys, values, True, scale)
+        value = out.permute(2, 0, 1, 3).contiguous()
     return [value, lse.unsqueeze(-1), state] if training else [value]
 
 
@@ -203,10 +239,16 @@ def fused_attn_bwd(
     k: Tensor, v: Tensor, out: Tensor, grad: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of queries, keys and values."""
-    heads = _heads_first(grad.view(out.shape), q, k, v)
-    gradients = aten.attention_gradients(heads[0], heads[1], heads[2], heads[3], True, scale)
+    grad = grad.view(out.shape)
+    if _packed("fused_attn_bwd", layout, mask, cu_q, cu_kv):
+        each = _each_sequence(cu_q, grad, q, k, v)
+        parts = [aten.attention_gradients(d, a, b, c, True, scale) for d, a, b, c in each]
+        back = [torch.cat([t[0].transpose(0, 1) for t in ts]) for ts in zip(*parts, strict=True)]
+    else:
+        d, *heads = _heads_first(grad, q, k, v)
+        gradients = aten.attention_gradients(d, heads[0], heads[1], heads[2], True, scale)
+        back = [t.permute(2, 0, 1, 3).contiguous() for t in gradients]
     none = torch.empty(0, device=q.device)
-    back = [t.permute(2, 0, 1, 3).contiguous() for t in gradients]
     return [*back, none, none]
 
 
