@@ -175,7 +175,7 @@ def step_time(
         moving = (4 * experts + 2 * again) * batches * seconds / 1e9
     sent = 2 * stream * batches * chunks / cluster.bytes_per_s(layout.world) if stages > 1 else 0.0
     gathered = state.gradients + state.parameters
-    data = _EXPOSED * gathered * (layout.data - 1) / layout.data
+    data = _EXPOSED * gathered * (layout.replicas - 1) / layout.replicas
     return StepTime(
         compute=compute,
         bubble=compute * (stages - 1) / (chunks * batches),
@@ -183,5 +183,5 @@ def step_time(
         tensor=reduces,
         experts=moving,
         pipeline=sent,
-        data=data / cluster.bytes_per_s(t * layout.data),
+        data=data / cluster.bytes_per_s(t * layout.replicas),
     )

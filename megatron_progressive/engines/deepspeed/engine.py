@@ -79,7 +79,7 @@ class DeepSpeedEngine:
         parameters = list(self._names.values())
         rank, optim = self.groups.data_rank, config.optim
         self.optimizer = (
-            FlatOptimizer(parameters, optim, rank, self.groups.data_group)
+            FlatOptimizer(parameters, optim, rank, self.groups.replica_group)
             if self._stage
             else ReplicatedOptimizer(parameters, optim)
         )

@@ -73,6 +73,7 @@ def transformer_config(
     config = kind(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         # a model that has no experts yet has no use for their groups
         expert_model_parallel_size=layout.expert if experts else 1,
         expert_tensor_parallel_size=layout.expert_tensor if experts else None,
