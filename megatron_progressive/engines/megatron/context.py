@@ -1,10 +1,13 @@
-"""The part of a sequence that a context-parallel rank computes with."""
+"""The part of a sequence that a context-parallel rank computes with, and what it weighs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.transformer import multi_token_prediction
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,26 @@ class SequencePart:
         later = self.by_rank[None] > self.positions.mT
         allowed = torch.zeros(later.shape, dtype=dtype, device=later.device)
         return allowed.masked_fill_(later, -torch.inf)[None, None]
+
+
+def weigh_predictions_evenly() -> None:
+    """Let multi-token prediction divide its losses by the mean number of tokens of context-parallel
+    ranks. Megatron-core 0.19.2 divides by each rank's own number, and as the tokens at the end of a
+    sequence have nothing to predict, the losses of the rank that has them then weigh more
+    (``multi_token_prediction.py``, ``process_mtp_loss``)."""
+    original = multi_token_prediction.roll_tensor
+    if getattr(original, "_counts_all_ranks", False):
+        return
+
+    def roll_tensor(
+        tensor: Any, shifts: int = -1, dims: int = -1, cp_group: Any = None, *rest: Any, **named: Any
+    ) -> tuple[Any, Any]:
+        rolled, count = original(tensor, shifts, dims, cp_group, *rest, **named)
+        if count is not None and cp_group is not None and cp_group.size() > 1:
+            count = count.double()
+            dist.all_reduce(count, group=cp_group)
+            count /= cp_group.size()
+        return rolled, count
+
+    roll_tensor._counts_all_ranks = True  # type: ignore[attr-defined]
+    multi_token_prediction.roll_tensor = roll_tensor
