@@ -20,6 +20,15 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
     "pp2": (2, "parallel.pipeline=2"),
     "dp2_tp2": (4, "parallel.tensor=2"),
     "dp2_pp2": (4, "parallel.pipeline=2"),
+    "cp2": (2, "parallel.context=2"),
+    "dp2_to_cp2": (2, "expansion.0.parallel.context=2"),
+    "cp2_tp2_to_cp4": (
+        4,
+        "parallel.context=2",
+        "parallel.tensor=2",
+        "expansion.0.parallel.context=4",
+        "expansion.0.parallel.tensor=1",
+    ),
 }
 EXPERT_LAYOUTS: dict[str, tuple[Any, ...]] = {
     "ep2": (2, "parallel.expert=2"),

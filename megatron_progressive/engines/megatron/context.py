@@ -68,7 +68,12 @@ def weigh_predictions_evenly() -> None:
         return
 
     def roll_tensor(
-        tensor: Any, shifts: int = -1, dims: int = -1, cp_group: Any = None, *rest: Any, **named: Any
+        tensor: Any,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: Any = None,
+        *rest: Any,
+        **named: Any,
     ) -> tuple[Any, Any]:
         rolled, count = original(tensor, shifts, dims, cp_group, *rest, **named)
         if count is not None and cp_group is not None and cp_group.size() > 1:
