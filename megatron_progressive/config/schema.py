@@ -253,8 +253,8 @@ class ParallelSection:
     divides the gradients, too, and 3 the weights as well."""
     sequence: Optional[bool] = None
     """Whether tensor-parallel ranks divide the sequence where they do not divide weights, in norms
-    and residual streams (sequence parallelism). The default is to do so where ``tensor`` divides
-    ``data.sequence_length``; layers with experts must."""
+    and residual streams (sequence parallelism). The default is to do so where ``tensor`` times
+    ``context`` divides ``data.sequence_length``; layers with experts must."""
     recompute: str = "none"
     """What the backward pass computes anew in place of keeping it: ``none``, ``selective`` (the
     parts named by ``recompute_modules``) or ``full`` (whole layers, of which the inputs stay)."""

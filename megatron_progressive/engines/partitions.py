@@ -2,11 +2,12 @@
 
 These are the same pieces as in the engines' ``state()`` (a test compares them), found without
 processes, torch or Megatron-core, since planning looks at thousands of ranks. From Megatron-core
-0.19.2 this module takes the order of ranks (``parallel_state``: tensor fastest, then context, data and
-pipeline; for experts expert-tensor fastest, then expert, then expert-data), which tensors a stage
-has a copy of, and how its distributed optimizer cuts a buffer; and from DeepSpeed 0.19.8 how ZeRO
-cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``, ``partition_parameters.py``). The
-order in which parameters are registered is the table's, which is the local layer spec's.
+0.19.2 this module takes the order of ranks (``parallel_state``: tensor fastest, then context, then
+data, then pipeline; for experts expert-tensor fastest, then expert, then expert-data), which
+tensors a stage has a copy of, and how its distributed optimizer cuts a buffer; and from DeepSpeed
+0.19.8 how ZeRO cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``,
+``partition_parameters.py``). The order in which parameters are registered is the table's, which is
+the local layer spec's.
 Transformer Engine's spec registers norms after other linears, and experts by linear, which moves
 the cuts of the distributed optimizer; it also keeps latent attention's down-projections whole on
 every tensor-parallel rank.

@@ -24,6 +24,8 @@ _LATEST_WSD = 0.8
 2511.04981)."""
 _DATA_PARALLEL = ("deepspeed", "torch")
 """The engines that can only be data parallel."""
+_DIVIDING = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+"""The keys of other parallelism."""
 _LATEST_OTHER = 0.5
 """The same fraction for GPT under cosine; linear has no stable phase either."""
 
@@ -202,14 +204,7 @@ def _check_engine(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
             f"accepted: {', '.join(engines)}"
         )
     if parallel.engine in _DATA_PARALLEL:
-        for name in (
-            "tensor",
-            "pipeline",
-            "virtual_pipeline",
-            "context",
-            "expert",
-            "expert_tensor",
-        ):
+        for name in _DIVIDING:
             if getattr(parallel, name) not in (1, None):
                 raise ConfigError(
                     f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "
