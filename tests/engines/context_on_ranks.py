@@ -54,7 +54,7 @@ def attention_beside_torch(key_groups: int, width: int, value_width: int) -> lis
     pairs = [(found, expected[rows])]
     pairs += [(a.grad, b.grad[rows]) for a, b in zip(local, leaves, strict=True)]
     groups.close()
-    return [float((a - b).abs().max()) for a, b in pairs]
+    return [float((a - b).detach().abs().max()) for a, b in pairs]
 
 
 def part_beside_megatrons() -> tuple[list[list[int]], list[list[int]], int]:
@@ -70,6 +70,14 @@ def part_beside_megatrons() -> tuple[list[list[int]], list[list[int]], int]:
     mask = part.mask(torch.float32)
     assert mask is not None
     return part.select(tokens).tolist(), theirs["tokens"].tolist(), int((mask == 0).sum())
+
+
+def replicas(config: RunConfig) -> list[tuple[object, ...]]:
+    """Of each of this rank's pieces: which one of the same box it is."""
+    engine = on_ranks.start(config)
+    found = [(piece.key, piece.box, piece.replica) for piece in engine.state().pieces]
+    engine.close()
+    return found
 
 
 def trained_and_validated(config: RunConfig) -> list[float]:

@@ -56,3 +56,12 @@ def test_checkpoints_onto_and_from_a_divided_sequence(
         saved, loaded = pool.run(2, on_ranks.saved_and_loaded, source, target, tmp_path / name)[0]
         assert set(saved) == set(loaded)
         assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == []
+
+
+def test_no_two_ranks_have_the_same_replica(pool: Pool) -> None:
+    """Of which the first alone is saved."""
+    words = ["model.num_layers=1", "parallel.context=2", "parallel.zero_stage=0"]
+    for words_of in (["parallel.tensor=2"], []):
+        config = on_ranks.family_config("llama3", [*words, *words_of])
+        pieces = [one for rank in pool.run(4, context_on_ranks.replicas, config) for one in rank]
+        assert len(set(pieces)) == len(pieces)
