@@ -236,9 +236,14 @@ class ParallelSection:
     uneven: bool = False
     """Whether stages may differ by one layer. Otherwise the number of stages times chunks divides
     that of the layers, or is larger, which leaves some of them empty."""
+    context: int = 1
+    """Number of ranks that divide each sequence (context parallelism). Weights are the same on all
+    of them, as on data-parallel ranks, of which there are as many fewer. Twice the number divides
+    ``data.sequence_length``: each rank has one part from its first half and one from the second, so
+    that all have equally much attention to compute."""
     expert: int = 1
-    """Number of expert-parallel ranks, which divides that of the data-parallel ranks; each rank has
-    its share of the experts."""
+    """Number of expert-parallel ranks, which divides that of the data-parallel ranks times
+    ``context``; each rank has its share of the experts."""
     expert_tensor: Optional[int] = None
     """Number of tensor-parallel ranks of the experts (default: ``tensor``)."""
     zero_stage: int = 1
@@ -248,8 +253,8 @@ class ParallelSection:
     divides the gradients, too, and 3 the weights as well."""
     sequence: Optional[bool] = None
     """Whether tensor-parallel ranks divide the sequence where they do not divide weights, in norms
-    and residual streams (sequence parallelism). The default is to do so where ``tensor`` divides
-    ``data.sequence_length``; layers with experts must."""
+    and residual streams (sequence parallelism). The default is to do so where ``tensor`` times
+    ``context`` divides ``data.sequence_length``; layers with experts must."""
     recompute: str = "none"
     """What the backward pass computes anew in place of keeping it: ``none``, ``selective`` (the
     parts named by ``recompute_modules``) or ``full`` (whole layers, of which the inputs stay)."""
@@ -272,6 +277,7 @@ class ParallelOverride:
     tensor: Optional[int] = None
     pipeline: Optional[int] = None
     virtual_pipeline: Optional[int] = None
+    context: Optional[int] = None
     uneven: Optional[bool] = None
     expert: Optional[int] = None
     expert_tensor: Optional[int] = None

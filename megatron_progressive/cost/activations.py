@@ -219,6 +219,7 @@ def stage_activations(
         )
         if stage == 0 and step.rms_written_out and step.width < FP32:
             kept += step.hidden()  # the embedding's output, of which norms keep a copy
+        kept += step.mask()
         if not last and not fused:  # outputs that were sent on; on CUDA they are released
             kept += sum(counts) * step.hidden()
         # sequence parallelism gathers the whole input of each linear into one buffer, which stays,

@@ -26,8 +26,23 @@ class Step:
     fused: bool
 
     @property
+    def length(self) -> int:
+        """The number of tokens of one sample on this rank."""
+        return self.shape.sequence_length // self.layout.context
+
+    @property
     def tokens(self) -> int:
-        return self.samples * self.shape.sequence_length
+        return self.samples * self.length
+
+    @property
+    def gathers(self) -> bool:
+        """Whether attention gathers the keys and values of all context-parallel ranks; Transformer
+        Engine's passes them on from rank to rank."""
+        return self.layout.context > 1 and not self.fused
+
+    def mask(self) -> float:
+        """The bytes of the mask that such attention has, one for all layers."""
+        return self.length * self.shape.sequence_length * self.width if self.gathers else 0.0
 
     @property
     def rms_written_out(self) -> bool:
@@ -65,6 +80,19 @@ def _scores(step: Step) -> float:
     return elements * FP32 / step.layout.tensor
 
 
+def _gathered(step: Step) -> float:
+    """The bytes of the keys and values of all context-parallel ranks, where attention gathers
+    them."""
+    shape, mla = step.shape, step.shape.mla
+    if not step.gathers:
+        return 0.0
+    elements = 2 * shape.num_query_groups * shape.head_dim
+    if mla is not None:
+        elements = shape.num_attention_heads * (mla.qk_head_dim + mla.v_head_dim)
+    ranks = step.layout.context / step.layout.tensor
+    return elements * step.tokens * step.width * ranks
+
+
 def _attention(step: Step) -> float:
     """The bytes that one self-attention keeps, from behind its norm to its residual addition."""
     shape, w = step.shape, step.width
@@ -84,6 +112,9 @@ def _attention(step: Step) -> float:
             # no statistics; in bf16 queries, keys and values as they were copied to fp32
             cut -= FP32 * heads
             cut += (FP32 - w) * (2 * queries + heads * mla.v_head_dim)
+        if step.gathers:  # in place of this rank's own
+            fixed += _gathered(step)
+            cut -= w * (queries + heads * mla.v_head_dim)
     else:
         queries, keys = heads * shape.head_dim, shape.num_query_groups * shape.head_dim
         cut += w * (queries + 2 * keys) + w * queries + FP32 * heads
@@ -94,8 +125,14 @@ def _attention(step: Step) -> float:
             # unfused the output before the gain, and in bf16 the input in fp32; fused the output
             each = w if step.fused or w == FP32 else 2 * FP32
             cut += each * (queries + keys) + FP32 * (heads + shape.num_query_groups)
+        if step.gathers:
+            fixed += _gathered(step)
+            if rotary:  # what was rotated and gathered is not kept as it came, but by a norm
+                cut -= w * keys
+                if not TRANSFORMERS[shape.family].qk_norm or w < FP32:
+                    cut -= w * (queries + 2 * keys)
     if not step.fused:  # cosines and sines, of queries and of keys, for each position
-        fixed += 4 * shape.sequence_length * rotary * w
+        fixed += 4 * step.length * rotary * w
     return fixed + step.tokens * (whole / step.sequence_ranks + cut / step.layout.tensor)
 
 
@@ -173,7 +210,8 @@ def layer_bytes(step: Step, kind: str, *, whole: bool = False) -> LayerBytes:
     attention_anew = _attention_anew(step)
     # behind its norm the MLP's part is there as a whole; when the attention's turn comes it is gone
     at_mlp = mlp.inside + mlp.anew + norm_anew
-    at_attention = 2 * _scores(step) + attention_anew + input_anew
+    # gradients of what was gathered, and their copy for one of the two to be divided among ranks
+    at_attention = 2 * _scores(step) + 1.5 * _gathered(step) + attention_anew + input_anew
     gone = mlp.kept - mlp.anew + norm - norm_anew
     inside = step.hidden(2) + max(at_mlp, at_attention - gone)
     kept = step.hidden(2) + 2 * norm - input_anew - norm_anew + attention - attention_anew

@@ -76,7 +76,7 @@ def rank_memory(
             for spec, numel in sized
             if spec.trainable and (spec.expert is not None) == experts
         ]
-        share, ranks = (layout.expert, layout.expert_data) if experts else (1, layout.data)
+        share, ranks = (layout.expert, layout.expert_data) if experts else (1, layout.replicas)
         held = sum(numel for _, numel in members) // share
         adamw = sum(n for spec, n in members if rule_of(spec, optim) == ADAMW) // share
         state = {

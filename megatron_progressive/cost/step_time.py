@@ -14,6 +14,10 @@ A step takes, one after another:
   speed for the share that leaves the node;
 - what the backward pass computes anew (``parallel.recompute``): its forward products once more, two
   more all-reduces for a whole layer, and two more all-to-alls for its experts;
+- context parallelism: the keys and values of a rank's part of the sequence go around all context
+  ranks, once in the forward pass and twice, with their gradients, in the backward pass, of each
+  layer and micro-batch (once more where attention is computed anew). In truth attention hides some
+  of it;
 - sending the residual stream from stage to stage and back, at the network's speed where stages are
   on other nodes;
 - half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half is
@@ -123,6 +127,7 @@ class StepTime:
     bubble: float
     optimizer: float
     tensor: float
+    context: float
     experts: float
     pipeline: float
     data: float
@@ -130,8 +135,8 @@ class StepTime:
     @property
     def total(self) -> float:
         return (
-            self.compute + self.bubble + self.optimizer + self.tensor + self.experts
-            + self.pipeline + self.data
+            self.compute + self.bubble + self.optimizer + self.tensor + self.context
+            + self.experts + self.pipeline + self.data
         )  # fmt: skip
 
 
@@ -141,7 +146,7 @@ def step_time(
     """The seconds of one step of ``shape``; ``state`` is the memory of the fullest rank."""
     train, moe = config.train, shape.moe
     width = BYTES[train.precision]
-    tokens = train.micro_batch * shape.sequence_length
+    tokens = train.micro_batch * shape.sequence_length / layout.context
     batches = train.global_batch // (train.micro_batch * layout.data)
     t, stages, chunks = layout.tensor, layout.pipeline, layout.virtual_pipeline
     chunked = layout.chunk_layers(shape.num_layers)
@@ -163,6 +168,9 @@ def step_time(
     )
     reduced = 4 * deepest + 2 * whole + 2
     reduces = reduced * batches * 2 * (t - 1) / t * stream / cluster.bytes_per_s(t)
+    anew = deepest if "core_attn" in layout.recompute_modules else whole
+    passed = tokens * _keys_and_values(shape) * width / t * (layout.context - 1)
+    passed *= (3 * deepest + anew) * batches / cluster.bytes_per_s(t * layout.context)
     moving = 0.0
     if moe is not None and MOE in kinds:
         span = layout.expert * layout.expert_tensor
@@ -175,13 +183,21 @@ def step_time(
         moving = (4 * experts + 2 * again) * batches * seconds / 1e9
     sent = 2 * stream * batches * chunks / cluster.bytes_per_s(layout.world) if stages > 1 else 0.0
     gathered = state.gradients + state.parameters
-    data = _EXPOSED * gathered * (layout.data - 1) / layout.data
+    data = _EXPOSED * gathered * (layout.replicas - 1) / layout.replicas
     return StepTime(
         compute=compute,
         bubble=compute * (stages - 1) / (chunks * batches),
         optimizer=max(newton / layout.world, largest) / cluster.flops_per_s,
         tensor=reduces,
+        context=passed,
         experts=moving,
         pipeline=sent,
-        data=data / cluster.bytes_per_s(t * layout.data),
+        data=data / cluster.bytes_per_s(t * layout.replicas),
     )
+
+
+def _keys_and_values(shape: TransformerShape) -> int:
+    """The elements of one token's keys and values in a layer."""
+    if shape.mla is not None:
+        return shape.num_attention_heads * (shape.mla.qk_head_dim + shape.mla.v_head_dim)
+    return 2 * shape.num_query_groups * shape.head_dim

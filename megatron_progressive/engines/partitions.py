@@ -2,11 +2,12 @@
 
 These are the same pieces as in the engines' ``state()`` (a test compares them), found without
 processes, torch or Megatron-core, since planning looks at thousands of ranks. From Megatron-core
-0.19.2 this module takes the order of ranks (``parallel_state``: tensor fastest, then data, then
-pipeline; for experts expert-tensor fastest, then expert, then expert-data), which tensors a stage
-has a copy of, and how its distributed optimizer cuts a buffer; and from DeepSpeed 0.19.8 how ZeRO
-cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``, ``partition_parameters.py``). The
-order in which parameters are registered is the table's, which is the local layer spec's.
+0.19.2 this module takes the order of ranks (``parallel_state``: tensor fastest, then context, then
+data, then pipeline; for experts expert-tensor fastest, then expert, then expert-data), which
+tensors a stage has a copy of, and how its distributed optimizer cuts a buffer; and from DeepSpeed
+0.19.8 how ZeRO cuts parameters (``stage_1_and_2.py``, ``bf16_optimizer.py``,
+``partition_parameters.py``). The order in which parameters are registered is the table's, which is
+the local layer spec's.
 Transformer Engine's spec registers norms after other linears, and experts by linear, which moves
 the cuts of the distributed optimizer; it also keeps latent attention's down-projections whole on
 every tensor-parallel rank.
@@ -120,7 +121,7 @@ def shared_embedding_is_whole(shape: ModelShape, layout: Layout, optim: OptimSec
         numels = [_local_box(tensor.spec, 0, layout.tensor).numel for tensor in dense]
         for tensor, numel in zip(dense, numels, strict=True):
             adamw = rule_of(tensor.spec, optim) == ADAMW
-            if tensor.alone and (adamw or numel * layout.data > sum(numels)):
+            if tensor.alone and (adamw or numel * layout.replicas > sum(numels)):
                 return False
     return True
 
@@ -234,7 +235,7 @@ class _Part:
             )
             for t, numel in zip(chunk, numels, strict=True)
         ]
-        return owner_places(tensors, self.data, bucket_numel(self.layout.data))
+        return owner_places(tensors, self.data, bucket_numel(self.layout.replicas))
 
     def _weight(self, tensor: HeldTensor, box: Box) -> PieceMeta:
         dtype = _WEIGHT_DTYPES[self.precision]
@@ -263,11 +264,11 @@ def _parts(
     separate, ranks = layout.separate_experts, layout.expert_tensor
     embedding = shared_embedding_is_whole(shape, layout, optim)
     for stage, chunks in enumerate(chunk_tensors(shape, layout)):
-        first = stage * layout.tensor * layout.data
+        first = stage * layout.tensor * layout.replicas
         divided = _by_expert_rank(chunks, experts // layout.expert) if separate else {}
         yield _Part(
             divided[None] if separate else chunks, range(first, first + layout.tensor),
-            layout.tensor, layout.data, optim, precision, layout, embedding,
+            layout.tensor, layout.replicas, optim, precision, layout, embedding,
         )  # fmt: skip
         for expert_rank in range(layout.expert if separate else 0):
             begin = first + ranks * expert_rank

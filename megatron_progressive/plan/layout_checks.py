@@ -1,4 +1,4 @@
-"""Checks of what a layout's ranks share of a sequence, and of what they compute anew."""
+"""Checks of how a layout's ranks divide a sequence, and of what they compute anew."""
 
 from __future__ import annotations
 
@@ -14,23 +14,60 @@ def check_sequence(shape: ModelShape, parallel: ParallelSection, prefix: str) ->
         ConfigError: it is set to true without tensor parallelism or for a sequence that this does
             not divide, or to false for experts under tensor parallelism.
     """
-    tensor, wanted = parallel.tensor, parallel.sequence
+    tensor, context, wanted = parallel.tensor, parallel.context, parallel.sequence
     if wanted is None or not isinstance(shape, TransformerShape):
         if wanted:
             raise ConfigError(
                 f"{prefix}parallel.sequence: got true for family {shape.family}; accepted: nothing"
             )
         return
-    if wanted and (tensor == 1 or shape.sequence_length % tensor):
+    if wanted and (tensor == 1 or shape.sequence_length % (tensor * context)):
         why = "without tensor parallelism"
         if tensor > 1:
-            why = f"with tensor {tensor}, which does not divide sequence_length "
-            why += str(shape.sequence_length)
+            ranks, does = f"tensor {tensor}", "which does"
+            if context > 1:
+                ranks, does = f"{ranks} and context {context}", "whose product does"
+            why = f"with {ranks}, {does} not divide sequence_length {shape.sequence_length}"
         raise ConfigError(f"{prefix}parallel.sequence: got true {why}; accepted: false, or nothing")
     if not wanted and tensor > 1 and MOE in shape.layer_kinds():
         raise ConfigError(
             f"{prefix}parallel.sequence: got false with experts and tensor {tensor}, which "
             "Megatron-core has only with it; accepted: true, or nothing"
+        )
+
+
+def check_context(
+    shape: ModelShape, parallel: ParallelSection, prefix: str, attention: str | None
+) -> None:
+    """Refuse context parallelism that a phase cannot have.
+
+    Args:
+        attention: ``data.attention``.
+
+    Raises:
+        ConfigError: samples whose documents attend to themselves alone, or a sequence that does not
+            divide into two chunks for each rank, or not again over tensor-parallel ranks where it
+            must.
+    """
+    context, tensor = parallel.context, parallel.tensor
+    if context == 1 or not isinstance(shape, TransformerShape):
+        return
+    if attention is not None:
+        raise ConfigError(
+            f"{prefix}parallel.context: got {context} with data.attention {attention!r}; "
+            "accepted: 1, or data.attention: null"
+        )
+    length = shape.sequence_length
+    if length % (2 * context):
+        fix = "1" if length % 2 else f"a divisor of {length // 2}"
+        raise ConfigError(
+            f"{prefix}parallel.context: got {context} for sequence_length {length}; accepted: "
+            f"{fix} (each rank has two chunks of a sequence)"
+        )
+    if MOE in shape.layer_kinds() and length % (tensor * context):
+        raise ConfigError(
+            f"{prefix}parallel.context: got {context} with experts, tensor {tensor} and "
+            f"sequence_length {length}; accepted: a divisor of {length // tensor}"
         )
 
 

@@ -2,13 +2,13 @@
 
 All layouts of the Megatron engine with its distributed optimizer that :mod:`.preflight` lets run
 are tried: tensor parallelism within a node, pipeline stages with up to eight chunks, experts over
-any divisor of them. Where one does not fit although its state does, norms, up-projections of latent
-attention, activations of experts and shared experts are computed anew, and then whole layers.
-Layouts whose state alone is too large are dropped before their time is estimated
-(:mod:`.step_time`). All phases of a run have one micro-batch, as in the configuration; the one with
-the shortest run wins, and of several as quick ones the smallest. Estimates within 5 % of the
-quickest cannot be told apart by this model of time; among such layouts the one that divides the
-model least wins.
+any divisor of them, sequences over powers of two that leave each rank 4,096 tokens. Where one does
+not fit although its state does, norms, up-projections of latent attention, activations of experts
+and shared experts are computed anew, and then whole layers. Layouts whose state alone is too large
+are dropped before their time is estimated (:mod:`.step_time`). All phases of a run have one
+micro-batch, as in the configuration; the one with the shortest run wins, and of several as quick
+ones the smallest. Estimates within 5 % of the quickest cannot be told apart by this model of time;
+among such layouts the one that divides the model least wins.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _KEPT = 16
 """How many of the best layouts of each phase are kept to find those whose states fit together."""
 _CLOSE = 1.05
+_SHORTEST_PART = 4096
+"""The fewest tokens of a sequence that a context-parallel rank has in layouts that are tried."""
 _GIB = 2**30
 
 
@@ -95,8 +97,8 @@ class Found:
         )
 
 
-_KEYS = ("engine", "tensor", "pipeline", "virtual_pipeline", "uneven", "expert", "expert_tensor",
-         "zero_stage", "sequence", "recompute", "recompute_modules",
+_KEYS = ("engine", "tensor", "pipeline", "virtual_pipeline", "context", "uneven", "expert",
+         "expert_tensor", "zero_stage", "sequence", "recompute", "recompute_modules",
          "recompute_layers")  # fmt: skip
 
 
@@ -112,6 +114,15 @@ def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
+def _contexts(sequence_length: int) -> list[int]:
+    """The numbers of ranks that may divide a sequence: powers of two that leave each a part of some
+    length, below which other layouts serve as well."""
+    found = [1]
+    while sequence_length // (2 * found[-1]) >= _SHORTEST_PART:
+        found.append(2 * found[-1])
+    return found
+
+
 def _sections(
     base: ParallelSection, shape: TransformerShape, world: int, cluster: Cluster
 ) -> Iterator[ParallelSection]:
@@ -120,8 +131,9 @@ def _sections(
     experts = shape.moe.num_experts if shape.moe is not None and MOE in kinds else 1
     tensors = _divisors(world, cluster.gpus_per_node)
     stages = _divisors(world, max(1, len(kinds)))
-    for tensor, pipeline, chunks in itertools.product(tensors, stages, _CHUNKS):
-        if world % (tensor * pipeline) or chunks * pipeline > max(1, len(kinds)):
+    contexts = _contexts(shape.sequence_length)
+    for tensor, pipeline, chunks, context in itertools.product(tensors, stages, _CHUNKS, contexts):
+        if world % (tensor * pipeline * context) or chunks * pipeline > max(1, len(kinds)):
             continue
         if chunks > 1 and pipeline == 1:
             continue
@@ -129,7 +141,7 @@ def _sections(
             for expert_tensor in {1, tensor} if experts > 1 else {tensor}:
                 yield replace(
                     base, engine="megatron", tensor=tensor, pipeline=pipeline,
-                    virtual_pipeline=chunks, expert=expert, zero_stage=1,
+                    virtual_pipeline=chunks, context=context, expert=expert, zero_stage=1,
                     uneven=bool(kinds) and len(kinds) % (pipeline * chunks) != 0,
                     expert_tensor=expert_tensor if shape.moe is not None else None,
                     sequence=None, recompute="none", recompute_layers=None,
@@ -157,6 +169,7 @@ def _ordered(candidates: list[Candidate]) -> list[Candidate]:
     def order(candidate: Candidate) -> tuple[float, ...]:
         layout, seconds = candidate.layout, candidate.time.total
         divided = layout.tensor * layout.pipeline * layout.virtual_pipeline * layout.expert
+        divided *= layout.context
         close = seconds <= _CLOSE * quickest
         return (0.0, divided, seconds) if close else (1.0, seconds, divided)
 
@@ -170,7 +183,7 @@ def _phase(
     depth = config.expansion[index - 1].to_layers if index else None
     shape = transformer_shape(config, depth)
     train = replace(config.train, micro_batch=micro_batch)
-    nothing = StepTime(0, 0, 0, 0, 0, 0, 0)
+    nothing = StepTime(0, 0, 0, 0, 0, 0, 0, 0)
     fitting, others = [], []
     for section in _sections(config.parallel_after(index), shape, world, cluster):
         alone = replace(

@@ -16,7 +16,7 @@ from megatron_progressive.expansion.depth_map import check_growth
 from megatron_progressive.expansion.placing import survivors
 from megatron_progressive.models import FAMILIES, model_shape
 from megatron_progressive.models.base import DENSE, MOE, ModelShape, TransformerShape
-from megatron_progressive.plan.layout_checks import check_recompute, check_sequence
+from megatron_progressive.plan.layout_checks import check_context, check_recompute, check_sequence
 from megatron_progressive.runtime.layout import Layout, make_layout
 
 _LATEST_WSD = 0.8
@@ -24,6 +24,8 @@ _LATEST_WSD = 0.8
 2511.04981)."""
 _DATA_PARALLEL = ("deepspeed", "torch")
 """The engines that can only be data parallel."""
+_DIVIDING = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+"""The keys of other parallelism."""
 _LATEST_OTHER = 0.5
 """The same fraction for GPT under cosine; linear has no stable phase either."""
 
@@ -52,14 +54,15 @@ def check_run(config: RunConfig, world: int) -> list[str]:
 
 
 def smallest_world(config: RunConfig) -> int:
-    """The fewest ranks that every phase's tensor x pipeline divides, and that of its experts."""
+    """The fewest ranks that every phase's tensor x pipeline x context divides, and the product of
+    its experts."""
     sections = [config.parallel_after(i) for i in range(len(config.expansion) + 1)]
     return math.lcm(
         *(
             ranks * section.pipeline
             for section in sections
             for ranks in (
-                section.tensor,
+                section.tensor * section.context,
                 (section.expert_tensor or section.tensor) * section.expert,
             )
         )
@@ -177,6 +180,7 @@ def check_phase(config: RunConfig, index: int, world: int) -> None:
     _check_engine(shape, parallel, prefix)
     _check_tensor(shape, parallel, prefix)
     check_sequence(shape, parallel, prefix)
+    check_context(shape, parallel, prefix, config.data.attention)
     _check_pipeline(shape, parallel, prefix)
     train, ranks = config.train, layout.data
     # the interleaved schedule runs micro-batches through its chunks in groups of one a stage
@@ -200,7 +204,7 @@ def _check_engine(shape: ModelShape, parallel: ParallelSection, prefix: str) -> 
             f"accepted: {', '.join(engines)}"
         )
     if parallel.engine in _DATA_PARALLEL:
-        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
+        for name in _DIVIDING:
             if getattr(parallel, name) not in (1, None):
                 raise ConfigError(
                     f"{prefix}parallel.{name}: got {getattr(parallel, name)} with engine "

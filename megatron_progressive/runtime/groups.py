@@ -99,6 +99,7 @@ class ProcessGroups:
                 virtual_pipeline_model_parallel_size=layout.virtual_pipeline
                 if layout.virtual_pipeline > 1
                 else None,
+                context_parallel_size=layout.context,
                 expert_model_parallel_size=layout.expert,
                 expert_tensor_parallel_size=layout.expert_tensor,
                 create_gloo_process_groups=False,
@@ -108,12 +109,16 @@ class ProcessGroups:
         self.layout = layout
         self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
         self.pipeline_rank: int = parallel_state.get_pipeline_model_parallel_rank()
+        # among the ranks that divide samples, and among those that divide each sample
         self.data_rank: int = parallel_state.get_data_parallel_rank()
+        self.context_rank: int = parallel_state.get_context_parallel_rank()
+        # among those that hold the same part of the model, which are both of these together
+        self.replica_rank: int = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         self.expert_rank: int = parallel_state.get_expert_model_parallel_rank()
         self.expert_tensor_rank: int = parallel_state.get_expert_tensor_parallel_rank()
         self.expert_data_rank: int = parallel_state.get_expert_data_parallel_rank()
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
-        self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_group = parallel_state.get_model_parallel_group()
         self.expert_tensor_group = parallel_state.get_expert_tensor_parallel_group()
         self.expert_data_group = parallel_state.get_expert_data_parallel_group()
@@ -152,6 +157,6 @@ class ProcessGroups:
                 dist.destroy_process_group(group)
         self._created = []
         self._globals = {}
-        del self.tensor_group, self.data_group, self.model_group
+        del self.tensor_group, self.replica_group, self.model_group
         del self.expert_tensor_group, self.expert_data_group, self.expert_model_group
         del self.embedding_group, self.optimizer_group

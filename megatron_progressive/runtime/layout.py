@@ -17,9 +17,10 @@ class Layout:
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Number of model chunks in each pipeline stage."""
+    context: int = 1
+    """Number of ranks over which each sequence is divided (context parallelism)."""
     expert: int = 1
-    """Number of ranks over which experts are divided; it divides that of the data-parallel
-    ranks."""
+    """Number of ranks over which experts are divided; it divides :attr:`replicas`."""
     expert_tensor: int = 0
     """Number of tensor-parallel ranks of an expert; 0 stands for as many as ``tensor``."""
     zero_stage: int = 1
@@ -38,7 +39,13 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """The number of data-parallel ranks."""
+        """The number of data-parallel ranks, each of which has samples of its own."""
+        return self.replicas // self.context
+
+    @property
+    def replicas(self) -> int:
+        """The number of ranks that hold the same part of the model: data x context. Gradients are
+        summed over them, and the optimizer state is divided over them."""
         return self.world // (self.tensor * self.pipeline)
 
     @property
@@ -61,13 +68,14 @@ class Layout:
     def divides_sequence(self, sequence_length: int) -> bool:
         """Whether tensor-parallel ranks divide a sequence of this length (sequence parallelism)."""
         wanted = self.sequence is not False and self.tensor > 1
-        return wanted and sequence_length % self.tensor == 0
+        return wanted and sequence_length % (self.tensor * self.context) == 0
 
     def __str__(self) -> str:
         parts = [f"DP={self.data}"]
         parts += [f"TP={self.tensor}"] if self.tensor > 1 else []
         parts += [f"PP={self.pipeline}"] if self.pipeline > 1 else []
         parts += [f"VPP={self.virtual_pipeline}"] if self.virtual_pipeline > 1 else []
+        parts += [f"CP={self.context}"] if self.context > 1 else []
         parts += [f"EP={self.expert}"] if self.expert > 1 else []
         parts += [f"ETP={self.expert_tensor}"] if self.expert_tensor != self.tensor else []
         if self.recompute == "selective":
@@ -125,13 +133,15 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
     """The layout of ``parallel`` over ``world`` ranks.
 
     Raises:
-        ConfigError: tensor x pipeline, or the same product for the experts, does not divide the
-            number of ranks.
+        ConfigError: tensor x pipeline x context, or the product for the experts, does not divide
+            the number of ranks.
     """
-    ranks = parallel.tensor * parallel.pipeline
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world % ranks:
+        context = f" x context {parallel.context}" if parallel.context > 1 else ""
         raise ConfigError(
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {ranks} does not "
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline}{context} = {ranks} "
+            f"does not "
             f"divide the {world} rank{'s' if world > 1 else ''}; accepted: a divisor of {world}"
         )
     expert_tensor = parallel.expert_tensor or parallel.tensor
@@ -151,6 +161,7 @@ def make_layout(parallel: ParallelSection, world: int) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
         expert=parallel.expert,
         expert_tensor=expert_tensor,
         zero_stage=parallel.zero_stage,

@@ -18,6 +18,7 @@ from tests.pool import Pool
 SIZES = ["model.hidden_size=64", "data.sequence_length=128", "train.global_batch=4",
          "train.micro_batch=4"]  # fmt: skip
 MOE = "model.moe.first_k_dense=1"
+CONTEXT = "parallel.context=2"
 
 
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -161,6 +162,11 @@ MANY = ["train.global_batch=16", "train.micro_batch=2"]
         ("deepseek_v3", ["model.num_layers=4", MOE, "parallel.pipeline=2", "model.mtp_layers=1",
                          *MANY]),
         ("gpt2", ["model.num_layers=3", "parallel.tensor=2", "parallel.sequence=false"]),
+        ("gpt2", ["model.num_layers=4", CONTEXT]),
+        ("llama3", ["model.num_layers=3", CONTEXT, "model.num_query_groups=2"]),
+        ("qwen3", ["model.num_layers=3", CONTEXT]),
+        ("mixtral", ["model.num_layers=2", CONTEXT]),
+        ("deepseek_v3", ["model.num_layers=3", MOE, CONTEXT]),
         ("qwen3", ["model.num_layers=3", "parallel.tensor=2", *anew("layernorm, mlp")]),
     ],
 )  # fmt: skip
@@ -174,6 +180,7 @@ def test_prediction_is_within_a_twentieth_under_parallelism(
     "words",
     [
         ["parallel.tensor=2", *ANEW["all"]],
+        [CONTEXT, "data.sequence_length=256", *ANEW["all"]],
         ["parallel.pipeline=2", "parallel.virtual_pipeline=2", *MANY, *ANEW["one layer"]],
     ],
 )

@@ -125,7 +125,7 @@ def traffic_and_state(config: RunConfig) -> tuple[dict[str, int], int]:
     optimizer state that it holds."""
     engine: Any = on_ranks.start(config)
     on_ranks.step(engine, 0)
-    groups = [engine.groups.data_group, engine.groups.expert_data_group]
+    groups = [engine.groups.replica_group, engine.groups.expert_data_group]
     with counted_bytes(groups) as sent:
         on_ranks.step(engine, 1)
     held = sum(p.nbytes for p in engine.state().pieces if p.slot != "param")

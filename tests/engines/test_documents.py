@@ -10,6 +10,7 @@ import torch
 from megatron_progressive.config import ConfigError, RunConfig, from_dict
 from megatron_progressive.data.documents import DocumentTokens, with_documents
 from megatron_progressive.engines.base import GlobalBatch, in_batches
+from megatron_progressive.engines.megatron.context import SequencePart
 from megatron_progressive.engines.megatron.inputs import model_inputs
 from megatron_progressive.plan.preflight import check_run
 from tests.engines import on_ranks
@@ -84,11 +85,11 @@ def test_positions_begin_anew_behind_the_end_of_a_document() -> None:
     found = with_documents(rows, END)
     assert found.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
     device = torch.device("cpu")
-    inputs = model_inputs(found, torch.arange(7)[None], device, packed=False)
+    inputs = model_inputs(found, SequencePart.of(7), device, packed=False)
     assert inputs.mask is not None
     assert inputs.mask[0, 0].sum(dim=1).tolist() == [1, 2, 1, 2, 3, 1, 1]
     # as Transformer Engine takes it: one row, and where its sequences end
-    packed = model_inputs(found, torch.arange(7)[None], device, packed=True)
+    packed = model_inputs(found, SequencePart.of(7), device, packed=True)
     assert packed.tokens.tolist() == [rows[:, :-1].flatten().tolist()]
     assert packed.labels.tolist() == [rows[:, 1:].flatten().tolist()]
     assert packed.positions.tolist() == [found.positions.flatten().tolist()]

@@ -13,12 +13,16 @@ from tests.engines import on_ranks
 from tests.pool import Pool
 
 TP, PP, EP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"
+CP = "parallel.context=2"
 ALL, PARTS = "parallel.recompute=full", "parallel.recompute=selective"
 DENSE_LAYOUTS = {
     "dp2": (2, []),
     "tp2": (2, [TP]),
     "pp2": (2, [PP]),
     "tp2_pp2": (4, [TP, PP]),
+    "cp2": (2, [CP]),
+    "cp2_tp2": (4, [CP, TP]),
+    "cp2_anew": (2, [CP, ALL]),
     "tp2_anew": (2, [TP, ALL]),
     "tp2_parts_anew": (2, [TP, PARTS]),
 }
@@ -27,6 +31,8 @@ EXPERT_LAYOUTS = {
     "ep2_tp2": (4, [EP, TP]),
     "ep2_tp2_etp1": (4, [EP, TP, "parallel.expert_tensor=1"]),
     "ep2_pp2": (4, [EP, PP]),
+    "ep2_cp2": (2, [EP, CP]),
+    "ep2_cp2_tp2": (4, [EP, CP, TP]),
     "ep2_of_dp4": (4, [EP]),
     "ep2_tp2_anew": (4, [EP, TP, ALL]),
     "ep2_parts_anew": (2, [EP, PARTS]),

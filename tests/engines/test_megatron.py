@@ -28,6 +28,8 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
     (4, {"pipeline": 4, "virtual_pipeline": 2}),
     (2, {"tensor": 2, "sequence": "false"}),
+    (2, {"context": 2}),
+    (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
     (1, {"recompute": "full", "recompute_layers": 2}),
     (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full"}),
     (2, {"tensor": 2, "recompute": "selective",

@@ -44,6 +44,7 @@ def random_case(rng: random.Random, world: int) -> RunConfig:
     tensor, pipeline = rng.choice(
         [(t, p) for t in (1, 2, 4) for p in (1, 2, 3, 4) if world % (t * p) == 0]
     )
+    context = rng.choice([c for c in (1, 2, 4) if world % (tensor * pipeline * c) == 0])
     heads = 4
     virtual = rng.choice([1, 2, 3]) if pipeline > 1 else 1
     words = {
@@ -54,13 +55,14 @@ def random_case(rng: random.Random, world: int) -> RunConfig:
         "model.tie_embeddings": rng.choice(["true", "false"]),
         "model.linear_bias": rng.choice(["true", "false"]),
         "data.vocab_size": rng.randint(100, 600),
-        "data.sequence_length": rng.randint(3, 70),
+        "data.sequence_length": 2 * context * rng.randint(2, 9),
         "train.precision": rng.choice(["fp32", "bf16"]),
         "optim.name": rng.choice(["adamw", "adamw", "muon_nsgd", "muon_nsgd"]),
         "optim.embeddings": rng.choice(["muon", "adamw"]),
         "parallel.tensor": tensor,
         "parallel.pipeline": pipeline,
         "parallel.virtual_pipeline": virtual,
+        "parallel.context": context,
         "parallel.uneven": "true",
         "parallel.zero_stage": rng.choice([0, 1, 1, 1]),
     }

@@ -25,7 +25,7 @@ SAMPLES = 12  # a step: divides over 1 to 4 data-parallel ranks, and over stages
 def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, Any]:
     """Any engine, any layout that fits ``world`` ranks."""
     parallel = {"engine": "megatron", "tensor": 1, "pipeline": 1, "virtual_pipeline": 1,
-                "uneven": True, "expert": 1, "expert_tensor": None,
+                "context": 1, "uneven": True, "expert": 1, "expert_tensor": None,
                 "zero_stage": rng.randint(0, 1),
                 "recompute": rng.choice(["none", "none", "selective", "full"])}  # fmt: skip
     if parallel["recompute"] == "full":
@@ -37,14 +37,16 @@ def random_parallel(rng: random.Random, world: int, experts: bool) -> dict[str, 
             "expert_tensor": 1 if experts else None,
             "zero_stage": rng.randint(0, 3),
         }
+    parallel["context"] = rng.choice([c for c in (1, 1, 1, 1, 2, 2, 4) if world % c == 0])
+    rest = world // parallel["context"]
     most = 2 if experts else 4  # leaves ranks for experts
-    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if world % t == 0 and t <= most])
+    parallel["tensor"] = rng.choice([t for t in (1, 2, 4) if rest % t == 0 and t <= most])
     if not experts:
         parallel["sequence"] = rng.choice([None, False])
-    rest = world // parallel["tensor"]
+    rest //= parallel["tensor"]
     parallel["pipeline"] = rng.choice([p for p in (1, 2, 3, 4) if rest % p == 0])
     if parallel["pipeline"] > 1:
-        parallel["virtual_pipeline"] = rng.choice([1, 2])
+        parallel["virtual_pipeline"] = rng.choice([1, 2, 2])
     if experts:
         block = world // parallel["pipeline"]
         tensor = rng.choice([parallel["tensor"], parallel["tensor"], 1])
@@ -77,7 +79,7 @@ def random_family(rng: random.Random) -> tuple[str, list[str]]:
 
 def largest_micro_batch(world: int, *phases: dict[str, Any]) -> int:
     """Few micro-batches are quick; an interleaved pipeline needs a multiple of its stages."""
-    data = [world // (p["tensor"] * p["pipeline"]) for p in phases]
+    data = [world // (p["tensor"] * p["pipeline"] * p["context"]) for p in phases]
     return next(
         size
         for size in range(SAMPLES, 0, -1)
@@ -190,6 +192,11 @@ def test_cases_cover_what_they_are_meant_to() -> None:
     assert set(stages) == {0, 1, 2, 3}
     virtual = {(a.virtual_pipeline, b.virtual_pipeline) for a, b in phases}
     assert virtual == set(itertools.product([1, 2], repeat=2))
+    contexts = {(a.context, b.context) for a, b in phases}
+    assert contexts >= {(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)}
+    divided = [p for pair in phases for p in pair if p.context > 1]
+    assert {(p.tensor > 1, p.pipeline > 1) for p in divided} >= {(True, False), (False, True)}
+    assert any(p.expert > 1 for p in divided)
     assert {c.model.family for c in configs} == set(on_ranks.SMALL_FAMILIES)
     experts = {(a.expert > 1, b.expert > 1) for a, b in phases}
     assert experts == set(itertools.product([True, False], repeat=2))

@@ -304,3 +304,35 @@ def test_what_is_computed_anew_costs_its_forward_pass(family: str) -> None:
     experts = (("moe",), ("moe", "shared_experts"))  # of which the first holds the second
     one, both = (compute(Layout(1, recompute="selective", recompute_modules=m)) for m in experts)
     assert one == both
+
+
+def test_ranks_divide_a_sequence_where_nothing_else_divides() -> None:
+    """One sample and one layer of four heads for eight ranks."""
+    words = ["model.num_layers=1", "train.global_batch=1", "train.micro_batch=1"]
+    config = family_config("llama3", [*words, "data.sequence_length=8192"])
+    found = search(config, 8, H100)
+    assert (found.phases[0].layout.tensor, found.phases[0].layout.context) == (4, 2)
+    assert "parallel.context=2" in found.words(config)
+    assert found.applied(config).parallel.context == 2
+    preflight.check_run(found.applied(config), 8)
+    with pytest.raises(ConfigError, match="no layout of phase 1 can run"):
+        search(family_config("llama3", [*words, "data.sequence_length=4096"]), 8, H100)
+
+
+@pytest.mark.parametrize("family", ["llama3", "deepseek_v3"])
+def test_a_divided_sequence_costs_the_passing_of_keys_and_values(family: str) -> None:
+    """Of a rank's part three times to each other rank, and as many products as of whole ones."""
+    config = family_config(family, ["train.precision=bf16", "model.num_layers=6"])
+    shape = model_shape(config)
+    state = stage_memory(shape, config, Layout(4))[0]
+    whole, divided = (
+        step_time(shape, config, Layout(4, context=context), H100, state) for context in (1, 4)
+    )
+    assert divided.compute == pytest.approx(whole.compute)
+    assert divided.data == whole.data
+    # queries and keys have 8 + 4 dimensions in latent attention, values 8
+    token = 4 * (12 + 8) if family == "deepseek_v3" else 4 * (8 + 8)
+    tokens = config.train.global_batch * shape.sequence_length / 4
+    sent = 3 * 6 * 2 * token * tokens * 3
+    assert whole.context == 0
+    assert divided.context == pytest.approx(sent / (H100.nvlink_gb_per_s * 1e9))

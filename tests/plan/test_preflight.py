@@ -259,6 +259,11 @@ def test_warnings_name_the_failure_signature(risky: RunConfig, signatures: list[
         assert "\n" not in warning
 
 
+def test_smallest_world_counts_the_ranks_of_a_sequence() -> None:
+    run = family("llama3", parallel={"context": 2, "tensor": 2, "pipeline": 2})
+    assert smallest_world(run) == 8
+
+
 def test_smallest_world_fits_every_phase() -> None:
     run = config(parallel={"tensor": 2}, expansion=growth(parallel={"tensor": 1, "pipeline": 3}))
     assert smallest_world(run) == 6

@@ -20,6 +20,14 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
     "pp2": (2, "parallel.pipeline=2"),
     "dp2_tp2": (4, "parallel.tensor=2"),
     "dp2_pp2": (4, "parallel.pipeline=2"),
+    "dp2_to_cp2": (2, "expansion.0.parallel.context=2"),
+    "cp2_tp2_to_cp4": (
+        4,
+        "parallel.context=2",
+        "parallel.tensor=2",
+        "expansion.0.parallel.context=4",
+        "expansion.0.parallel.tensor=1",
+    ),
 }
 EXPERT_LAYOUTS: dict[str, tuple[Any, ...]] = {
     "ep2": (2, "parallel.expert=2"),
@@ -56,6 +64,36 @@ def test_same_curve_on_every_layout(
     differences = {name: largest_difference(curves["one"], curve) for name, curve in curves.items()}
     print(family, optimizer, differences)
     assert max(differences.values()) < 2e-4, differences
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_same_curve_where_ranks_divide_the_sequence_from_tau_on(
+    pool: Pool, corpus: Path, tmp_path: Path, family: str
+) -> None:
+    """From 1 to 2 and from 2 to 4 ranks, and from 2 to 1; validations as well."""
+    model = of_family(family)
+    if family == "deepseek_v3":
+        model["model"]["mtp_layers"] = 1
+    train = {"steps": 10, "global_batch": 8, "micro_batch": 2, "eval_every": 5, "eval_samples": 10,
+             "save_every": 0}  # fmt: skip
+    curves, validations = {}, {}
+    for name, (world, before, after) in {"one": (1, 1, 1), "on": (2, 1, 2), "more": (4, 2, 4),
+                                         "off": (2, 2, 1)}.items():  # fmt: skip
+        expansion = {"at": 5, "to_layers": 3, "init": "copying", "parallel": {"context": after}}
+        config = run_config(
+            tmp_path, corpus, name, f"parallel.context={before}", train=train,
+            expansion=[expansion], **model,
+        )  # fmt: skip
+        assert set(pool.run(world, train_here, config)) == {0}
+        curves[name] = losses(config.folder)
+        validations[name] = {e["step"]: e["loss"] for e in events(config.folder, "eval")}
+        (event,) = events(config.folder, "expansion")
+        assert (f"CP={after}" in event["layout_after"]) is (after > 1)
+    assert len(curves["one"]) == 10
+    assert len(validations["one"]) >= 2
+    for found in (curves, validations):
+        differences = {name: largest_difference(found["one"], found[name]) for name in found}
+        assert max(differences.values()) < 2e-4, differences
 
 
 @pytest.mark.parametrize("source", [0, 1])

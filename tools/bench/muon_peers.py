@@ -163,7 +163,7 @@ class LayerWiseEngine(MegatronEngine):
         parameters = list(names.values())
         tag_params_for_buffer_routing([torch.nn.ParameterList(parameters)])
         return LayerWiseDistributedOptimizer.compute_full_param_layout(
-            parameters, None, self.layout.data, buffers, self.layout.expert_data
+            parameters, None, self.layout.replicas, buffers, self.layout.expert_data
         )
 
 

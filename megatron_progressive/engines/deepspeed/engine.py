@@ -26,6 +26,7 @@ from megatron_progressive.engines.base import (
     mean_over,
 )
 from megatron_progressive.engines.deepspeed import state as deepspeed_state
+from megatron_progressive.engines.megatron.context import SequencePart
 from megatron_progressive.engines.megatron.expert_load import ExpertLoad
 from megatron_progressive.engines.megatron.inputs import model_inputs
 from megatron_progressive.engines.megatron.kernels import kernels_here
@@ -78,7 +79,7 @@ class DeepSpeedEngine:
         parameters = list(self._names.values())
         rank, optim = self.groups.data_rank, config.optim
         self.optimizer = (
-            FlatOptimizer(parameters, optim, rank, self.groups.data_group)
+            FlatOptimizer(parameters, optim, rank, self.groups.replica_group)
             if self._stage
             else ReplicatedOptimizer(parameters, optim)
         )
@@ -94,7 +95,7 @@ class DeepSpeedEngine:
             )
         DeepSpeedEngine._alive += 1
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+        self._part = SequencePart.of(shape.sequence_length, device=self._device)
         # documents are packed into one row of tokens where layers take that
         self._packed = kernels.transformer_engine and config.data.attention is not None
 
@@ -189,7 +190,7 @@ class DeepSpeedEngine:
     def _loss(self, sample: Any, counted: int) -> torch.Tensor:
         """The mean cross-entropy of the first ``counted`` samples of one micro-batch; 0 where none
         counts."""
-        inputs = model_inputs(sample, self._positions, self._device, self._packed)
+        inputs = model_inputs(sample, self._part, self._device, self._packed)
         arguments, named = inputs.arguments
         losses: torch.Tensor = self.engine(*arguments, **named)
         losses = losses.view(-1, self.shape.sequence_length)

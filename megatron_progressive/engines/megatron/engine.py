@@ -24,6 +24,7 @@ from megatron_progressive.engines.base import (
     GlobalBatch,
     mean_over,
 )
+from megatron_progressive.engines.megatron.context import SequencePart
 from megatron_progressive.engines.megatron.expert_load import ExpertLoad
 from megatron_progressive.engines.megatron.inputs import model_inputs
 from megatron_progressive.engines.megatron.kernels import kernels_here
@@ -118,7 +119,11 @@ class MegatronEngine:
         transformer.finalize_model_grads_func = self._finalize_gradients
         self._forward_backward = get_forward_backward_func()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._positions = torch.arange(shape.sequence_length, device=self._device)[None]
+        self._part = SequencePart.of(
+            shape.sequence_length, self.groups.context_rank, layout.context, self._device
+        )
+        # Transformer Engine's attention knows the order of tokens
+        self._mask = None if kernels.transformer_engine else self._part.mask(dtype)
         # documents are packed into one row of tokens where layers take that
         self._packed = kernels.transformer_engine and config.data.attention is not None
 
@@ -131,9 +136,9 @@ class MegatronEngine:
             optim = self.config.optim
             embedding = shared_embedding_is_whole(self.shape, self.layout, optim)
             return owner_layout(names, self._table, optim, self.groups, buffers, embedding)
-        data, experts = self.layout.data, self.layout.expert_data
+        ranks, experts = self.layout.replicas, self.layout.expert_data
         return DistributedOptimizer.compute_full_param_layout(
-            list(names.values()), bucket_numel(data), data, buffers, experts
+            list(names.values()), bucket_numel(ranks), ranks, buffers, experts
         )
 
     def train_step(
@@ -220,10 +225,11 @@ class MegatronEngine:
 
     def _forward_step(self, samples: Iterator[tuple[Any, int]], model: Any) -> tuple[Any, Any]:
         tokens, counted = next(samples)
-        inputs = model_inputs(tokens, self._positions, self._device, self._packed)
+        inputs = model_inputs(tokens, self._part, self._device, self._packed, self._mask)
         arguments, named = inputs.arguments
-        rows = (-1, self.shape.sequence_length)  # of losses, also where all are in one
-        return model(*arguments, **named), partial(_mean_loss, counted=counted, rows=rows)
+        rows = (-1, self._part.length)  # of losses, also where all are in one
+        loss = partial(_mean_loss, counted=counted, rows=rows, ranks=self.layout.context)
+        return model(*arguments, **named), loss
 
     def _sum_over_ranks(
         self,
@@ -233,20 +239,21 @@ class MegatronEngine:
         same: Sequence[torch.Tensor] = (),
     ) -> PendingSums:
         """The global mean loss, sums of ``stop`` and ``counts``, and the numbers of ``same``."""
-        if self.groups.tensor_rank:  # tensor-parallel ranks have the same losses
-            share = 0.0
+        # tensor-parallel ranks have the same losses, and context-parallel ranks parts of them
+        share = 0.0 if self.groups.tensor_rank else share / self.layout.context
         return sum_over_ranks(share, stop, counts, self._device, same)
 
 
 def _mean_loss(
-    losses: torch.Tensor, counted: int, rows: tuple[int, int]
+    losses: torch.Tensor, counted: int, rows: tuple[int, int], ranks: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean loss of the first ``counted`` samples of losses, which are [samples, tokens] as
-    ``rows``; 0 where none counts."""
+    ``rows``; 0 where none counts. The first number is this rank's part of the mean over equally
+    many tokens of each of ``ranks`` context-parallel ranks."""
     losses = losses.view(rows)
     mean = losses[:counted].float().mean() if counted else losses.new_zeros((), dtype=torch.float32)
     # a clone: the schedule divides the loss in place by the number of micro-batches
-    return mean, {"loss": mean.detach().clone()}
+    return mean / ranks if ranks > 1 else mean, {"loss": mean.detach().clone()}
 
 
 __all__ = ["TIED_HEAD", "MegatronEngine"]

@@ -9,6 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_progressive.data.documents import DocumentTokens
+from megatron_progressive.engines.megatron.context import SequencePart
 from megatron_progressive.runtime.memory import sent_to
 
 
@@ -20,7 +21,8 @@ class Inputs:
     positions: torch.Tensor
     labels: torch.Tensor
     mask: torch.Tensor | None = None
-    """True where a token attends to another one, bool [n, 1, S, S]; None for all before it."""
+    """Where a token attends to another one: bool [n, 1, S, S], or what is added to its scores, of
+    the weights' type [1, 1, S, S]; None for all before it."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further named arguments."""
 
@@ -32,11 +34,13 @@ class Inputs:
 
 def model_inputs(
     sample: torch.Tensor | DocumentTokens,
-    positions: torch.Tensor,
+    part: SequencePart,
     device: torch.device,
     packed: bool,
+    mask: torch.Tensor | None = None,
 ) -> Inputs:
-    """The inputs for some samples. Without documents each token attends to all before it.
+    """The inputs for this rank's part of some samples. Without documents each token attends to all
+    before it.
 
     With documents it attends to those of its own document, whose positions begin at 0. Layers of
     Transformer Engine take that as one row of all tokens with the ends of documents (``thd``),
@@ -45,13 +49,15 @@ def model_inputs(
 
     Args:
         sample: int64 [n, S + 1] on the host, or the same with documents.
-        positions: 0 to S, int64 [1, S], on the device.
+        part: the part of each sample that this rank computes with; all of it with documents.
         packed: whether layers are Transformer Engine's.
+        mask: of attention without documents (:meth:`.SequencePart.mask`).
     """
     if not isinstance(sample, DocumentTokens):
         tokens = sent_to(sample, device)
-        rows = positions.expand(tokens.size(0), -1)
-        return Inputs(tokens[:, :-1].contiguous(), rows, tokens[:, 1:].contiguous())
+        rows = part.positions.expand(tokens.size(0), -1)
+        inputs, labels = part.select(tokens[:, :-1]), part.select(tokens[:, 1:])
+        return Inputs(inputs.contiguous(), rows, labels.contiguous(), mask)
     tokens, rows = sent_to(sample.tokens, device), sent_to(sample.positions, device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if not packed:

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
+from megatron_progressive.engines.megatron.context import weigh_predictions_evenly
 from megatron_progressive.engines.megatron.kernels import (
     Kernels,
     forget_attention,
@@ -73,6 +74,7 @@ def transformer_config(
     config = kind(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         # a model that has no experts yet has no use for their groups
         expert_model_parallel_size=layout.expert if experts else 1,
         expert_tensor_parallel_size=layout.expert_tensor if experts else None,
@@ -153,6 +155,8 @@ def build_chunk(
     last = chunk == layout.virtual_pipeline - 1 and groups.last_stage
     numbers = layout.chunk_layers(shape.num_layers)[groups.pipeline_rank][chunk]
     kinds = shape.layer_kinds()
+    if last and shape.mtp_depth and layout.context > 1:
+        weigh_predictions_evenly()
     rope: dict[str, Any] = {}
     if shape.rope is not None:
         rope = dict(

@@ -118,7 +118,7 @@ def _wrapper(
     by_layer: bool,
 ) -> MegatronOptimizer:
     sharded = groups.layout.distributed_optimizer
-    data_group = groups.expert_data_group if experts else groups.data_group
+    data_group = groups.expert_data_group if experts else groups.replica_group
     tensor_group = groups.expert_tensor_group if experts else groups.tensor_group
     config = OptimizerConfig(
         optimizer="adam",  # a label: the optimizer object is passed in

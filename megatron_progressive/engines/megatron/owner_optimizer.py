@@ -52,7 +52,7 @@ def owner_layout(
     grouped = group_params_for_buffers(list(names), buffers.grad_reduce_in_fp32)
     layouts = {}
     for key, (members, indices) in grouped.items():
-        ranks = groups.layout.expert_data if key.is_expert_parallel else groups.layout.data
+        ranks = groups.layout.expert_data if key.is_expert_parallel else groups.layout.replicas
         tensors = [
             BufferTensor(
                 names[p],
@@ -63,7 +63,7 @@ def owner_layout(
             )
             for p in members
         ]
-        places = owner_places(tensors, ranks, bucket_numel(groups.layout.data))
+        places = owner_places(tensors, ranks, bucket_numel(groups.layout.replicas))
         layouts[key] = _buffer_layout(members, places, indices, ranks)
     return FullParamLayout(layouts=layouts)
 

@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -45,16 +46,33 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
     It is used with the local spec, in place of Megatron-core's unfused attention, whose causal mask
     is S x S for each layer and whose softmax is written out. Shapes: query [S, B, heads, d], key
     [S, B, groups, d], value [S, B, groups, v]; output [S, B, heads * v].
+
+    Under context parallelism S is that of this rank's part of the sequence. Keys and values of all
+    parts are gathered, in the order of ranks, and a mask in that order says which of them come
+    before each query (:meth:`.SequencePart.mask`).
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: torch.Tensor | None = None, *_: Any, **__: Any,
     ) -> torch.Tensor:  # fmt: skip
+        if self.context_group is not None:
+            # its gradient is summed over the ranks and divided among them
+            key, value = (
+                gather_from_sequence_parallel_region(part.contiguous(), group=self.context_group)
+                for part in (key, value)
+            )
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = query.size(1) != key.size(1)
         out = F.scaled_dot_product_attention(

@@ -59,14 +59,14 @@ def _replicas(spec: TensorSpec, groups: ProcessGroups) -> tuple[int, int]:
     """Two numbers of this rank: among all ranks that hold the same box of a tensor, and among those
     of them that hold the same shard of it under a distributed optimizer.
 
-    All data-parallel ranks hold the same box, and so do all tensor-parallel ranks of a tensor that
-    is not cut.
+    All data- and context-parallel ranks hold the same box, and so do all tensor-parallel ranks of a
+    tensor that is not cut.
     """
     if spec.expert is not None:
         across = groups.expert_tensor_rank if spec.tp_axis is None else 0
         return groups.expert_data_rank + groups.layout.expert_data * across, across
     across = groups.tensor_rank if spec.tp_axis is None else 0
-    return groups.data_rank + groups.layout.data * across, across
+    return groups.replica_rank + groups.layout.replicas * across, across
 
 
 def sharded_state(
