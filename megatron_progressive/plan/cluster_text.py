@@ -58,7 +58,7 @@ def _memory(plan: Plan, on: ClusterPlan) -> list[str]:
     return lines
 
 
-def tau_line(plan: Plan, states: list[int], gib: Callable[[float], str]) -> str:
+def tau_line(plan: Plan, states: list[int], gib: Callable[[int], str]) -> str:
     """What a rank holds at τ at most, beside the larger of both phases' states."""
     pairs = itertools.pairwise(states)
     held = [

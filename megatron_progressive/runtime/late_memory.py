@@ -129,7 +129,7 @@ def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-class _Building(TorchDispatchMode):
+class _Building(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operators on tensors some of which have no memory.
 
     Args:
@@ -137,7 +137,7 @@ class _Building(TorchDispatchMode):
     """
 
     def __init__(self, memory: LateMemory, unset: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory, self._unset = memory, unset
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
