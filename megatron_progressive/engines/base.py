@@ -135,6 +135,11 @@ class Engine(Protocol):
         copies of the weights, follow them; to be called once they have been written. Not
         collective."""
 
+    def drop_gradients(self) -> None:
+        """Free everything that lives from step to step and is no piece of :meth:`state`: sums of
+        gradients, and copies of weights. The engine can still be evaluated, and takes no further
+        step. Not collective."""
+
     def activate(self) -> None:
         """Make this engine's process groups the current ones, since two engines live at once at
         τ."""

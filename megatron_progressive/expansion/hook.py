@@ -1,7 +1,9 @@
 """What happens at τ: the expansion hook, which the training loop calls.
 
 The hook builds the target engine beside the old one, fills every box of it by the depth map, checks
-the loss on one batch before and after, and closes the old engine.
+the loss on one batch before and after, and closes the old engine. The old one's gradients go before
+anything is built; a tensor of its state goes once all who need it have it, and one of the target's
+has memory from when it is filled.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from megatron_progressive.reshard.boxes import WEIGHT_SLOTS, ShardedState
 from megatron_progressive.reshard.initial_values import initialise
 from megatron_progressive.reshard.transfer import TransferStats, transfer
 from megatron_progressive.runtime.agreement import all_succeed
+from megatron_progressive.runtime.late_memory import LateMemory
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class ExpansionEvent:
     bytes_moved: int
     """Bytes that were sent between ranks, over all ranks."""
     peak_bytes: int
-    """The largest number of bytes on a rank: the target's own state plus what is staged at once."""
+    """The most bytes on a rank while state moved: what is left of the old state, what has come of
+    the target's, and what is staged, without gradients."""
     loss_before: float
     loss_after: float
     """The loss on the same batch as ``loss_before``."""
@@ -51,26 +55,33 @@ def apply_rules(
     seed: int,
     generation: int,
     staging_bytes: int,
+    memory: LateMemory,
 ) -> TransferStats:
     """Fill every target piece: copied boxes by :func:`transfer`, the others in place. Collective
     over all ranks.
 
-    A slot that a rule copies comes from the same slot of the source
-    tensor.
+    A slot that a rule copies comes from the same slot of the source tensor. The source has no
+    memory afterwards.
+
+    Args:
+        memory: gives the target's pieces theirs.
     """
+    stats = transfer(source, target, copied_from(rules), staging_bytes, memory)
+    for piece in target.pieces:
+        memory.give_zeros(piece.data.untyped_storage())
     new = [p for p in target.pieces if rules[p.name].action(p.slot) == INIT]
     initialise(new, table, seed, generation)
     for piece in target.pieces:
         action = rules[piece.name].action(piece.slot)
         if action != INIT and action != COPY and piece.slot in WEIGHT_SLOTS:
             piece.data.zero_()  # a new engine's optimizer state is zero already
-    return transfer(source, target, copied_from(rules), staging_bytes)
+    return stats
 
 
 def expand(
     old: Engine,
     expansion: ExpansionSection,
-    build: Callable[[], Engine],
+    build: Callable[[LateMemory], Engine],
     probe: GlobalBatch,
     seed: int,
     generation: int,
@@ -78,11 +89,13 @@ def expand(
 ) -> tuple[Engine, ExpansionEvent]:
     """Replace ``old`` by a deeper engine, in the running job. Collective over all ranks.
 
-    Until every rank has its part of the new engine, the old one is untouched; a rank that fails
-    before that makes all of them fail (:func:`.agreement.all_succeed`).
+    A rank that fails before every rank has its part of the new engine makes all of them fail
+    (:func:`.agreement.all_succeed`). The old engine is of no use then: whoever calls this has saved
+    before.
 
     Args:
-        build: makes the target engine, whose weights may be anything.
+        build: makes the target engine, whose weights may be anything and whose state has no memory
+            yet.
         probe: the batch of ``loss_before`` and ``loss_after``.
         seed, generation: the key of the new layers' initial weights (:mod:`.initial_values`); no
             other expansion of the job has the same generation.
@@ -94,10 +107,16 @@ def expand(
     loss_before = old.evaluate([probe])
     started = time.perf_counter()
     with all_succeed(f"expansion {generation}"):
-        new = build()
+        memory = LateMemory()
+        old.drop_gradients()
+        new = build(memory)
         table = tensor_table(new.shape)
         rules = rules_of(expansion, old.shape, new.shape)
-        stats = apply_rules(old.state(), new.state(), rules, table, seed, generation, staging_bytes)
+        with memory.views():
+            target = new.state()
+        source = old.state()
+        stats = apply_rules(source, target, rules, table, seed, generation, staging_bytes, memory)
+        memory.give_rest()  # gradients
         new.loaded()
     event = ExpansionEvent(
         from_layers=old.shape.num_layers,
@@ -108,7 +127,7 @@ def expand(
         layout_after=str(new.layout),
         seconds=0.0,
         bytes_moved=stats.bytes_moved,
-        peak_bytes=stats.largest_target_bytes + stats.peak_staging_bytes,
+        peak_bytes=stats.peak_bytes,
         loss_before=loss_before,
         loss_after=0.0,
     )

@@ -27,7 +27,6 @@ from megatron_progressive.optim.exchange import Exchange, Parted
 from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.muon import muon_updates, normalised, squares_of, with_momentum
 from megatron_progressive.optim.rules import ADAMW, MUON, NSGD, STATE_SLOTS, STEP, rule_of
-from megatron_progressive.runtime.memory import zeros_like
 
 SHARES = "shares"
 """The key of a parameter group under which it has the shares of the learning rate."""
@@ -143,7 +142,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         factor = lr_factor(cut.spec, self.optim)
         fragment = Fragment(cut, rule_of(cut.spec, self.optim), weight, param, factor)
         if start < end:
-            fragment.slots = {name: zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
+            fragment.slots = {name: torch.zeros_like(weight) for name in STATE_SLOTS[fragment.rule]}
             if fragment.rule == ADAMW:
                 fragment.slots[STEP] = torch.zeros((), dtype=torch.float32)
         return fragment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,23 @@ def _memory(plan: Plan, on: ClusterPlan) -> list[str]:
         f"{100 * (1 - RESERVE):.0f} % of {gpu.memory_gib:g}; activations of Transformer Engine's "
         f"layers{_recomputed(plan)}: NOT measured on a GPU"
     )
-    pairs = itertools.pairwise(peak.state.total for peak in on.peaks)
-    most = max((before + after for before, after in pairs), default=0)
-    if most:
-        lines += _note(f"at τ the old and the new state are held at once: {_gib(most)}")
+    if plan.expansions:
+        lines += _note(tau_line(plan, [peak.state.total for peak in on.peaks], _gib))
     return lines
+
+
+def tau_line(plan: Plan, states: list[int], gib: Callable[[int], str]) -> str:
+    """What a rank holds at τ at most, beside the larger of both phases' states."""
+    pairs = itertools.pairwise(states)
+    held = [
+        (expansion.peak_bytes, expansion.peak_bytes / max(pair))
+        for expansion, pair in zip(plan.expansions, pairs, strict=True)
+    ]
+    most, ratio = max(held)
+    return (
+        f"at τ a rank holds at most {gib(most)} of both states: {ratio:.2f} times the larger of "
+        f"them"
+    )
 
 
 def _recomputed(plan: Plan) -> str:

@@ -43,10 +43,10 @@ class _Rank:
     def layout(self, phase: int) -> Layout:
         return make_layout(self.config.parallel_after(phase), self.world)
 
-    def build(self, phase: int) -> Any:
+    def build(self, phase: int, memory: Any = None) -> Any:
         from megatron_progressive.engines import make_engine
 
-        return make_engine(self.config, self.shape(phase), self.layout(phase))
+        return make_engine(self.config, self.shape(phase), self.layout(phase), memory)
 
     def layers(self) -> str:
         """What the model is made of."""

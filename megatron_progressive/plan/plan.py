@@ -15,6 +15,7 @@ from megatron_progressive.cost.cluster import Cluster
 from megatron_progressive.cost.headroom import headroom_percent
 from megatron_progressive.cost.memory import RankMemory, largest_rank
 from megatron_progressive.cost.step_time import StepTime, step_time
+from megatron_progressive.cost.tau_memory import tau_peak
 from megatron_progressive.data import PartDraws, known_tokens, mix_warnings, part_draws
 from megatron_progressive.models import (
     active_parameter_count,
@@ -73,6 +74,8 @@ class PlannedExpansion:
     a guide."""
     reshard: ReshardBytes
     """What every rank sends and receives at the expansion."""
+    peak_bytes: int
+    """The most bytes of state that a rank holds at the expansion."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +294,14 @@ def _expansions(config: RunConfig, world: int) -> list[PlannedExpansion]:
             fraction=step / config.train.steps,
             stable_steps=max(0, last_stable - step),
             lr_share=before / running if running else 0.0,
-            reshard=reshard_bytes(config, index, world),
+            reshard=moved,
+            peak_bytes=tau_peak(config, index, world, _staged(config, index, moved)),
         )
         for index, (step, before) in enumerate(zip(steps, sums, strict=True))
+        for moved in (reshard_bytes(config, index, world),)
     ]
+
+
+def _staged(config: RunConfig, index: int, moved: ReshardBytes) -> int:
+    staging = config.parallel_after(index + 1).staging_mib << 20
+    return min(staging, int((moved.sent + moved.received).max()))

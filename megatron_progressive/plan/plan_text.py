@@ -10,7 +10,7 @@ from megatron_progressive.cost.memory import divides_state
 from megatron_progressive.models.base import MOE, TransformerShape
 from megatron_progressive.models.description import expert_words, input_words, size_words
 from megatron_progressive.optim.schedule import rewarm_steps
-from megatron_progressive.plan.cluster_text import cluster_parts
+from megatron_progressive.plan.cluster_text import cluster_parts, tau_line
 from megatron_progressive.plan.shell_words import command_lines
 from megatron_progressive.runtime.text import _UNITS, _digits, aligned, flops_text, short_counts
 
@@ -143,12 +143,8 @@ def _memory_table(plan: Plan) -> list[str]:
     if MOE in kinds_of_layers and any(p.layout.expert > 1 for p in plan.phases):
         text += "; experts over expert-parallel ranks, their state over those that hold the same"
     lines += textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)
-    if len(plan.phases) > 1:
-        peaks = [
-            before.memory.total + after.memory.total
-            for before, after in zip(plan.phases, plan.phases[1:], strict=False)
-        ]
-        lines.append(f"at τ the old and the new state are held at once: at most {_gib(max(peaks))}")
+    if plan.expansions:
+        lines.append(tau_line(plan, [planned.memory.total for planned in plan.phases], _gib))
     return [lines[0]] + [line if line.startswith("  ") else f"  {line}" for line in lines[1:]]
 
 

@@ -183,7 +183,8 @@ def initialise(
         if piece.slot not in WEIGHT_SLOTS:
             raise ValueError(f"{piece.name}/{piece.slot} is not a weight")
         by_name[piece.name].append(piece)
-    staging = Staging(_STAGED)
+    largest = max((piece.box.numel for piece in pieces), default=0)
+    staging = Staging(min(_STAGED, largest))
     for name, members in by_name.items():
         boxes = disjoint(piece.box for piece in members)
         for part in (part for box in boxes for part in box.split(_STAGED)):

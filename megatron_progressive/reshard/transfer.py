@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,21 +17,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_progressive.reshard.boxes import PARAM, Box, Key, Piece, PieceMeta, ShardedState
+from megatron_progressive.reshard.boxes import PARAM, Box, Key, PieceMeta, ShardedState
+from megatron_progressive.reshard.holdings import Holdings, round_of
 from megatron_progressive.reshard.metadata import DTYPE_BYTES, Held, PieceTable
 from megatron_progressive.reshard.schedule import Move, Schedule, TransferError
+from megatron_progressive.runtime.late_memory import LateMemory
 
 _SMALL = 16 << 10  # tables up to this size travel in one all-gather, larger ones one by one
 
 
 @dataclass(frozen=True)
 class TransferStats:
-    """The numbers of a transfer over all ranks: the bytes sent between ranks, the largest staging
-    of one rank, and the largest target state of one rank."""
+    """The numbers of a transfer over all ranks."""
 
     bytes_moved: int
+    """The bytes sent between ranks."""
     peak_staging_bytes: int
-    largest_target_bytes: int
+    """The largest staging of one rank."""
+    peak_bytes: int
+    """The most bytes that a rank held at once: of both states, and staged."""
 
 
 def _device() -> torch.device:
@@ -124,14 +129,20 @@ def transfer(
     target: ShardedState,
     source_of: Callable[[Key], Key | None],
     staging_bytes: int,
+    memory: LateMemory,
 ) -> TransferStats:
     """Fill the target's pieces from the sources of all ranks. Collective over all ranks.
 
+    Slots go one after the other (:func:`.holdings.round_of`).
+
     Args:
-        source: this rank's pieces in the old layout, which are only read.
+        source: this rank's pieces in the old layout. Their storages are emptied: each as soon as
+            all who need it have it, in the end all.
         target: this rank's pieces in the new layout.
         source_of: gives the source tensor of a target tensor, and None where it is not copied.
         staging_bytes: the most bytes that are staged at once on a rank.
+        memory: gives the target's tensors memory as they are filled; those that are not copied have
+            none afterwards.
 
     Raises:
         TransferError: the sources do not cover a piece, or have another type. It is raised on every
@@ -151,53 +162,57 @@ def transfer(
         problems = [problem] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
         raise TransferError(next(p for p in problems if p))
-    held = {(piece.key, piece.box): piece for piece in source.pieces}
-    wanted = {(piece.key, piece.box): piece for piece in target.pieces}
-    for move in own.local:
-        _spread(move, move.box, _view(held[move.source], move.box), wanted)
+    holdings = Holdings(source, target, own, memory)
     # One message to and one from each peer at a time; both ends must cut alike.
     message_bytes = max(1 << 10, staging_bytes // (2 * max(1, int(limits[0]))) // 8 * 8)
-    sends = {peer: _messages(moves, message_bytes) for peer, moves in sorted(own.sends.items())}
-    receives = {peer: _messages(m, message_bytes) for peer, m in sorted(own.receives.items())}
+    sends = {p: _rounds(moves, message_bytes) for p, moves in sorted(own.sends.items())}
+    receives = {p: _rounds(moves, message_bytes) for p, moves in sorted(own.receives.items())}
     # Staging is allocated once: fresh memory costs more than the copy into it.
-    outbox = {peer: _staging(messages, device) for peer, messages in sends.items()}
-    inbox = {peer: _staging(messages, device) for peer, messages in receives.items()}
-    for turn in range(max((len(m) for m in (*sends.values(), *receives.values())), default=0)):
-        _exchange(
-            [(peer, outbox[peer], m[turn]) for peer, m in sends.items() if turn < len(m)],
-            [(peer, inbox[peer], m[turn]) for peer, m in receives.items() if turn < len(m)],
-            held,
-            wanted,
-        )
-    peak = sum(buffer.numel() for buffer in (*outbox.values(), *inbox.values()))
+    outbox = {peer: _staging(rounds, device) for peer, rounds in sends.items()}
+    inbox = {peer: _staging(rounds, device) for peer, rounds in receives.items()}
+    staged = sum(buffer.numel() for buffer in (*outbox.values(), *inbox.values()))
+    holdings.add(staged)
+    local: dict[Round, list[Move]] = defaultdict(list)
+    for move in sorted(own.local, key=lambda move: (move.source[0], move.source[1].offset)):
+        local[round_of(move)].append(move)
+    # A message is of one round at both of its ends, so no two ranks wait for each other in a ring.
+    for number in sorted({*local, *(n for r in (*sends.values(), *receives.values()) for n in r)}):
+        for move in local[number]:
+            holdings.write(move, move.box, holdings.read(move, move.box))
+            holdings.done(move)
+        out = {peer: rounds.get(number, []) for peer, rounds in sends.items()}
+        into = {peer: rounds.get(number, []) for peer, rounds in receives.items()}
+        for turn in range(max((len(m) for m in (*out.values(), *into.values())), default=0)):
+            _exchange(
+                [(peer, outbox[peer], m[turn]) for peer, m in out.items() if turn < len(m)],
+                [(peer, inbox[peer], m[turn]) for peer, m in into.items() if turn < len(m)],
+                holdings,
+            )
     sent = torch.tensor([own.bytes_sent], dtype=torch.int64, device=device)
-    largest = torch.tensor([peak, target.nbytes], dtype=torch.int64, device=device)
+    largest = torch.tensor([staged, holdings.peak], dtype=torch.int64, device=device)
     dist.all_reduce(sent)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return TransferStats(int(sent), int(largest[0]), int(largest[1]))
 
 
-def _view(piece: Piece, box: Box) -> torch.Tensor:
-    return piece.data[box.slices_within(piece.box)]
-
-
 Message = list[tuple[Move, Box]]
 """Parts of moves that travel together in one message."""
-Pieces = dict[tuple[Key, Box], Piece]
+Round = tuple[int, str]
 
 
 def _exchange(
     outgoing: list[tuple[int, torch.Tensor, Message]],
     incoming: list[tuple[int, torch.Tensor, Message]],
-    held: Pieces,
-    wanted: Pieces,
+    holdings: Holdings,
 ) -> None:
     """Send and receive one message of each peer, given as (peer, staging buffer, message)."""
     operations = []
     for peer, buffer, message in outgoing:
         slots, length = _slots(buffer, message)
         for (move, part), slot in zip(message, slots, strict=True):
-            slot.copy_(_view(held[move.source], part))
+            slot.copy_(holdings.read(move, part))
+            if _is_last(move, part):
+                holdings.done(move)
         operations.append(dist.P2POp(dist.isend, buffer[:length], peer))
     arriving: list[tuple[tuple[Move, Box], torch.Tensor]] = []
     for peer, buffer, message in incoming:
@@ -207,15 +222,21 @@ def _exchange(
     for request in dist.batch_isend_irecv(operations) if operations else ():
         request.wait()
     for (move, part), slot in arriving:
-        _spread(move, part, slot, wanted)
+        holdings.write(move, part, slot)
 
 
-def _spread(move: Move, part: Box, data: torch.Tensor, wanted: Pieces) -> None:
-    """Write a part of a move, which ``data`` holds, to all pieces that take some of it."""
-    for target in move.targets:
-        share = part.intersect(target[1])
-        if share is not None:
-            _view(wanted[target], share).copy_(data[share.slices_within(part)])
+def _is_last(move: Move, part: Box) -> bool:
+    """Whether a part of a move is the last one of it to be sent."""
+    ends = (offset + size for offset, size in zip(move.box.offset, move.box.shape, strict=True))
+    return tuple(ends) == tuple(o + n for o, n in zip(part.offset, part.shape, strict=True))
+
+
+def _rounds(moves: Iterable[Move], most: int) -> dict[Round, list[Message]]:
+    """The messages of one pair, by round."""
+    rounds: dict[Round, list[Move]] = defaultdict(list)
+    for move in moves:
+        rounds[round_of(move)].append(move)
+    return {number: _messages(members, most) for number, members in rounds.items()}
 
 
 def _messages(moves: Iterable[Move], most: int) -> list[Message]:
@@ -239,8 +260,9 @@ def _aligned(part: Box, dtype: str) -> int:
     return math.ceil(part.numel * DTYPE_BYTES[dtype] / 8) * 8
 
 
-def _staging(messages: list[Message], device: torch.device) -> torch.Tensor:
+def _staging(rounds: dict[Round, list[Message]], device: torch.device) -> torch.Tensor:
     """The bytes that the longest message of one peer needs."""
+    messages = (message for messages in rounds.values() for message in messages)
     longest = max(sum(_aligned(part, move.dtype) for move, part in m) for m in messages)
     return torch.empty(longest, dtype=torch.uint8, device=device)
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 
-from megatron_progressive.runtime.memory import zeros
-
 _CPU = torch.device("cpu")
 
 # Modules that must be imported before the names are rebound: all that the engine reaches,
@@ -140,23 +138,12 @@ def _on_cpu(function: Any) -> Any:
     return call
 
 
-def _lazy_zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """``torch.zeros`` for Megatron-core's calls with one size, whose buffers are large."""
-    size = args[0] if args else kwargs.get("size")
-    if len(args) > 1 or kwargs.keys() - {"size", "dtype", "device", "requires_grad"}:
-        return _on_cpu(torch.zeros)(*args, **kwargs)  # type: ignore[no-any-return]
-    size = (size,) if isinstance(size, int) else tuple(size or ())
-    tensor = zeros(size, kwargs.get("dtype") or torch.get_default_dtype())
-    return tensor.requires_grad_(bool(kwargs.get("requires_grad")))
-
-
 def _torch_stand_in() -> types.ModuleType:
     stand_in = _TorchStandIn("torch (CPU stand-in)")
     stand_in.__dict__.update({k: v for k, v in torch.__dict__.items() if k[:2] != "__"})
     stand_in.__dict__["cuda"] = _cuda_stand_in()
     for name in _FACTORIES:
         stand_in.__dict__[name] = _on_cpu(getattr(torch, name))
-    stand_in.__dict__["zeros"] = _lazy_zeros
     return stand_in
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron_progressive.runs.folder import Recorder
 from megatron_progressive.runtime.agreement import all_succeed
 from megatron_progressive.runtime.files import write_json
 from megatron_progressive.runtime.folder_lock import FolderLock
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import make_layout
 from megatron_progressive.runtime.signals import StopFlag
 from megatron_progressive.train import signatures
@@ -120,10 +122,10 @@ class _Run:
             return model_shape(self.config)
         return model_shape(self.config, self.config.expansion[expansions - 1].to_layers)
 
-    def build(self, expansions: int) -> Engine:
+    def build(self, expansions: int, memory: LateMemory | None = None) -> Engine:
         """A new engine, whose weights are unset, for the phase after that many expansions."""
         layout = make_layout(self.config.parallel_after(expansions), self.world)
-        return make_engine(self.config, self.shape(expansions), layout)
+        return make_engine(self.config, self.shape(expansions), layout, memory)
 
     def _first_engine(self) -> Engine:
         engine = self.build(self.position.expansions)
@@ -215,14 +217,9 @@ class _Run:
         done = self.position.expansions
         config, expansion = self.config, self.config.expansion[done]
         staging = config.parallel_after(done + 1).staging_mib << 20
+        build, probe = partial(self.build, done + 1), self.validation.probe()
         self.engine, event = expand(
-            self.engine,
-            expansion,
-            lambda: self.build(done + 1),
-            self.validation.probe(),
-            config.run.seed,
-            done + 1,
-            staging,
+            self.engine, expansion, build, probe, config.run.seed, done + 1, staging
         )
         self.position = replace(self.position, expansions=done + 1, num_layers=event.to_layers)
         self.history = (*self.history, (step, event.to_layers))

@@ -28,6 +28,8 @@ class LiveBytes(TorchDispatchMode):
             self.add(tensor.untyped_storage())
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type == "meta":
+            return
         key, size = id(storage), storage.nbytes()
         known, counted = self._seen.get(key, (None, 0))
         if known is None or known() is not storage:

@@ -38,14 +38,14 @@ def _peak_bytes(config: RunConfig) -> int:
     engine.train_step(GlobalBatch(tokens, 0, size), 0.01)
     peaks = []
     for number in (1, 2):
-        with LiveBytes(_tensors(engine)) as live:
+        with LiveBytes(tensors_of(engine)) as live:
             engine.train_step(GlobalBatch(tokens, number * size, size), 0.01)
         peaks.append(live.peak)
     engine.close()
     return min(peaks)
 
 
-def _tensors(engine: Any) -> list[torch.Tensor]:
+def tensors_of(engine: Any) -> list[torch.Tensor]:
     """Parameters, buffers of gradients, optimizer state, and what else the engine has: all that it
     refers to. What belongs to others, other tests' say, does not count."""
     gc.collect()

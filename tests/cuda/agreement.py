@@ -16,6 +16,7 @@ from megatron_progressive.engines import make_engine
 from megatron_progressive.engines.base import Engine, GlobalBatch
 from megatron_progressive.expansion.hook import expand
 from megatron_progressive.models import model_shape
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import make_layout
 from tests.engines import on_ranks, reference
 
@@ -71,9 +72,10 @@ def _steps(engine: Engine, config: RunConfig, done: int, count: int, out: Curve)
     return done + count
 
 
-def _build(config: RunConfig, phase: int) -> Engine:
+def _build(config: RunConfig, phase: int, memory: LateMemory) -> Engine:
     layout = make_layout(config.parallel_after(phase), dist.get_world_size())
-    return make_engine(config, model_shape(config, config.expansion[phase - 1].to_layers), layout)
+    depth = config.expansion[phase - 1].to_layers
+    return make_engine(config, model_shape(config, depth), layout, memory)
 
 
 def _expanded(engine: Engine, config: RunConfig, phase: int, out: Curve) -> Engine:

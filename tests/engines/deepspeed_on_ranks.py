@@ -19,6 +19,7 @@ from megatron_progressive.models import model_shape
 from megatron_progressive.optim import flat
 from megatron_progressive.reshard.boxes import ShardedState, whole
 from megatron_progressive.runtime import distributed
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import make_layout
 from tests.engines import on_ranks
 
@@ -85,9 +86,10 @@ def against_megatron(
 
 
 def _expanded(engine: Engine, config: RunConfig) -> Engine:
-    def build() -> Engine:
+    def build(memory: LateMemory) -> Engine:
         layout = make_layout(config.parallel_after(1), dist.get_world_size())
-        return make_engine(config, model_shape(config, config.expansion[0].to_layers), layout)
+        depth = config.expansion[0].to_layers
+        return make_engine(config, model_shape(config, depth), layout, memory)
 
     return expand(engine, config.expansion[0], build, batch(1000), config.run.seed, 1, 1 << 14)[0]
 

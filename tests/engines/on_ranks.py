@@ -23,6 +23,7 @@ from megatron_progressive.models import model_shape, tensor_table
 from megatron_progressive.reshard import initial_values
 from megatron_progressive.reshard.boxes import PieceMeta, ShardedState
 from megatron_progressive.reshard.initial_values import initialise_all
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import make_layout
 
 SMALL = {
@@ -31,6 +32,7 @@ SMALL = {
     "train": {"global_batch": 8, "micro_batch": 2, "steps": 20},
     "optim": {"ns_dtype": "fp32"},  # as on a CPU by default, on CUDA too
 }
+STAGING = 1 << 14  # bytes
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
        "v_head_dim": 8}  # fmt: skip
 SMALL_FAMILIES: dict[str, dict[str, Any]] = {
@@ -121,12 +123,13 @@ def expand_and_gather(config: RunConfig, steps: int = 2) -> tuple[Full, Full, An
 
 
 def _expand(engine: Engine, config: RunConfig, read: Any = tokens) -> tuple[Engine, Any]:
-    def build() -> Engine:
+    def build(memory: LateMemory) -> Engine:
         layout = make_layout(config.parallel_after(1), dist.get_world_size())
-        return make_engine(config, model_shape(config, config.expansion[0].to_layers), layout)
+        depth = config.expansion[0].to_layers
+        return make_engine(config, model_shape(config, depth), layout, memory)
 
     probe = GlobalBatch(read, 10_000, config.train.global_batch)
-    return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, 1 << 14)
+    return expand(engine, config.expansion[0], build, probe, config.run.seed, 1, STAGING)
 
 
 def drawn_in_expansion(config: RunConfig) -> int:

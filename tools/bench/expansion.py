@@ -82,7 +82,7 @@ def batch(ranks: int) -> Any:
     return GlobalBatch(read, 0, ranks)
 
 
-def build(config: RunConfig, expansions: int) -> Any:
+def build(config: RunConfig, expansions: int, memory: Any = None) -> Any:
     import torch.distributed as dist
 
     from megatron_progressive.engines import make_engine
@@ -90,7 +90,7 @@ def build(config: RunConfig, expansions: int) -> Any:
 
     layers = config.expansion[0].to_layers if expansions else None
     layout = make_layout(config.parallel_after(expansions), dist.get_world_size())
-    return make_engine(config, model_shape(config, layers), layout)
+    return make_engine(config, model_shape(config, layers), layout, memory)
 
 
 def peak_bytes() -> int:
@@ -165,8 +165,8 @@ def in_memory(args: argparse.Namespace) -> None:
 
     new_engine: list[Any] = []
 
-    def build_new() -> Any:
-        new_engine.append(build(config, 1))
+    def build_new(memory: Any) -> Any:
+        new_engine.append(build(config, 1, memory))
         return new_engine[0]
 
     if args.rehearse:

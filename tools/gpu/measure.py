@@ -239,7 +239,9 @@ def pause(path: str, to_layers: str, init: str, *words: str) -> None:
         hook.transfer = measured("transfer", hook.transfer)  # type: ignore[assignment]
         engine.close = measured("close", engine.close)  # type: ignore[method-assign]
         layout = make_layout(config.parallel_after(1), 1)
-        target = measured("build", lambda: make_engine(config, model_shape(config, depth), layout))
+        target = measured(
+            "build", lambda memory: make_engine(config, model_shape(config, depth), layout, memory)
+        )
         before = torch.cuda.memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
         engine, event = hook.expand(engine, config.expansion[0], target, data, 1, 1, 64 << 20)

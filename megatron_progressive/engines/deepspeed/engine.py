@@ -8,6 +8,7 @@ there, so the fp32 sums and the master weights are ours, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from megatron_progressive.models.base import TensorSpec, TransformerShape
 from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.runtime.memory import collect
 
@@ -63,7 +65,13 @@ class DeepSpeedEngine:
 
     _alive = 0  # engines that share DeepSpeed's globals
 
-    def __init__(self, config: RunConfig, shape: TransformerShape, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: TransformerShape,
+        layout: Layout,
+        memory: LateMemory | None = None,
+    ) -> None:
         deepspeed_state.check_version()
         deepspeed_state.import_deepspeed()
         self.layout, self.shape, self.config = layout, shape, config
@@ -73,7 +81,8 @@ class DeepSpeedEngine:
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         kernels = kernels_here(config, shape, layout)
         self._transformer = transformer_config(shape, self.groups, dtype, kernels)
-        core = build_chunk(shape, self.groups, self._transformer, 0).to(dtype)
+        with memory.parameters() if memory else nullcontext():
+            core = build_chunk(shape, self.groups, self._transformer, 0).to(dtype)
         self._names, self._table = canonical_names(core, self.groups), tensor_table(shape)
         _check_shapes(self._names, self._table)
         parameters = list(self._names.values())
@@ -83,16 +92,17 @@ class DeepSpeedEngine:
             if self._stage
             else ReplicatedOptimizer(parameters, optim)
         )
-        self.engine = deepspeed_state.start(core, self.optimizer, self._deepspeed_config())
+        with memory.state() if memory else nullcontext():
+            self.engine = deepspeed_state.start(core, self.optimizer, self._deepspeed_config())
+            if isinstance(self.optimizer, ReplicatedOptimizer):
+                self.optimizer.attach_replicated(self._names, self._table)
+            else:
+                deepspeed_state.attach(
+                    self.engine, self.optimizer, self._names, self._table, self._stage
+                )
         # after the start, which converts them to the weights' type
         self._buffers = canonical_buffers(core, self.groups)
         self._load = ExpertLoad(shape, [core])
-        if isinstance(self.optimizer, ReplicatedOptimizer):
-            self.optimizer.attach_replicated(self._names, self._table)
-        else:
-            deepspeed_state.attach(
-                self.engine, self.optimizer, self._names, self._table, self._stage
-            )
         DeepSpeedEngine._alive += 1
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._part = SequencePart.of(shape.sequence_length, device=self._device)
@@ -154,6 +164,14 @@ class DeepSpeedEngine:
 
     def loaded(self) -> None:
         deepspeed_state.follow_weights(self.engine, self._stage, self._bf16)
+
+    def drop_gradients(self) -> None:
+        for parameter in self._names.values():
+            parameter.grad = None
+        if isinstance(self.optimizer, ReplicatedOptimizer):
+            self.optimizer.drop_sums()
+        else:
+            deepspeed_state.drop_gradients(self.engine, self._stage, self._bf16)
 
     def activate(self) -> None:
         self.groups.activate()
@@ -231,6 +249,10 @@ class ReplicatedOptimizer(FlatOptimizer):
                 parameter.grad = None
 
         return add
+
+    def drop_sums(self) -> None:
+        """Free the sums of gradients: there is no further step."""
+        self._sums.clear()
 
     def gradient(self, param: torch.Tensor) -> torch.Tensor:
         return self._sums[param] if param in self._sums else super().gradient(param)

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -55,8 +56,6 @@ def import_deepspeed() -> Any:
 def start(model: torch.nn.Module, optimizer: FlatOptimizer, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine on the world process group, which is neither made nor copied. Collective
     over all ranks.
-
-    Collective over all ranks.
     """
     deepspeed = import_deepspeed()
     from deepspeed.comm import comm
@@ -72,9 +71,15 @@ def start(model: torch.nn.Module, optimizer: FlatOptimizer, config: dict[str, An
     # The device that it makes current. It reads this as long as the engine lives.
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     os.environ["LOCAL_RANK"] = str(device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    # The weights are unset, and may have no memory. It would send the first rank's to all, and
+    # stage 3 writes them into a line that nobody prints.
+    with (
+        mock.patch.object(deepspeed.comm, "broadcast", return_value=None),
+        mock.patch.object(torch.nn.Parameter, "__repr__", object.__repr__),
+    ):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
     return engine
 
 
@@ -178,6 +183,25 @@ def follow_weights(engine: Any, stage: int, bf16: bool) -> None:
     if stage and not bf16:
         for _, partition, weights in _partitions(engine, stage):
             partition.data.copy_(weights)
+
+
+def drop_gradients(engine: Any, stage: int, bf16: bool) -> None:
+    """Free the sums of gradients, and fp32 copies of weights that are no master weights."""
+    zero = engine.optimizer
+    dropped = []
+    for bucket in getattr(zero, "ipg_buckets", {}).values():  # in which gradients are reduced
+        buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+        dropped += [buffer for buffer in buffers if buffer is not None]
+    if hasattr(zero, "fp32_groups_gradients_flat"):  # bf16 at stage 1
+        dropped += zero.fp32_groups_gradients_flat
+    if stage == 3:
+        dropped.append(zero.grad_partitions_flat_buffer)
+    for _, partition, _ in _partitions(engine, stage):
+        partition.grad = None
+        if not bf16:
+            dropped.append(partition.data)
+    for tensor in dropped:
+        tensor.untyped_storage().resize_(0)
 
 
 def release(engine: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.optim.schedule import rewarms_new_layers
 from megatron_progressive.reshard.boxes import ShardedState
 from megatron_progressive.runtime.groups import ProcessGroups
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.runtime.memory import collect
 
@@ -63,10 +65,16 @@ class MegatronEngine:
     """One model and optimizer in one layout. Making one is collective over all ranks.
 
     Weights are uninitialised and optimizer state is zero until the caller fills the boxes of
-    :meth:`state`.
+    :meth:`state`, and these have no memory until ``memory`` gives it.
     """
 
-    def __init__(self, config: RunConfig, shape: TransformerShape, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: TransformerShape,
+        layout: Layout,
+        memory: LateMemory | None = None,
+    ) -> None:
         self.layout, self.shape, self.config = layout, shape, config
         self.groups = ProcessGroups(layout)
         bf16 = config.train.precision == "bf16"
@@ -77,10 +85,11 @@ class MegatronEngine:
         sharded = layout.distributed_optimizer
         kernels = kernels_here(config, shape, layout)
         transformer = transformer_config(shape, self.groups, dtype, kernels)
-        chunks = [
-            build_chunk(shape, self.groups, transformer, chunk)
-            for chunk in range(layout.virtual_pipeline)
-        ]
+        with memory.parameters() if memory else nullcontext():
+            chunks = [
+                build_chunk(shape, self.groups, transformer, chunk)
+                for chunk in range(layout.virtual_pipeline)
+            ]
         named = [canonical_names(chunk, self.groups) for chunk in chunks]
         self._names = {name: weight for names in named for name, weight in names.items()}
         table = engine_table(tensor_table(shape), kernels.transformer_engine)
@@ -92,19 +101,20 @@ class MegatronEngine:
             overlap_param_gather=kernels.overlap_parameters,
             check_for_nan_in_grad=False,
         )
-        self.chunks = [
-            DistributedDataParallel(
-                transformer,
-                buffers,
-                Float16Module(transformer, chunk) if bf16 else chunk,
-                full_param_layout=self._buffer_layout(names, buffers) if sharded else None,
-            )
-            for chunk, names in zip(chunks, named, strict=True)
-        ]
-        self.optimizer = build_optimizer(
-            self.chunks, self._names, self._table, config.optim, self.groups, bf16,
-            by_layer=rewarms_new_layers(config),
-        )  # fmt: skip
+        with memory.state() if memory else nullcontext():
+            self.chunks = [
+                DistributedDataParallel(
+                    transformer,
+                    buffers,
+                    Float16Module(transformer, chunk) if bf16 else chunk,
+                    full_param_layout=self._buffer_layout(names, buffers) if sharded else None,
+                )
+                for chunk, names in zip(chunks, named, strict=True)
+            ]
+            self.optimizer = build_optimizer(
+                self.chunks, self._names, self._table, config.optim, self.groups, bf16,
+                by_layer=rewarms_new_layers(config),
+            )  # fmt: skip
         self._buffers = {
             name: buffer
             for chunk in chunks
@@ -194,6 +204,10 @@ class MegatronEngine:
 
     def loaded(self) -> None:
         pass  # the pieces are all there is
+
+    def drop_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)  # they go nowhere
 
     def activate(self) -> None:
         self.groups.activate()

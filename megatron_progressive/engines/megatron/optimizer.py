@@ -31,7 +31,6 @@ from megatron_progressive.models.base import TensorSpec, layer_of
 from megatron_progressive.optim.lr_factor import lr_factor
 from megatron_progressive.optim.rules import ADAMW
 from megatron_progressive.runtime.groups import ProcessGroups
-from megatron_progressive.runtime.memory import zeros_like
 
 TENSOR = "tensor"
 """The key of a group under which it has the name of one of its tensors."""
@@ -263,6 +262,6 @@ def _init_adamw_state(inner: torch.optim.Optimizer) -> None:
             step_device = parameter.device if fused else torch.device("cpu")
             inner.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=step_device),
-                "exp_avg": zeros_like(parameter),
-                "exp_avg_sq": zeros_like(parameter),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
             }

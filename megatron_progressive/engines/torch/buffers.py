@@ -19,7 +19,6 @@ from megatron_progressive.optim.flat import SHARES, Cut, FlatOptimizer
 from megatron_progressive.optim.owners import BufferTensor, owner_places
 from megatron_progressive.optim.rules import rule_of
 from megatron_progressive.reshard.boxes import PARAM, Piece, ShardedState, whole
-from megatron_progressive.runtime.memory import zeros
 
 
 class Bucket:
@@ -33,12 +32,14 @@ class Bucket:
 
     def __init__(self, share: int, shares: int, own: int, dtype: torch.dtype, device: torch.device):
         size = [share * shares]
-        self.weights = zeros(size, dtype).to(device)
-        self.gradients = zeros(size, torch.float32).to(device)
+        self.weights = torch.zeros(size, dtype=dtype, device=device)
+        self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
         self.shares, mine = shares, slice(own * share, (own + 1) * share)
         self.own_weights, self.own_gradients = self.weights[mine], self.gradients[mine]
         fp32 = dtype == torch.float32
-        self.partition = self.own_weights if fp32 else zeros([share], torch.float32).to(device)
+        self.partition = (
+            self.own_weights if fp32 else torch.zeros(share, dtype=torch.float32, device=device)
+        )
         """The fp32 weights that the optimizer updates."""
         self.partition.grad = self.own_gradients
 

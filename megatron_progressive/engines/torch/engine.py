@@ -7,6 +7,7 @@ the work and the state of the optimizer (:mod:`.buffers`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from megatron_progressive.models import tensor_table
 from megatron_progressive.models.base import TensorSpec
 from megatron_progressive.models.families.resnet import ResNetShape
 from megatron_progressive.reshard.boxes import ShardedState
+from megatron_progressive.runtime.late_memory import LateMemory
 from megatron_progressive.runtime.layout import Layout
 from megatron_progressive.runtime.memory import collect, sent_to
 
@@ -33,22 +35,29 @@ class TorchEngine:
     """One residual network and its optimizer. Making one is collective over all ranks.
 
     Weights are uninitialised and optimizer state is zero until the caller fills the boxes of
-    :meth:`state`.
+    :meth:`state`, and these have no memory until ``memory`` gives it.
 
     Raises:
         RuntimeError: the tensors differ from the family's table.
     """
 
-    def __init__(self, config: RunConfig, shape: ResNetShape, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: ResNetShape,
+        layout: Layout,
+        memory: LateMemory | None = None,
+    ) -> None:
         self.layout, self.shape, self.config = layout, shape, config
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         with torch.device("meta"):  # initial values come from the state's generator
             model = ResNet(shape)
-        self._model = model.to(self._dtype).to_empty(device=self._device)
-        parameters, table = dict(self._model.named_parameters()), tensor_table(shape)
-        _check(parameters, table)
-        self._flat = FlatModel(parameters, table, config.optim, divided=layout.zero_stage >= 1)
+        with memory.state() if memory else nullcontext():
+            self._model = model.to(self._dtype).to_empty(device=self._device)
+            parameters, table = dict(self._model.named_parameters()), tensor_table(shape)
+            _check(parameters, table)
+            self._flat = FlatModel(parameters, table, config.optim, divided=layout.zero_stage >= 1)
 
     def train_step(
         self, batch: GlobalBatch, lr: float, stop: bool = False,
@@ -83,6 +92,10 @@ class TorchEngine:
 
     def loaded(self) -> None:
         pass  # the pieces are all there is
+
+    def drop_gradients(self) -> None:
+        for bucket in self._flat.buckets:
+            bucket.gradients.untyped_storage().resize_(0)
 
     def activate(self) -> None:
         pass  # the world's group is the only one
