@@ -3,8 +3,10 @@
 A step takes, one after another:
 
 - the products of the slowest pipeline stage (:mod:`.flops`: head and prediction on the last), at
-  the assumed utilisation of the peak, and the pipeline's bubble, (P - 1) / (v m) of that for m
-  micro-batches in v chunks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2);
+  the assumed utilisation of the peak: those of an even share of the model, what the stage has
+  beyond that, and what its backward pass computes anew (``parallel.recompute``); and the pipeline's
+  bubble, (P - 1) / (v m) of all that for m micro-batches in v chunks (Narayanan et al. 2021, arXiv
+  2104.04473, section 2.2);
 - Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
   (each matrix is one rank's);
 - tensor parallelism: four all-reduces of the residual stream for each layer and micro-batch, and
@@ -12,8 +14,8 @@ A step takes, one after another:
   arXiv 2205.05198, section 4.2.2);
 - experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
   speed for the share that leaves the node;
-- what the backward pass computes anew (``parallel.recompute``): its forward products once more, two
-  more all-reduces for a whole layer, and two more all-to-alls for its experts;
+- what the backward pass computes anew needs two more all-reduces for a whole layer, and two more
+  all-to-alls for its experts;
 - sending the residual stream from stage to stage and back, at the network's speed where stages are
   on other nodes;
 - half of the reduce-scatter of fp32 gradients and the all-gather of weights: that the other half is
@@ -120,6 +122,11 @@ class StepTime:
     """The seconds of one step, by what takes them."""
 
     compute: float
+    """Of the model's products where all stages have equally many."""
+    uneven: float
+    """Of what the slowest stage has beyond those."""
+    recompute: float
+    """Of what the slowest stage computes anew."""
     bubble: float
     optimizer: float
     tensor: float
@@ -130,8 +137,8 @@ class StepTime:
     @property
     def total(self) -> float:
         return (
-            self.compute + self.bubble + self.optimizer + self.tensor + self.experts
-            + self.pipeline + self.data
+            self.compute + self.uneven + self.recompute + self.bubble + self.optimizer
+            + self.tensor + self.experts + self.pipeline + self.data
         )  # fmt: skip
 
 
@@ -145,13 +152,13 @@ def step_time(
     batches = train.global_batch // (train.micro_batch * layout.data)
     t, stages, chunks = layout.tensor, layout.pipeline, layout.virtual_pipeline
     chunked = layout.chunk_layers(shape.num_layers)
-    slowest = max(
-        3 * sum(part.flops for part in members) + recomputed_flops(shape, layout, chunks_of_stage)
-        for members, chunks_of_stage in zip(
-            stage_parts(shape, config.optim, layout), chunked, strict=True
-        )
-    )
-    compute = slowest * tokens * batches / t / cluster.flops_per_s
+    products = [
+        (3 * sum(part.flops for part in members), recomputed_flops(shape, layout, numbers))
+        for members, numbers in zip(stage_parts(shape, config.optim, layout), chunked, strict=True)
+    ]
+    slowest, anew = max(products, key=sum)
+    even = sum(stage for stage, _ in products) / stages
+    a_flop = tokens * batches / t / cluster.flops_per_s
     newton = flops.optimizer_flops(shape, config.optim)
     largest = flops.largest_matrix_flops(shape, config.optim)
     stream = tokens * shape.hidden_size * width
@@ -177,8 +184,10 @@ def step_time(
     gathered = state.gradients + state.parameters
     data = _EXPOSED * gathered * (layout.data - 1) / layout.data
     return StepTime(
-        compute=compute,
-        bubble=compute * (stages - 1) / (chunks * batches),
+        compute=even * a_flop,
+        uneven=(slowest - even) * a_flop,
+        recompute=anew * a_flop,
+        bubble=(slowest + anew) * a_flop * (stages - 1) / (chunks * batches),
         optimizer=max(newton / layout.world, largest) / cluster.flops_per_s,
         tensor=reduces,
         experts=moving,
