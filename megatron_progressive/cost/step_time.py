@@ -13,7 +13,7 @@ A step takes, one after another:
   two for embedding and head; sequence parallelism sends as many bytes (Korthikanti et al. 2022,
   arXiv 2205.05198, section 4.2.2);
 - experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
-  speed for the share that leaves the node;
+  speed for the share that leaves the node (:mod:`.all_to_all`, also for ``kernels.deepep: true``);
 - what the backward pass computes anew needs two more all-reduces for a whole layer, and two more
   all-to-alls for its experts;
 - sending the residual stream from stage to stage and back, at the network's speed where stages are
@@ -35,6 +35,7 @@ from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.cost import flops
+from megatron_progressive.cost.all_to_all import all_to_all_seconds
 from megatron_progressive.cost.cluster import Cluster
 from megatron_progressive.cost.memory import BYTES, RankMemory, rank_memory
 from megatron_progressive.cost.recompute import recomputed_flops, whole_layers
@@ -172,14 +173,11 @@ def step_time(
     reduces = reduced * batches * 2 * (t - 1) / t * stream / cluster.bytes_per_s(t)
     moving = 0.0
     if moe is not None and MOE in kinds:
-        span = layout.expert * layout.expert_tensor
-        rows = stream * moe.top_k / t * layout.expert_tensor
-        outside = max(0.0, 1 - cluster.gpus_per_node / span)
-        inside = 1 - 1 / span - outside
-        seconds = rows * (inside / cluster.nvlink_gb_per_s + outside / cluster.network_gb_per_s)
+        deepep = config.kernels.deepep is True and layout.can_use_deepep
+        seconds = all_to_all_seconds(moe, layout, cluster, stream / t, deepep=deepep)
         experts = min(deepest, kinds.count(MOE))
         again = experts if "moe" in layout.recompute_modules else min(whole, experts)
-        moving = (4 * experts + 2 * again) * batches * seconds / 1e9
+        moving = (4 * experts + 2 * again) * batches * seconds
     sent = 2 * stream * batches * chunks / cluster.bytes_per_s(layout.world) if stages > 1 else 0.0
     gathered = state.gradients + state.parameters
     data = _EXPOSED * gathered * (layout.data - 1) / layout.data

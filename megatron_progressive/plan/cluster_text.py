@@ -89,8 +89,18 @@ def _time(plan: Plan, on: ClusterPlan) -> list[str]:
         f"an estimate from data sheets, NOT measured: {gpu.peak_tflops:g} TFLOP/s dense bf16 x "
         f"{100 * gpu.mfu:g} % (assumed) while computing; NVLink {gpu.nvlink_gb_per_s:g}, network "
         f"{gpu.network_gb_per_s:g} GB/s a GPU each way; half of the data-parallel traffic hidden"
+        + _dispatch(plan, on)
     )
     return lines
+
+
+def _dispatch(plan: Plan, on: ClusterPlan) -> str:
+    """How tokens are taken to go to experts, where these lie on several ranks."""
+    if not any(time.experts for time in on.times):
+        return ""
+    deepep = plan.config.kernels.deepep
+    way = "DeepEP" if deepep else "plain all-to-all, without kernels.deepep: true"
+    return f"; tokens go to experts by {way}"
 
 
 def _words(on: ClusterPlan) -> list[str]:
