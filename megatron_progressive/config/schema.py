@@ -192,6 +192,10 @@ class KernelsSection:
     """Whether a layer's experts are computed in one grouped product (with Transformer Engine)."""
     permute: Optional[bool] = None
     """Whether the permutation of tokens to experts is fused (with Transformer Engine)."""
+    deepep: Optional[bool] = None
+    """Whether tokens go to expert-parallel ranks and back by DeepEP (the package ``deep_ep``), once
+    to each node that has some of their experts: Megatron-core's flexible dispatcher, in bf16. The
+    experts of a layer lie on up to 8 ranks, or on a multiple of 8."""
     overlap_gradients: Optional[bool] = None
     """Whether gradients are reduced during the backward pass (with the distributed optimizer)."""
     overlap_parameters: Optional[bool] = None

@@ -3,17 +3,19 @@
 A step takes, one after another:
 
 - the products of the slowest pipeline stage (:mod:`.flops`: head and prediction on the last), at
-  the assumed utilisation of the peak, and the pipeline's bubble, (P - 1) / (v m) of that for m
-  micro-batches in v chunks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2);
+  the assumed utilisation of the peak: those of an even share of the model, what the stage has
+  beyond that, and what its backward pass computes anew (``parallel.recompute``); and the pipeline's
+  bubble, (P - 1) / (v m) of all that for m micro-batches in v chunks (Narayanan et al. 2021, arXiv
+  2104.04473, section 2.2);
 - Newton-Schulz: its FLOPs divided over all ranks, or those of the largest matrix if that is more
   (each matrix is one rank's);
 - tensor parallelism: four all-reduces of the residual stream for each layer and micro-batch, and
   two for embedding and head; sequence parallelism sends as many bytes (Korthikanti et al. 2022,
   arXiv 2205.05198, section 4.2.2);
 - experts: four all-to-alls of the routed tokens for each layer and micro-batch, at the network's
-  speed for the share that leaves the node;
-- what the backward pass computes anew (``parallel.recompute``): its forward products once more, two
-  more all-reduces for a whole layer, and two more all-to-alls for its experts;
+  speed for the share that leaves the node (:mod:`.all_to_all`, also for ``kernels.deepep: true``);
+- what the backward pass computes anew needs two more all-reduces for a whole layer, and two more
+  all-to-alls for its experts;
 - context parallelism: the keys and values of a rank's part of the sequence go around all context
   ranks, once in the forward pass and twice, with their gradients, in the backward pass, of each
   layer and micro-batch (once more where attention is computed anew). In truth attention hides some
@@ -37,6 +39,7 @@ from functools import lru_cache
 
 from megatron_progressive.config import OptimSection, RunConfig
 from megatron_progressive.cost import flops
+from megatron_progressive.cost.all_to_all import all_to_all_seconds
 from megatron_progressive.cost.cluster import Cluster
 from megatron_progressive.cost.memory import BYTES, RankMemory, rank_memory
 from megatron_progressive.cost.recompute import recomputed_flops, whole_layers
@@ -124,6 +127,11 @@ class StepTime:
     """The seconds of one step, by what takes them."""
 
     compute: float
+    """Of the model's products where all stages have equally many."""
+    uneven: float
+    """Of what the slowest stage has beyond those."""
+    recompute: float
+    """Of what the slowest stage computes anew."""
     bubble: float
     optimizer: float
     tensor: float
@@ -135,8 +143,8 @@ class StepTime:
     @property
     def total(self) -> float:
         return (
-            self.compute + self.bubble + self.optimizer + self.tensor + self.context
-            + self.experts + self.pipeline + self.data
+            self.compute + self.uneven + self.recompute + self.bubble + self.optimizer
+            + self.tensor + self.context + self.experts + self.pipeline + self.data
         )  # fmt: skip
 
 
@@ -150,13 +158,13 @@ def step_time(
     batches = train.global_batch // (train.micro_batch * layout.data)
     t, stages, chunks = layout.tensor, layout.pipeline, layout.virtual_pipeline
     chunked = layout.chunk_layers(shape.num_layers)
-    slowest = max(
-        3 * sum(part.flops for part in members) + recomputed_flops(shape, layout, chunks_of_stage)
-        for members, chunks_of_stage in zip(
-            stage_parts(shape, config.optim, layout), chunked, strict=True
-        )
-    )
-    compute = slowest * tokens * batches / t / cluster.flops_per_s
+    products = [
+        (3 * sum(part.flops for part in members), recomputed_flops(shape, layout, numbers))
+        for members, numbers in zip(stage_parts(shape, config.optim, layout), chunked, strict=True)
+    ]
+    slowest, anew = max(products, key=sum)
+    even = sum(stage for stage, _ in products) / stages
+    a_flop = tokens * batches / t / cluster.flops_per_s
     newton = flops.optimizer_flops(shape, config.optim)
     largest = flops.largest_matrix_flops(shape, config.optim)
     stream = tokens * shape.hidden_size * width
@@ -168,25 +176,24 @@ def step_time(
     )
     reduced = 4 * deepest + 2 * whole + 2
     reduces = reduced * batches * 2 * (t - 1) / t * stream / cluster.bytes_per_s(t)
-    anew = deepest if "core_attn" in layout.recompute_modules else whole
+    again = deepest if "core_attn" in layout.recompute_modules else whole
     passed = tokens * _keys_and_values(shape) * width / t * (layout.context - 1)
-    passed *= (3 * deepest + anew) * batches / cluster.bytes_per_s(t * layout.context)
+    passed *= (3 * deepest + again) * batches / cluster.bytes_per_s(t * layout.context)
     moving = 0.0
     if moe is not None and MOE in kinds:
-        span = layout.expert * layout.expert_tensor
-        rows = stream * moe.top_k / t * layout.expert_tensor
-        outside = max(0.0, 1 - cluster.gpus_per_node / span)
-        inside = 1 - 1 / span - outside
-        seconds = rows * (inside / cluster.nvlink_gb_per_s + outside / cluster.network_gb_per_s)
+        deepep = config.kernels.deepep is True and layout.can_use_deepep
+        seconds = all_to_all_seconds(moe, layout, cluster, stream / t, deepep=deepep)
         experts = min(deepest, kinds.count(MOE))
         again = experts if "moe" in layout.recompute_modules else min(whole, experts)
-        moving = (4 * experts + 2 * again) * batches * seconds / 1e9
+        moving = (4 * experts + 2 * again) * batches * seconds
     sent = 2 * stream * batches * chunks / cluster.bytes_per_s(layout.world) if stages > 1 else 0.0
     gathered = state.gradients + state.parameters
     data = _EXPOSED * gathered * (layout.replicas - 1) / layout.replicas
     return StepTime(
-        compute=compute,
-        bubble=compute * (stages - 1) / (chunks * batches),
+        compute=even * a_flop,
+        uneven=(slowest - even) * a_flop,
+        recompute=anew * a_flop,
+        bubble=(slowest + anew) * a_flop * (stages - 1) / (chunks * batches),
         optimizer=max(newton / layout.world, largest) / cluster.flops_per_s,
         tensor=reduces,
         context=passed,

@@ -81,16 +81,15 @@ def _recomputed(plan: Plan) -> str:
 def _time(plan: Plan, on: ClusterPlan) -> list[str]:
     from megatron_progressive.runtime.text import aligned
 
-    names = [field.name for field in fields(StepTime)]
-    rows = [["Phase", "s/step", *names, "hours"]]
-    hours = []
-    for index, (planned, time) in enumerate(zip(plan.phases, on.times, strict=True)):
-        hours.append(planned.phase.steps * time.total / 3600)
-        cells = [f"{seconds:.3g}" for seconds in (time.total, *(getattr(time, n) for n in names))]
-        rows.append([str(index + 1), *cells, f"{hours[-1]:,.1f}"])
+    hours = [p.phase.steps * t.total / 3600 for p, t in zip(plan.phases, on.times, strict=True)]
+    parts = {"s/step": [time.total for time in on.times]}
+    parts |= {f.name: [getattr(time, f.name) for time in on.times] for f in fields(StepTime)}
+    rows = [["Phase", *(str(index + 1) for index in range(len(hours)))]]
+    rows += [[name, *(f"{value:.3g}" for value in row)] for name, row in parts.items() if any(row)]
+    rows.append(["hours", *(f"{value:,.1f}" for value in hours)])
     total = sum(hours)
     gpu = on.cluster
-    lines = ["Expected time", *aligned(rows)]
+    lines = ["Expected time, seconds of a step by what takes them", *aligned(rows)]
     lines += _note(f"total {total:,.1f} hours, {total * plan.world:,.0f} GPU-hours")
     for expansion in plan.expansions:
         pause = expansion.reshard.seconds(plan.link_gb_per_s)
@@ -103,8 +102,18 @@ def _time(plan: Plan, on: ClusterPlan) -> list[str]:
         f"an estimate from data sheets, NOT measured: {gpu.peak_tflops:g} TFLOP/s dense bf16 x "
         f"{100 * gpu.mfu:g} % (assumed) while computing; NVLink {gpu.nvlink_gb_per_s:g}, network "
         f"{gpu.network_gb_per_s:g} GB/s a GPU each way; half of the data-parallel traffic hidden"
+        + _dispatch(plan, on)
     )
     return lines
+
+
+def _dispatch(plan: Plan, on: ClusterPlan) -> str:
+    """How tokens are taken to go to experts, where these lie on several ranks."""
+    if not any(time.experts for time in on.times):
+        return ""
+    deepep = plan.config.kernels.deepep
+    way = "DeepEP" if deepep else "plain all-to-all, without kernels.deepep: true"
+    return f"; tokens go to experts by {way}"
 
 
 def _words(on: ClusterPlan) -> list[str]:

@@ -183,7 +183,7 @@ def _phase(
     depth = config.expansion[index - 1].to_layers if index else None
     shape = transformer_shape(config, depth)
     train = replace(config.train, micro_batch=micro_batch)
-    nothing = StepTime(0, 0, 0, 0, 0, 0, 0, 0)
+    nothing = StepTime(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     fitting, others = [], []
     for section in _sections(config.parallel_after(index), shape, world, cluster):
         alone = replace(

@@ -16,10 +16,10 @@ import torch.distributed.distributed_c10d as c10d
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
-from megatron.core.transformer.moe import moe_logging
+from megatron.core.transformer.moe import fused_a2a, moe_logging
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from megatron_progressive.runtime.layout import Layout
+from megatron_progressive.runtime.layout import RANK_ORDER, Layout
 
 
 def _parallel_state_globals() -> dict[str, Any]:
@@ -85,6 +85,11 @@ def _forget_angles() -> None:
     YarnRotaryEmbedding.forward.cache_clear()
 
 
+def _forget_dispatch_buffer() -> None:
+    """Drop DeepEP's buffer, which Megatron-core keeps in a global with the group that it is of."""
+    fused_a2a._buffer = None
+
+
 class ProcessGroups:
     """The process groups of one layout. Making them is collective over all ranks."""
 
@@ -103,6 +108,7 @@ class ProcessGroups:
                 expert_model_parallel_size=layout.expert,
                 expert_tensor_parallel_size=layout.expert_tensor,
                 create_gloo_process_groups=False,
+                order=RANK_ORDER,
             )
         self._globals = _parallel_state_globals()
         self._created = [group for group in c10d._world.pg_map if group not in before]
@@ -146,6 +152,7 @@ class ProcessGroups:
         """Destroy the groups, which Megatron-core would only forget. Collective over all ranks."""
         _forget_metrics()
         _forget_angles()
+        _forget_dispatch_buffer()
         current = _parallel_state_globals()
         if current.get("_MODEL_PARALLEL_GROUP") is self._globals["_MODEL_PARALLEL_GROUP"]:
             parallel_state.destroy_model_parallel()

@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 from megatron_progressive.config import ConfigError, ParallelSection
 
+RANK_ORDER = "tp-cp-ep-dp-pp"
+"""Which ranks are neighbours, in Megatron-core's words, the first parallelism innermost: a
+tensor-parallel group has the nearest ranks, and an expert-parallel one the next, so that both lie
+in one node where they are no larger, and on the fewest nodes where they are."""
+
+_NVLINK_PEERS = 8
+"""The GPUs of a node for DeepEP (its ``NUM_MAX_NVL_PEERS``)."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -64,6 +72,12 @@ class Layout:
         divides the optimizer state, reduces gradients into shares and gathers weights from
         shares."""
         return self.engine == "megatron" and self.zero_stage >= 1
+
+    @property
+    def can_use_deepep(self) -> bool:
+        """Whether experts lie on several ranks, of one node or of whole ones, as DeepEP has it."""
+        ranks = self.expert * self.expert_tensor
+        return ranks > 1 and (ranks <= _NVLINK_PEERS or ranks % _NVLINK_PEERS == 0)
 
     def divides_sequence(self, sequence_length: int) -> bool:
         """Whether tensor-parallel ranks divide a sequence of this length (sequence parallelism)."""

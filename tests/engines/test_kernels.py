@@ -12,10 +12,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_progressive.config import ConfigError, KernelsSection, OptimSection
 from megatron_progressive.engines.megatron import engine as megatron
 from megatron_progressive.engines.megatron import kernel_checks, kernels, spec
+from megatron_progressive.engines.megatron.model import forget_graph
+from megatron_progressive.engines.megatron.transformer_kwargs import transformer_config_kwargs
 from megatron_progressive.engines.partitions import pieces_of_rank
 from megatron_progressive.models import model_shape
 from megatron_progressive.optim import owners
@@ -53,6 +56,62 @@ def test_defaults_on_cuda() -> None:
         "overlap_gradients",
         "overlap_parameters",
     }
+
+
+def test_deepep_is_of_experts_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default where it is installed; as if this were CUDA."""
+    assert "deepep" in on("mixtral", deepep=True)
+    assert on("mixtral", deepep=True) - on("mixtral") == {"deepep"}
+    assert "deepep" not in on("mixtral", 0, deepep=True)  # no experts yet
+    assert "deepep" not in on("llama3", deepep=True) | on("mixtral", deepep=True, fp32=True)
+    assert "deepep" not in on("mixtral", section=KernelsSection(deepep=False), deepep=True)
+    assert "deepep" not in on("mixtral", section=KernelsSection(deterministic=True), deepep=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = family_config("mixtral", ["train.precision=bf16"])
+    shape, spread = model_shape(config, 2), Layout(8, expert=2)
+    for installed in (False, True):
+        monkeypatch.setattr(spec, "deepep_available", lambda there=installed: there)
+        assert kernels.kernels_here(config, shape, spread).deepep is installed
+        assert not kernels.kernels_here(config, shape, Layout(8)).deepep
+    assert "DeepEP" in kernels.kernels_line(config, shape, spread)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_megatron_core_gets_its_flexible_dispatcher(family: str) -> None:
+    """With groups of experts as they are, and without a capacity, beyond which tokens are lost."""
+    shape = model_shape(family_config(family, []), 4)
+    for deepep, kind in ((False, "alltoall"), (True, "flex")):
+        chosen = kernels.Kernels(True, deepep=deepep)
+        values = {**transformer_config_kwargs(shape), **kernels.transformer_kwargs(chosen, shape)}
+        built = (TransformerConfig if shape.mla is None else MLATransformerConfig)(
+            **values, expert_model_parallel_size=2
+        )
+        assert built.moe_token_dispatcher_type == kind
+        assert built.moe_flex_dispatcher_backend == "deepep"
+        assert built.moe_expert_capacity_factor is None
+        assert built.moe_router_dtype == "fp32"  # which DeepEP takes
+        groups = (2, 1) if family == "deepseek_v3" else (None, None)
+        assert (built.moe_router_num_groups, built.moe_router_group_topk) == groups
+
+
+def test_deepep_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["train.precision=bf16", "kernels.deepep=true", "parallel.expert=2"]
+    config = family_config("mixtral", ["model.num_layers=2", *words])
+    check_run(config, 2)  # a plan may have it
+    monkeypatch.setattr(spec, "deepep_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^kernels\.deepep: got true, and deep_ep is not insta"):
+        kernel_checks.check_kernels(config, [(model_shape(config), Layout(2, expert=2))])
+
+
+def test_a_closed_model_keeps_no_graph_of_its_dispatchers() -> None:
+    """Nor what DeepEP's part of one has."""
+    layer, weight = torch.nn.Module(), torch.nn.Parameter(torch.ones(1))
+    manager = SimpleNamespace(token_probs=weight * 2, token_indices=torch.ones(1))
+    layer.token_dispatcher = SimpleNamespace(probs=weight * 3, _comm_manager=manager)
+    forget_graph(layer)
+    assert layer.token_dispatcher.probs is manager.token_probs is None
+    assert manager.token_indices is not None
 
 
 def test_fp32_is_fp32() -> None:
@@ -148,6 +207,9 @@ BF16 = "train.precision=bf16"
         ("llama3", ["parallel.zero_stage=0", "kernels.overlap_gradients=true"],
          "kernels.overlap_gradients: got true, which is of Megatron's distributed optimizer"),
         ("llama3", ["kernels.attention=flash"], "kernels.attention: got flash, which is of"),
+        ("mixtral", [BF16, "kernels.deepep=true"], "kernels.deepep: got true, which sends tokens"),
+        ("mixtral", ["parallel.expert=2", "kernels.deepep=true"],
+         "kernels.deepep: got true, which sends tokens"),
         ("llama3", [BF16, "kernels.deterministic=true", "kernels.cross_entropy=true"],
          "kernels.cross_entropy: got true, which is of bf16 alone, and not deterministic"),
     ],

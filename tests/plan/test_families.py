@@ -118,8 +118,13 @@ def test_active_parameters_are_those_a_token_is_computed_with(family: str, seed:
     [
         ("gpt2", "124m", 124e6),
         ("llama3", "8b", 8.03e9),  # the number of the weights' page
-        ("qwen3", "0.6b", 0.6e9),
-        ("qwen3", "8b", 8.2e9),  # arXiv 2505.09388, and the weights' page
+        ("llama3", "70b", 70.6e9),  # the same
+        ("qwen3", "0.6b", 0.6e9),  # the pages of the weights, and arXiv 2505.09388
+        ("qwen3", "1.7b", 1.72e9),
+        ("qwen3", "4b", 4.0e9),
+        ("qwen3", "8b", 8.2e9),
+        ("qwen3", "14b", 14.8e9),
+        ("qwen3", "32b", 32.8e9),
         ("mixtral", "8x7b", 46.7e9),
         ("deepseek_v3", "671b", 671e9),  # arXiv 2412.19437
     ],

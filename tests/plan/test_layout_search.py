@@ -92,7 +92,25 @@ def test_the_bubble_is_that_of_the_schedule() -> None:
         layout = Layout(8, pipeline=4, virtual_pipeline=chunks)
         state = fullest_rank(model_shape(config), config, layout, fused=True).state
         seconds = step_time(model_shape(config), config, layout, H100, state)
-        assert seconds.bubble / seconds.compute == pytest.approx(3 / (16 * chunks))
+        products = seconds.compute + seconds.uneven  # the last stage has the head as well
+        assert seconds.uneven > 0
+        assert seconds.bubble / products == pytest.approx(3 / (16 * chunks))
+
+
+@pytest.mark.parametrize("words", [[], ["parallel.recompute=full"]])
+def test_parts_of_the_products_are_those_of_the_slowest_stage(words: list[str]) -> None:
+    """Counted apart: twice the layers' forward products to go back, once more to compute anew."""
+    config = one_phase(["train.global_batch=64", "train.micro_batch=2", "optim.name=adamw", *words])
+    shape, layout = model_shape(config), make_layout(replace(config.parallel, pipeline=4), 4)
+    state = fullest_rank(shape, config, layout, fused=True).state
+    seconds = step_time(shape, config, layout, H100, state)
+    head, layers, tail = parts(shape, config.optim, True)
+    deep = sum(layer.flops for layer in layers[24:])
+    a_flop = 64 * shape.sequence_length / (989e12 * 0.4)
+    everything = head.flops + sum(layer.flops for layer in layers) + tail.flops
+    assert seconds.compute == pytest.approx(3 * everything / 4 * a_flop)
+    assert seconds.uneven == pytest.approx(3 * (deep + tail.flops - everything / 4) * a_flop)
+    assert seconds.recompute == pytest.approx(deep * a_flop if words else 0)
 
 
 CHEAP = {

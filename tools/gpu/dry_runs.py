@@ -37,10 +37,12 @@ FILES = {
     "gpt2/7b_fixed": 32, "llama3/0.25b_progressive": 8, "llama3/0.5b_progressive": 8,
     "llama3/1b_progressive": 8, "llama3/2b_progressive": 64, "deepseek_v3/0.2b_progressive": 8,
     "deepseek_v3/0.5b_progressive": 8, "deepseek_v3/671b_progressive": 1024,
-    "resnet/50_progressive": 8,
+    "deepseek_v3/671b_published": 2048, "llama3/8b_progressive": 1024,
+    "llama3/70b_progressive": 2048, "qwen3/8b_progressive": 1024, "qwen3/32b_progressive": 2048,
+    "mixtral/8x7b_progressive": 512, "resnet/50_progressive": 8,
 }  # fmt: skip
 """The configurations of clusters, each with its number of GPUs."""
-PRESETS = {"llama3/8b": 64, "qwen3/8b": 64, "mixtral/8x7b": 128}
+PRESETS = {"qwen3/14b": 64}
 """Numbers of GPUs of presets that no file uses; others have eight."""
 BATCH = 512
 

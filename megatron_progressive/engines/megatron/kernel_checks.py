@@ -28,6 +28,8 @@ _WHY = {
     "activation": "adds the bias of a linear layer or multiplies by a gate, which this model lacks",
     "grouped_gemm": "multiplies experts in Transformer Engine's layers",
     "permute": "permutes tokens to experts in Transformer Engine's layers",
+    "deepep": "sends tokens to experts on several ranks (parallel.expert above 1: up to 8, or a "
+    "multiple of 8), in bf16, and not deterministically",
     "overlap_gradients": "is of Megatron's distributed optimizer (parallel.engine: megatron, "
     "parallel.zero_stage: 1) alone",
     "overlap_parameters": "is of Megatron's distributed optimizer (parallel.engine: megatron, "
@@ -61,6 +63,7 @@ def check_possible(
             shape,
             transformer_engine=fused,
             sharded=layout.distributed_optimizer,
+            deepep=layout.can_use_deepep,
             fp32=fp32,
         )
         for shape, layout in phases
@@ -116,6 +119,14 @@ def check_kernels(
             f"{asked[0]}: got {str(got).lower()} without a CUDA device; accepted: "
             + ("false, or nothing" if got is True else "nothing")
         )
+    if config.kernels.deepep:
+        from megatron_progressive.engines.megatron.spec import deepep_available
+
+        if not deepep_available():
+            raise ConfigError(
+                "kernels.deepep: got true, and deep_ep is not installed here; accepted: false, or "
+                "nothing"
+            )
     if phases:
         check_possible(
             config, phases, transformer_engine=version_of("transformer-engine") is not None

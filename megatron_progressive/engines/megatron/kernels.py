@@ -37,6 +37,7 @@ class Kernels:
     dropout: bool = False
     grouped_gemm: bool = False
     permute: bool = False
+    deepep: bool = False
     overlap_gradients: bool = False
     overlap_parameters: bool = False
     cuda_graphs: bool = False
@@ -52,6 +53,7 @@ def resolve(
     cuda: bool,
     transformer_engine: bool,
     sharded: bool,
+    deepep: bool = False,
     fp32: bool = False,
 ) -> Kernels:
     """The kernels of one engine.
@@ -63,12 +65,15 @@ def resolve(
         cuda: whether there is a CUDA device; without one all kernels are off.
         transformer_engine: whether layers of Transformer Engine can be used.
         sharded: whether Megatron's distributed optimizer is in use, which has parameters to gather.
+        deepep: whether DeepEP is installed, and can serve the layout's experts.
         fp32: whether the run's precision is fp32.
     """
     if not cuda:
         return Kernels(transformer_engine=False)
     fused = transformer_engine and not fp32 and section.transformer_engine is not False
-    able = possible(section, shape, transformer_engine=fused, sharded=sharded, fp32=fp32)
+    able = possible(
+        section, shape, transformer_engine=fused, sharded=sharded, deepep=deepep, fp32=fp32
+    )
     wanted = asdict(section)
     on = {
         name: (name not in _OFF if wanted[name] is None else wanted[name]) and can
@@ -87,6 +92,7 @@ def possible(
     *,
     transformer_engine: bool,
     sharded: bool,
+    deepep: bool,
     fp32: bool,
 ) -> dict[str, bool]:
     """Whether each kernel can be on, on CUDA: for a model that has a use for it, and as
@@ -110,6 +116,8 @@ def possible(
         "dropout": True,
         "grouped_gemm": experts and transformer_engine,
         "permute": experts and transformer_engine,
+        # it takes no fp32, and nothing says that it sums in one order
+        "deepep": experts and deepep and not fp32 and not section.deterministic,
         "overlap_gradients": sharded,
         "overlap_parameters": sharded,
         # It shares one generator of random numbers, one pool of memory and one registry of graphs
@@ -135,7 +143,10 @@ def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> 
     line prints."""
     import torch
 
-    from megatron_progressive.engines.megatron.spec import transformer_engine_available
+    from megatron_progressive.engines.megatron.spec import (
+        deepep_available,
+        transformer_engine_available,
+    )
 
     return resolve(
         config.kernels,
@@ -143,6 +154,7 @@ def kernels_here(config: RunConfig, shape: TransformerShape, layout: Layout) -> 
         cuda=torch.cuda.is_available(),
         transformer_engine=transformer_engine_available(),
         sharded=layout.distributed_optimizer,
+        deepep=layout.can_use_deepep and deepep_available(),
         fp32=config.train.precision == "fp32",
     )
 
@@ -164,6 +176,8 @@ def transformer_kwargs(kernels: Kernels, shape: TransformerShape) -> dict[str, A
         deterministic_mode=kernels.deterministic,
         attention_backend=AttnBackend[kernels.attention or "auto"],
     )
+    if kernels.deepep:
+        values |= dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep")
     if kernels.activation and not TRANSFORMERS[shape.family].gated:
         values["activation_func"] = F.gelu  # it asks for this name; its kernel is the tanh form
     return values
@@ -206,7 +220,7 @@ def kernels_line(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     return summary(kernels_here(config, shape, layout), config.optim, name, cuda)
 
 
-_NAMED = ("transformer_engine", "cross_entropy", "grouped_gemm", "deterministic")
+_NAMED = ("transformer_engine", "cross_entropy", "grouped_gemm", "deepep", "deterministic")
 """What the line says in words of its own."""
 
 
@@ -222,6 +236,7 @@ def summary(kernels: Kernels, optim: OptimSection, dtype: str, cuda: bool = Fals
             + " attention",
             ("fused" if kernels.cross_entropy else "plain") + " cross-entropy",
             *(["grouped GEMM"] if kernels.grouped_gemm else []),
+            *(["DeepEP"] if kernels.deepep else []),
             *(["deterministic"] if kernels.deterministic else []),
             optimizer_text(optim, dtype, cuda),
             "fused or overlapped: " + (", ".join(fused) or "none"),

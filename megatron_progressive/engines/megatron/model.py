@@ -306,6 +306,7 @@ def forget_graph(model: torch.nn.Module) -> None:
     cannot see."""
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)
-        for name, value in vars(dispatcher).items() if dispatcher is not None else ():
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                setattr(dispatcher, name, None)
+        for holder in (dispatcher, getattr(dispatcher, "_comm_manager", None)):  # DeepEP's
+            for name, value in vars(holder).items() if holder is not None else ():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    setattr(holder, name, None)

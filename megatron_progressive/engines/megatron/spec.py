@@ -145,6 +145,13 @@ def transformer_engine_available() -> bool:
     return bool(HAVE_TE)
 
 
+def deepep_available() -> bool:
+    """Whether Megatron-core found DeepEP (the package ``deep_ep``)."""
+    from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
+
+    return bool(HAVE_DEEP_EP)
+
+
 def layer_spec(config: TransformerConfig, kind: str) -> ModuleSpec:
     """The spec of one layer, which is ``dense`` or ``moe``."""
     common: dict[str, Any] = dict(

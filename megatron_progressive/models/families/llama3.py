@@ -1,9 +1,9 @@
 """LLaMA 3: rotary positions, RMSNorm, SwiGLU, grouped-query attention.
 
-``8b`` is Llama 3's (Grattafiori et al. 2024, arXiv 2407.21783, table 3). The paper on progressive
-training (arXiv 2511.04981) names sizes of about 0.25B to 2B without giving their shapes; the
-presets here have heads of width 64, about one key-value head for four query heads, and a tied
-embedding, as the small models of Llama 3.2 have.
+``8b`` and ``70b`` are Llama 3's (Grattafiori et al. 2024, arXiv 2407.21783, table 3). The paper on
+progressive training (arXiv 2511.04981) names sizes of about 0.25B to 2B without giving their
+shapes; the presets here have heads of width 64, about one key-value head for four query heads, and
+a tied embedding, as the small models of Llama 3.2 have.
 """
 
 from __future__ import annotations
@@ -36,5 +36,6 @@ FAMILY = TransformerFamily(
         "1b": _preset(24, 1792, 28, 4, 4864),
         "2b": _preset(32, 2304, 36, 4, 6144),
         "8b": _preset(32, 4096, 32, 8, 14336, tied=False, sequence_length=8192),
+        "70b": _preset(80, 8192, 64, 8, 28672, tied=False, sequence_length=8192),
     },
 )
