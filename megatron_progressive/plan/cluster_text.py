@@ -77,7 +77,7 @@ def _time(plan: Plan, on: ClusterPlan) -> list[str]:
         rows.append([str(index + 1), *cells, f"{hours[-1]:,.1f}"])
     total = sum(hours)
     gpu = on.cluster
-    lines = ["Expected time", *aligned(rows)]
+    lines = ["Expected time", *aligned(rows, gap=2)]
     lines += _note(f"total {total:,.1f} hours, {total * plan.world:,.0f} GPU-hours")
     for expansion in plan.expansions:
         pause = expansion.reshard.seconds(plan.link_gb_per_s)

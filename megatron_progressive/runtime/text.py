@@ -30,14 +30,15 @@ def flops_text(flops: float) -> str:
     return f"{flops:.3g}" if flops < 1e4 else f"{flops:.2e}"
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """A table as text: the first column is aligned to the left, the others to the right."""
+def aligned(rows: list[list[str]], gap: int = 3) -> list[str]:
+    """A table as text: the first column is aligned to the left, the others to the right, with
+    ``gap`` blanks between columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  " + "   ".join(cells).rstrip())
+        lines.append("  " + (" " * gap).join(cells).rstrip())
     return lines
 
 
