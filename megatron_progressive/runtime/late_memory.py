@@ -155,7 +155,7 @@ class _Building(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         schema = func._schema
         if schema.is_mutable:  # what it would write is lost
-            return kwargs.get("out", args[0] if args else None)
+            return kwargs.get("out", args[0]) if schema.returns else None
         aliases = any(argument.alias_info is not None for argument in schema.arguments)
         if aliases or not any("Tensor" in str(r.type) for r in schema.returns):
             with self._memory.lent(given):

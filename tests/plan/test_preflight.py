@@ -264,6 +264,13 @@ def test_smallest_world_counts_the_ranks_of_a_sequence() -> None:
     assert smallest_world(run) == 8
 
 
+def test_parts_of_a_sequence_divide_again_where_experts_need_it() -> None:
+    parallel, length = {"context": 2, "tensor": 4}, {"sequence_length": 36}
+    check_run(family("llama3", parallel=parallel, data=length), 8)
+    with pytest.raises(ConfigError, match=r"parallel\.context: got 2 with experts, tensor 4 and"):
+        check_run(family("mixtral", parallel=parallel, data=length), 8)
+
+
 def test_smallest_world_fits_every_phase() -> None:
     run = config(parallel={"tensor": 2}, expansion=growth(parallel={"tensor": 1, "pipeline": 3}))
     assert smallest_world(run) == 6
