@@ -22,6 +22,7 @@ from megatron_progressive.reshard.initial_values import initialise
 from megatron_progressive.reshard.transfer import TransferStats, transfer
 from megatron_progressive.runtime.agreement import all_succeed
 from megatron_progressive.runtime.late_memory import LateMemory
+from megatron_progressive.runtime.memory import collect
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def expand(
             target = new.state()
         source = old.state()
         stats = apply_rules(source, target, rules, table, seed, generation, staging_bytes, memory)
+        collect()  # what building has left behind would get memory, too
         memory.give_rest()  # gradients
         new.loaded()
     event = ExpansionEvent(
