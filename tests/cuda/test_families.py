@@ -19,6 +19,8 @@ from tests.pool import Pool
 
 ROUNDING = {"fp32": 2e-6, "bf16": 5e-3}
 """Largest relative difference of losses. In bf16 intermediate values are rounded elsewhere."""
+HEADS = [f"model.mla.{size}=8" for size in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+"""Of latent attention, as Transformer Engine's fused attention takes them: multiples of 8."""
 LAYOUTS = {
     "tensor": ([], {"tensor": 2}),
     "pipeline": ([], {"pipeline": 2}),
@@ -92,15 +94,29 @@ def test_transformer_engine_agrees_with_the_cpu(
 def test_documents_in_packed_form_agree_with_masks(
     pool: Pool, engine_pool: PoolOnDevice, family: str, words: list[str]
 ) -> None:
-    """Transformer Engine takes documents as packed sequences, the host's layers take a mask. Its
-    fused attention takes heads of a multiple of 8."""
-    heads = [
-        f"model.mla.{size}=8" for size in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    ]
-    words = [*words, *(heads if family == "deepseek_v3" else [])]
+    """Transformer Engine takes documents as packed sequences, the host's layers take a mask."""
+    words = [*words, *(HEADS if family == "deepseek_v3" else [])]
     config = documents.config_of(family, "train.precision=bf16", *words)
     there = pool.run(2, documents.trained, config)[0]
     here = engine_pool.run(2, documents.trained, config)[0]
     whole = pool.run(2, documents.trained, config, False)[0]
     assert here == pytest.approx(there, rel=2e-4)
     assert whole != pytest.approx(there, rel=1e-3)  # it matters
+
+
+@pytest.mark.parametrize("after", [{"context": 2}, {"context": 1, "tensor": 2}])
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "mixtral", "deepseek_v3"])
+def test_sequences_divided_over_ranks_agree_with_the_cpu(
+    pool: Pool, engine_pool: PoolOnDevice, family: str, after: dict[str, int]
+) -> None:
+    """Context parallelism: Transformer Engine passes keys and values from rank to rank, the host's
+    layers gather them."""
+    expansion = {"at": 10, "to_layers": 4, "init": "copying", "parallel": after}
+    words = ["model.num_layers=2", "train.precision=bf16", "optim.ns_dtype=fp32"]
+    words += ["parallel.context=2"] if after["context"] == 1 else []
+    words += HEADS if family == "deepseek_v3" else []
+    config = family_config(family, words, expansion)
+    _, there = pool.run(2, layers_and_losses, config)[0]
+    layers, here = engine_pool.run(2, layers_and_losses, config)[0]
+    assert layers == "transformer_engine"
+    assert here == pytest.approx(there, rel=1e-3)

@@ -57,7 +57,8 @@ class _Operation:
         views = bool(returns) and all(
             one.alias_info is not None and not one.alias_info.is_write for one in returns
         )
-        self.plain = self.name in AS_IT_IS or views
+        reshapes = torch.Tag.inplace_view in func.tags  # the tensor itself, as squeeze_ does
+        self.plain = self.name in AS_IT_IS or views or reshapes
         self.random = torch.Tag.nondeterministic_seeded in func.tags
         self.call = aten.INSTEAD.get(self.name, func)
 

@@ -207,9 +207,11 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _packed(name: str, layout: Any, mask: Any, cu_q: Tensor, cu_kv: Tensor) -> bool:
-    """Whether sequences are packed; of them queries are those of the keys."""
+    """Whether sequences are packed; of them queries are those of the keys. Parts of a sequence that
+    is divided over ranks have causal masks or none."""
     packed = str(layout).rsplit("_", 1)[-1].startswith("T")  # THD, T3HD, TH3D, …
-    known = "CAUSAL" in str(mask) and (packed or "SBH" in str(layout))
+    known = "CAUSAL" in str(mask) or (not packed and "NO_MASK" in str(mask))
+    known = known and (packed or "SB" in str(layout))
     _only(name, known and (not packed or torch.equal(cu_q, cu_kv)))
     return packed
 
@@ -228,9 +230,9 @@ def fused_attn_fwd(
         lse = torch.cat([one[0].transpose(0, 1) for _, one in parts])
     else:
         queries, keys, values = _heads_first(q, k, v)
-        out, lse = aten.attention(queries, keys, values, True, scale)
+        out, lse = aten.attention(queries, keys, values, "CAUSAL" in str(mask), scale)
         value = out.permute(2, 0, 1, 3).contiguous()
-    return [value, lse.unsqueeze(-1), state] if training else [value]
+    return [value, lse.unsqueeze(-1), state]  # in an evaluation, too
 
 
 def fused_attn_bwd(
@@ -246,7 +248,8 @@ def fused_attn_bwd(
         back = [torch.cat([t[0].transpose(0, 1) for t in ts]) for ts in zip(*parts, strict=True)]
     else:
         d, *heads = _heads_first(grad, q, k, v)
-        gradients = aten.attention_gradients(d, heads[0], heads[1], heads[2], True, scale)
+        causal = "CAUSAL" in str(mask)
+        gradients = aten.attention_gradients(d, heads[0], heads[1], heads[2], causal, scale)
         back = [t.permute(2, 0, 1, 3).contiguous() for t in gradients]
     none = torch.empty(0, device=q.device)
     return [*back, none, none]
