@@ -108,9 +108,14 @@ def engine_bytes(engine: Any) -> int:
     return sum(p.nbytes + (4 * p.box.numel if p.slot == "param" else 0) for p in pieces)
 
 
-def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
+def least_bytes(shape: Any, held: list[Any], new: Any, config: RunConfig) -> int:
     """The bytes of the source that this rank needs from others, whoever sends them. They are
-    counted by masks of whole tensors, so that what several layers copy counts once."""
+    counted by masks of whole tensors, so that what several layers copy counts once.
+
+    Args:
+        shape: the old model's.
+        held: the key, box and global shape of each piece that this rank had of the old state.
+    """
     import numpy as np
 
     from megatron_progressive.expansion.depth_map import COPY, rules_of
@@ -119,7 +124,7 @@ def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
     def inside(box: Box, shape: tuple[int, ...]) -> tuple[slice, ...]:
         return box.slices_within(whole(shape))
 
-    rules = rules_of(config.expansion[0], old.shape, new.shape)
+    rules = rules_of(config.expansion[0], shape, new.shape)
     needed: dict[Any, Any] = {}
     itemsize: dict[Any, int] = {}
     for piece in new.state().pieces:
@@ -129,9 +134,9 @@ def least_bytes(old: Any, new: Any, config: RunConfig) -> int:
             mask = needed.setdefault(key, np.zeros(piece.global_shape, bool))
             mask[inside(piece.box, mask.shape)] = True
             itemsize[key] = piece.data.element_size()
-    for piece in old.state().pieces:
-        if piece.key in needed:
-            needed[piece.key][inside(piece.box, piece.global_shape)] = False
+    for key, box, global_shape in held:
+        if key in needed:
+            needed[key][inside(box, global_shape)] = False
     return sum(int(mask.sum()) * itemsize[key] for key, mask in needed.items())
 
 
@@ -160,12 +165,15 @@ def in_memory(args: argparse.Namespace) -> None:
     close = old.close
 
     def measure_and_close() -> None:  # both engines are there
-        least[0], sizes[0] = least_bytes(old, new_engine[0], config), engine_bytes(new_engine[0])
+        least[0] = least_bytes(old.shape, held, new_engine[0], config)
+        sizes[0] = engine_bytes(new_engine[0])
         close()
 
     new_engine: list[Any] = []
+    held: list[Any] = []  # of the old state, which is gone afterwards
 
     def build_new(memory: Any) -> Any:
+        held.extend((piece.key, piece.box, piece.global_shape) for piece in old.state().pieces)
         new_engine.append(build(config, 1, memory))
         return new_engine[0]
 

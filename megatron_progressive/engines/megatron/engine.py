@@ -123,7 +123,7 @@ class MegatronEngine:
         if kernels.overlap_gradients:  # only the last micro-batch's gradients are reduced
             no_syncs = [chunk.no_sync for chunk in self.chunks]
             transformer.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
-        self._gathers_late = kernels.overlap_parameters
+        self._gathers_late, self._stepped = kernels.overlap_parameters, False
         transformer.grad_scale_func = None
         self._load = ExpertLoad(shape, chunks)
         transformer.finalize_model_grads_func = self._finalize_gradients
@@ -168,6 +168,7 @@ class MegatronEngine:
         self.optimizer.prepare_grads()
         squares = clip_gradients(self.optimizer, self.config.optim.clip_grad)
         self.optimizer.step_with_ready_grads()
+        self._stepped = True
         share = batch.share_of_mean(losses, [micro] * len(losses), self.layout.data)
         sums = self._sum_over_ranks(share, float(stop), self._load.counts, squares)
         return StepMetrics(sums, norm_of, self._load.busiest)
@@ -196,7 +197,7 @@ class MegatronEngine:
         return self._sum_over_ranks(batch.share_of_mean(losses, counted, ranks)).found.loss
 
     def state(self) -> ShardedState:
-        if self._gathers_late:  # the next forward pass would
+        if self._gathers_late and self._stepped:  # the next forward pass would
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
         optimizers = self.optimizer.chained_optimizers
