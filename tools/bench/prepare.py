@@ -5,7 +5,7 @@ it, unit by unit; right before or after each unit, in turn, the same documents g
 ``encode_batch_fast``, whose result is thrown away. Both have one thread, and are compared by the
 CPU time of this process, which other work on the machine disturbs less than the time of day. Then
 one worker and several prepare the same units, by the time of day from the first task to the last
-(their start, some seconds, is left out) and by CPU time.
+(their start, some seconds, is left out).
 
     python tools/bench/prepare.py DATA --megabytes 24 --workers 2
 
@@ -19,7 +19,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -120,21 +119,18 @@ def against_bare(work: Any) -> float:
     return tokens / own
 
 
-def with_workers(work: Any, workers: int) -> tuple[float, float]:
-    """The seconds of the day from the first to the last task, and CPU seconds of the workers."""
+def with_workers(work: Any, workers: int) -> float:
+    """The seconds of the day that a task takes, from the first to the last."""
     from megatron_progressive.data.workers import run_tasks
 
     tasks = list(work.tasks())
     done: list[float] = []
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run_tasks(
         work.context, iter(tasks), workers, 1,
         lambda task, size: done.append(time.monotonic()) if size is None else None,
     )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = sum(getattr(after, f) - getattr(before, f) for f in ("ru_utime", "ru_stime"))
     # the first task of each worker has its start in it
-    return (done[-1] - done[workers - 1]) / (len(tasks) - workers), cpu
+    return (done[-1] - done[workers - 1]) / (len(tasks) - workers)
 
 
 def main() -> None:
@@ -164,12 +160,9 @@ def main() -> None:
         print(f"100B tokens on 64 such cores: {100e9 / rate / 64 / 3600:.1f} hours")
         if args.bare_only:
             return
-        one, one_cpu = with_workers(prepared(values, folder / "one"), 1)
-        more, more_cpu = with_workers(prepared(values, folder / "several"), args.workers)
-        print(
-            f"{args.workers} workers: {one / more:.2f} times the rate of one by the time of day; "
-            f"CPU time {more_cpu / one_cpu:.3f} of one worker's"
-        )
+        one = with_workers(prepared(values, folder / "one"), 1)
+        more = with_workers(prepared(values, folder / "several"), args.workers)
+        print(f"{args.workers} workers: {one / more:.2f} times the rate of one")
 
 
 if __name__ == "__main__":
