@@ -5,8 +5,9 @@
 The corpus of CONFIG is prepared once without a break, and then once for each number of shards: the
 shards run in a random order, and ``mprog data prepare`` is killed (SIGKILL, with all that it
 started) after random times, until it has been killed so often. Then all shards run to their ends.
-Every file of the prepared folder must be as in the unbroken one. Prints a line for each number of
-shards, and keeps nothing but OUT/soak_prepare.json. Exit code 1 where bits differ.
+Every file of the prepared folder must be as in the unbroken one. Where it ended before so many
+kills it begins anew. Prints a line for each number of shards; OUT keeps the logs and
+soak_prepare.json. Exit code 1 where bits differ.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ def soaked(args: argparse.Namespace, count: int, home: Path, usual: float) -> di
             left.remove(shard)
         else:
             kills += 1
+        if not left and kills < args.kills:
+            shutil.rmtree(home)
+            left = list(range(count))
     return {"shards": count, "kills": kills, "seconds": time.perf_counter() - started}
 
 

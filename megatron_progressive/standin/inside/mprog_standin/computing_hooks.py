@@ -8,13 +8,13 @@ from types import ModuleType
 def _calls(package: ModuleType) -> None:
     from . import transformer_engine
 
-    transformer_engine.replace_calls(package)
+    transformer_engine.replace_calls(transformer_engine.CALLS)
 
 
 def _permutation(module: ModuleType) -> None:
     from . import transformer_engine
 
-    transformer_engine.replace_permutation(module)
+    transformer_engine.replace_permutation(module, transformer_engine.PERMUTATION)
 
 
 AFTER = {

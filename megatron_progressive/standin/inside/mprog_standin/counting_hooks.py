@@ -34,15 +34,15 @@ def _even_tokens(module: ModuleType) -> None:
 
 
 def _calls(package: ModuleType) -> None:
-    from . import counting_transformer_engine
+    from . import counting_transformer_engine, transformer_engine
 
-    counting_transformer_engine.replace_calls(package)
+    transformer_engine.replace_calls(counting_transformer_engine.CALLS)
 
 
 def _permutation(module: ModuleType) -> None:
-    from . import counting_transformer_engine
+    from . import counting_transformer_engine, transformer_engine
 
-    counting_transformer_engine.replace_permutation(module)
+    transformer_engine.replace_permutation(module, counting_transformer_engine.PERMUTATION)
 
 
 AFTER = {

@@ -9,12 +9,11 @@ Python side holds. Signatures are those of :mod:`.transformer_engine`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from .transformer_engine import _dtype, holders
+from .transformer_engine import _dtype
 
 Tensor = torch.Tensor
 _FP32 = torch.float32
@@ -121,13 +120,6 @@ CALLS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 
-def replace_calls(package: ModuleType) -> None:
-    """Called once Transformer Engine is imported."""
-    for call in CALLS:
-        for module in holders(call.__name__):
-            setattr(module, call.__name__, call)
-
-
 def make_row_id_map(routing_map: Tensor, num_tokens: int, num_experts: int) -> Tensor:
     """Two indices and a count for each token and expert."""
     return _like(routing_map, (num_tokens, num_experts * 2 + 1), torch.int32)
@@ -166,10 +158,8 @@ def sort_chunks_by_map(
     return _like(inp), None if probs is None else _like(probs)
 
 
-def replace_permutation(module: ModuleType) -> None:
-    """Called once the module of Triton kernels is imported, before others take its functions."""
-    for call in (
-        make_row_id_map, permute_with_mask_map, unpermute_with_mask_map, make_chunk_sort_map,
-        sort_chunks_by_map,
-    ):  # fmt: skip
-        setattr(module, call.__name__, call)
+PERMUTATION: tuple[Callable[..., Any], ...] = (
+    make_row_id_map, permute_with_mask_map, unpermute_with_mask_map, make_chunk_sort_map,
+    sort_chunks_by_map,
+)  # fmt: skip
+"""In the place of Triton kernels."""

@@ -8,7 +8,7 @@ kernels that permute tokens for experts. Sums are in fp32 and results are rounde
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -261,7 +261,7 @@ CALLS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 
-def holders(name: str) -> Iterator[ModuleType]:
+def _holders(name: str) -> Iterator[ModuleType]:
     """Modules of Transformer Engine that have the C++ function of this name."""
     for key, module in list(sys.modules.items()):
         found = vars(module).get(name) if key.startswith("transformer_engine") else None
@@ -271,10 +271,11 @@ def holders(name: str) -> Iterator[ModuleType]:
             yield module
 
 
-def replace_calls(package: ModuleType) -> None:
-    """Called once Transformer Engine is imported."""
-    for call in CALLS:
-        for module in holders(call.__name__):
+def replace_calls(calls: Iterable[Callable[..., Any]]) -> None:
+    """Puts calls in the place of C++ functions of their names, once Transformer Engine is
+    imported."""
+    for call in calls:
+        for module in _holders(call.__name__):
             setattr(module, call.__name__, call)
 
 
@@ -346,10 +347,14 @@ def sort_chunks_by_map(
     return moved(inp), None if probs is None else moved(probs)
 
 
-def replace_permutation(module: ModuleType) -> None:
+PERMUTATION: tuple[Callable[..., Any], ...] = (
+    make_row_id_map, permute_with_mask_map, unpermute_with_mask_map, make_chunk_sort_map,
+    sort_chunks_by_map,
+)  # fmt: skip
+"""In the place of Triton kernels."""
+
+
+def replace_permutation(module: ModuleType, calls: Iterable[Callable[..., Any]]) -> None:
     """Called once the module of Triton kernels is imported, before others take its functions."""
-    for call in (
-        make_row_id_map, permute_with_mask_map, unpermute_with_mask_map, make_chunk_sort_map,
-        sort_chunks_by_map,
-    ):  # fmt: skip
+    for call in calls:
         setattr(module, call.__name__, call)
